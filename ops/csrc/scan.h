@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+// The selective scan on the CPU: what the op (selective_scan.cpp) and the kernels (scan_kernel.h) share. No torch here.
+#pragma once
+
+#include <cstdint>
+
+namespace vssm {
+
+// A tensor over (batch, H, W[, K], last), the last axis contiguous: strides in elements.
+template <class T>
+struct Map {
+  T* data;
+  int64_t batch, row, column, order;
+};
+
+template <class T>
+struct ScanArgs {
+  int64_t batch, height, width, channels;  // of x
+  int64_t num_orders, states, rank;        // K, N, and R, 0 where dt comes in full
+  int orders[4];
+  int ndim;
+  bool softplus;
+  Map<const T> x, dt, B, C;
+  // The parameters by channel block and order, zero where a block exceeds the channels or an option is absent:
+  // A (N, lanes), bias (lanes), D summed over the orders (lanes), weight (R, lanes), its transpose (lanes, rank_padded).
+  const T* packed;
+  int64_t lanes;  // channels of a block
+
+  int64_t num_blocks() const { return (channels + lanes - 1) / lanes; }
+  int64_t rank_padded() const { return (rank + 15) / 16 * 16; }
+  int64_t packed_size() const { return (states + 2 + rank + rank_padded()) * lanes; }
+  const T* A(int64_t block, int64_t k) const { return packed + (block * num_orders + k) * packed_size(); }
+  const T* bias(int64_t block, int64_t k) const { return A(block, k) + states * lanes; }
+  const T* D(int64_t block, int64_t k) const { return bias(block, k) + lanes; }
+  const T* weight(int64_t block, int64_t k) const { return D(block, k) + lanes; }
+  const T* weight_t(int64_t block, int64_t k) const { return weight(block, k) + rank * lanes; }
+};
+
+// Gradients. Those of a position's channels are whole; those that sum over channels come as one part a channel group,
+// those that sum over positions as one part an image group. Groups depend on the shape alone, never on the number of
+// threads, and parts are added up in a fixed order: the result is the same for any number of threads.
+template <class T>
+struct ScanGrads {
+  Map<const T> y;
+  T* x;       // (batch, H, W, E)
+  T* dt;      // (batch, H, W, K, E), or (channel groups, batch, H, W, K, R)
+  T *B, *C;   // (channel groups, batch, H, W, K, N); C is null without C
+  T* params;  // (image groups, blocks, K, N + 2 + R, lanes): A, bias, D, weight
+  int64_t image_groups, channel_groups;
+  int64_t params_size(const ScanArgs<T>& s) const { return (s.states + 2 + s.rank) * s.lanes; }
+};
+
+// One instruction set's kernels. `forward` does the tasks [begin, end) of batch * blocks, `backward` those of
+// image groups * channel groups, each with scratch of its own.
+template <class T>
+struct ScanKernels {
+  const char* name;
+  int64_t (*lanes)(int64_t channels);
+  int64_t (*forward_scratch)(const ScanArgs<T>&);
+  void (*forward)(const ScanArgs<T>&, T* y, T* scratch, int64_t begin, int64_t end);
+  int64_t (*backward_scratch)(const ScanArgs<T>&);
+  void (*backward)(const ScanArgs<T>&, const ScanGrads<T>&, T* scratch, int64_t begin, int64_t end);
+};
+
+extern const ScanKernels<float> kScanPortable;
+extern const ScanKernels<double> kScanPortableDouble;
+#if defined(__x86_64__)
+extern const ScanKernels<float> kScanAvx2;
+extern const ScanKernels<float> kScanAvx512;
+#endif
+
+}  // namespace vssm

@@ -1,0 +1,337 @@
+// SPDX-License-Identifier: Apache-2.0
+// The op: schema, and the CPU implementation that prepares arguments, runs the kernels of the best instruction set over
+// PyTorch's thread pool, and adds up partial gradients. Arguments are checked by the public function in Python; here only
+// what would read or write out of bounds. Everything goes through PyTorch's stable ABI.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include "scan.h"
+
+namespace vssm {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Shape = std::vector<int64_t>;
+
+// ---- instruction sets ------------------------------------------------------------------------------------------------
+
+bool supported(const ScanKernels<float>& kernels) {
+#if defined(__x86_64__)
+  if (&kernels == &kScanAvx512)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl");
+  if (&kernels == &kScanAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return true;
+}
+
+// The best that the CPU has, or the one that VSSM_CPU_CAPABILITY names.
+const ScanKernels<float>& select_kernels() {
+  static const ScanKernels<float>* const all[] = {
+#if defined(__x86_64__)
+      &kScanAvx512, &kScanAvx2,
+#endif
+      &kScanPortable};
+  const char* wanted = std::getenv("VSSM_CPU_CAPABILITY");
+  std::string names;
+  for (const auto* kernels : all) {
+    if (!supported(*kernels)) continue;
+    if (!wanted || !*wanted || kernels->name == std::string(wanted)) return *kernels;
+    names += (names.empty() ? "" : ", ") + std::string(kernels->name);
+  }
+  STD_TORCH_CHECK(false, "VSSM_CPU_CAPABILITY must be one of ", names, " on this CPU, got ", wanted, ".");
+}
+
+template <class T>
+const ScanKernels<T>& kernels_for() {
+  if constexpr (std::is_same_v<T, double>)
+    return kScanPortableDouble;
+  else
+    return select_kernels();
+}
+
+std::string cpu_capability() { return select_kernels().name; }
+
+// ---- arguments -------------------------------------------------------------------------------------------------------
+
+template <class T>
+constexpr ScalarType kType = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
+
+template <class T>
+Tensor empty(const Tensor& like, const Shape& shape) {
+  return torch::stable::new_empty(like, shape, kType<T>);
+}
+
+Tensor cast(const Tensor& t, ScalarType type) { return t.scalar_type() == type ? t : torch::stable::to(t, type); }
+
+// Half types are widened as a whole: reading them once costs less than widening them in every order.
+template <class T>
+Tensor last_contiguous(const Tensor& t) {
+  const Tensor wide = cast(t, kType<T>);
+  const int64_t last = wide.dim() - 1;
+  return wide.size(last) == 1 || wide.stride(last) == 1 ? wide : torch::stable::contiguous(wide);
+}
+
+template <class T>
+Tensor contiguous(const Tensor& t) {
+  return torch::stable::contiguous(cast(t, kType<T>));
+}
+
+void check_shape(const char* name, const Tensor& t, const Shape& shape) {
+  const auto sizes = t.sizes();
+  STD_TORCH_CHECK(t.is_cpu(), "vssm::selective_scan: ", name, " must be on the CPU.");
+  STD_TORCH_CHECK(sizes.size() == shape.size() && std::equal(shape.begin(), shape.end(), sizes.begin()),
+                  "vssm::selective_scan: ", name, " has the wrong shape; call vssm.ops.selective_scan, which says why.");
+}
+
+// The inputs of one call, in the type that it computes in, kept alive while the kernels read them.
+template <class T>
+struct Inputs {
+  ScanArgs<T> args{};
+  Tensor x, dt, A, B;
+  std::optional<Tensor> C, D, dt_bias, dt_weight;
+  Tensor packed;
+  const T one = 1;
+
+  Inputs(const ScanKernels<T>& kernels, const Tensor& x_, const Tensor& dt_, const Tensor& A_, const Tensor& B_,
+         const std::optional<Tensor>& C_, const std::optional<Tensor>& D_, const std::optional<Tensor>& dt_bias_,
+         const std::optional<Tensor>& dt_weight_, int64_t ndim, const Shape& orders, bool softplus) {
+    STD_TORCH_CHECK(x_.dim() == 4 && A_.dim() == 3 && (!dt_weight_ || dt_weight_->dim() == 3) && x_.numel() > 0 &&
+                        A_.numel() > 0 && (ndim == 1 || ndim == 2) && !orders.empty() && orders.size() <= 4,
+                    "vssm::selective_scan: bad arguments; call vssm.ops.selective_scan, which says which.");
+    ScanArgs<T>& s = args;
+    s.batch = x_.size(0), s.height = x_.size(1), s.width = x_.size(2), s.channels = x_.size(3);
+    s.num_orders = orders.size(), s.states = A_.size(2), s.rank = dt_weight_ ? dt_weight_->size(2) : 0;
+    s.ndim = ndim, s.softplus = softplus;
+    for (size_t k = 0; k < orders.size(); ++k) {
+      STD_TORCH_CHECK(orders[k] >= 0 && orders[k] < 4, "vssm::selective_scan: orders must be 0, 1, 2 or 3.");
+      s.orders[k] = orders[k];
+    }
+    const int64_t K = s.num_orders, E = s.channels, N = s.states, R = s.rank;
+    const Shape per_state{s.batch, s.height, s.width, K, N};
+    STD_TORCH_CHECK(x_.is_cpu(), "vssm::selective_scan: x must be on the CPU.");
+    check_shape("dt", dt_, {s.batch, s.height, s.width, K, R ? R : E});
+    check_shape("A", A_, {K, E, N});
+    check_shape("B", B_, per_state);
+    if (C_) check_shape("C", *C_, per_state);
+    if (D_) check_shape("D", *D_, {K, E});
+    if (dt_bias_) check_shape("dt_bias", *dt_bias_, {K, E});
+    if (dt_weight_) check_shape("dt_weight", *dt_weight_, {K, E, R});
+
+    s.x = map<T>(x = last_contiguous<T>(x_));
+    s.dt = map<T>(dt = last_contiguous<T>(dt_));
+    s.B = map<T>(B = last_contiguous<T>(B_));
+    A = contiguous<T>(A_);
+    if (C_) s.C = map<T>(*(C = last_contiguous<T>(*C_)));
+    else s.C = {&one, 0, 0, 0, 0};  // y is the state itself
+    if (D_) D = contiguous<T>(*D_);
+    if (dt_bias_) dt_bias = contiguous<T>(*dt_bias_);
+    if (dt_weight_) dt_weight = contiguous<T>(*dt_weight_);
+    s.lanes = kernels.lanes(E);
+    pack();
+  }
+  Inputs(const Inputs&) = delete;  // args may point to `one`
+
+  template <class U>
+  static Map<const U> map(const Tensor& t) {
+    return {t.const_data_ptr<U>(), t.stride(0), t.stride(1), t.stride(2), t.dim() == 5 ? t.stride(3) : 0};
+  }
+
+ private:
+  static const T* data(const std::optional<Tensor>& t) { return t ? t->template const_data_ptr<T>() : nullptr; }
+
+  // Lay the parameters out by block of channels, as ScanArgs describes.
+  void pack() {
+    ScanArgs<T>& s = args;
+    const int64_t K = s.num_orders, E = s.channels, N = s.states, R = s.rank, L = s.lanes, Rp = s.rank_padded();
+    packed = empty<T>(x, {s.num_blocks() * K * s.packed_size()});
+    T* const base = packed.template mutable_data_ptr<T>();
+    s.packed = base;
+    const T *A_in = A.template const_data_ptr<T>(), *D_in = data(D), *bias_in = data(dt_bias), *weight_in = data(dt_weight);
+    torch::stable::parallel_for(0, s.num_blocks() * K, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t first = task / K * L, k = task % K, valid = std::min(L, E - first);
+        T* out = base + task * s.packed_size();
+        std::fill(out, out + s.packed_size(), T(0));
+        T *bias = out + N * L, *skip = bias + L, *weight = skip + L, *weight_t = weight + R * L;
+        for (int64_t l = 0; l < valid; ++l) {
+          const int64_t e = first + l;
+          for (int64_t n = 0; n < N; ++n) out[n * L + l] = A_in[(k * E + e) * N + n];
+          if (bias_in) bias[l] = bias_in[k * E + e];
+          if (D_in)
+            for (int64_t q = 0; q < K; ++q) skip[l] += D_in[q * E + e];
+          for (int64_t r = 0; r < R; ++r) weight[r * L + l] = weight_t[l * Rp + r] = weight_in[(k * E + e) * R + r];
+        }
+      }
+    });
+  }
+};
+
+// Run tasks in parallel, each thread with a scratch of its own.
+template <class T, class F>
+void run(const Tensor& like, int64_t tasks, int64_t scratch_size, const F& kernel) {
+  const int64_t threads = torch::stable::get_num_threads();
+  scratch_size = (scratch_size + 63) / 64 * 64;
+  const Tensor scratch = empty<T>(like, {threads * scratch_size + 64});
+  T* base = scratch.mutable_data_ptr<T>();
+  base += (64 - reinterpret_cast<uintptr_t>(base) % 64) % 64 / sizeof(T);
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    uint32_t thread = 0;
+    TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&thread));
+    kernel(base + thread * scratch_size, begin, end);
+  });
+}
+
+// ---- forward ---------------------------------------------------------------------------------------------------------
+
+template <class T, class... Args>
+Tensor forward(const Args&... args) {
+  const auto& kernels = kernels_for<T>();
+  const Inputs<T> in(kernels, args...);
+  const ScanArgs<T>& s = in.args;
+  Tensor y = empty<T>(in.x, {s.batch, s.height, s.width, s.channels});
+  T* out = y.mutable_data_ptr<T>();
+  run<T>(in.x, s.batch * s.num_blocks(), kernels.forward_scratch(s),
+         [&](T* scratch, int64_t begin, int64_t end) { kernels.forward(s, out, scratch, begin, end); });
+  return y;
+}
+
+Tensor selective_scan(Tensor x, Tensor dt, Tensor A, Tensor B, std::optional<Tensor> C, std::optional<Tensor> D,
+                      std::optional<Tensor> dt_bias, std::optional<Tensor> dt_weight, int64_t ndim, Shape orders,
+                      bool softplus) {
+  const auto type = x.scalar_type();
+  const Tensor y = type == ScalarType::Double
+                       ? forward<double>(x, dt, A, B, C, D, dt_bias, dt_weight, ndim, orders, softplus)
+                       : forward<float>(x, dt, A, B, C, D, dt_bias, dt_weight, ndim, orders, softplus);
+  return cast(y, type);
+}
+
+// ---- backward --------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kGrain = 1 << 14;  // elements of a sum worth a thread
+
+// The sum of `parts` equal parts of t, in order; t itself where there is one.
+template <class T>
+Tensor sum_parts(const Tensor& t, int64_t parts, const Shape& shape) {
+  if (parts == 1) return torch::stable::reshape(t, shape);
+  Tensor out = empty<T>(t, shape);
+  const int64_t size = out.numel();
+  const T* from = t.const_data_ptr<T>();
+  T* to = out.mutable_data_ptr<T>();
+  torch::stable::parallel_for(0, size, kGrain, [&](int64_t begin, int64_t end) {
+    std::copy(from + begin, from + end, to + begin);
+    for (int64_t part = 1; part < parts; ++part)
+      for (int64_t i = begin; i < end; ++i) to[i] += from[part * size + i];
+  });
+  return out;
+}
+
+using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <class T, class... Args>
+Grads backward(const Tensor& grad_y_, const Args&... args) {
+  const auto& kernels = kernels_for<T>();
+  const Inputs<T> in(kernels, args...);
+  const ScanArgs<T>& s = in.args;
+  const int64_t K = s.num_orders, E = s.channels, N = s.states, R = s.rank, L = s.lanes, blocks = s.num_blocks();
+  const Shape per_state{s.batch, s.height, s.width, K, N};
+  check_shape("grad_y", grad_y_, {s.batch, s.height, s.width, E});
+  const Tensor grad_y = last_contiguous<T>(grad_y_);
+
+  // Enough tasks for many threads, few enough parts to add up; by the shape alone.
+  constexpr int64_t kTasks = 32;
+  ScanGrads<T> grad{};
+  grad.image_groups = std::min(s.batch, (2 * kTasks + blocks - 1) / blocks);
+  grad.channel_groups = std::min(blocks, (kTasks + grad.image_groups - 1) / grad.image_groups);
+  const int64_t cells = s.batch * s.height * s.width * K, G = grad.channel_groups;
+  const Tensor dx = empty<T>(in.x, {s.batch, s.height, s.width, E});
+  const Tensor ddt = empty<T>(in.x, {R ? G * cells * R : cells * E});
+  const Tensor dB = empty<T>(in.x, {G * cells * N});
+  const Tensor dC = empty<T>(in.x, {in.C ? G * cells * N : 0});
+  const Tensor params = empty<T>(in.x, {grad.image_groups * blocks * K * grad.params_size(s)});
+  grad.y = Inputs<T>::template map<T>(grad_y);
+  grad.x = dx.mutable_data_ptr<T>();
+  grad.dt = ddt.mutable_data_ptr<T>();
+  grad.B = dB.mutable_data_ptr<T>();
+  grad.C = in.C ? dC.mutable_data_ptr<T>() : nullptr;
+  grad.params = params.mutable_data_ptr<T>();
+  run<T>(in.x, grad.image_groups * G, kernels.backward_scratch(s),
+         [&](T* scratch, int64_t begin, int64_t end) { kernels.backward(s, grad, scratch, begin, end); });
+
+  // Parameters: add up the image groups, from blocks of lanes back to channels.
+  const Tensor dA = empty<T>(in.x, {K, E, N});
+  const Tensor dbias = empty<T>(in.x, in.dt_bias ? Shape{K, E} : Shape{0});
+  const Tensor dD = empty<T>(in.x, in.D ? Shape{K, E} : Shape{0});
+  const Tensor dweight = empty<T>(in.x, R ? Shape{K, E, R} : Shape{0});
+  T *A_out = dA.mutable_data_ptr<T>(), *bias_out = dbias.mutable_data_ptr<T>(), *D_out = dD.mutable_data_ptr<T>(),
+    *weight_out = dweight.mutable_data_ptr<T>();
+  torch::stable::parallel_for(0, blocks * K, 1, [&](int64_t begin, int64_t end) {
+    const int64_t size = grad.params_size(s), stride = blocks * K * size;
+    std::vector<T> sum(size);
+    for (int64_t task = begin; task < end; ++task) {
+      const T* part = grad.params + task * size;
+      std::copy(part, part + size, sum.begin());
+      for (int64_t group = 1; group < grad.image_groups; ++group)
+        for (int64_t i = 0; i < size; ++i) sum[i] += part[group * stride + i];
+      const int64_t first = task / K * L, k = task % K, valid = std::min(L, E - first);
+      const T *bias = &sum[N * L], *skip = bias + L, *weight = skip + L;
+      for (int64_t l = 0; l < valid; ++l) {
+        const int64_t channel = k * E + first + l;
+        for (int64_t n = 0; n < N; ++n) A_out[channel * N + n] = sum[n * L + l];
+        if (in.dt_bias) bias_out[channel] = bias[l];
+        if (in.D) D_out[channel] = skip[l];
+        for (int64_t r = 0; r < R; ++r) weight_out[channel * R + r] = weight[r * L + l];
+      }
+    }
+  });
+
+  const Shape dt_shape{s.batch, s.height, s.width, K, R ? R : E};
+  return {dx, sum_parts<T>(ddt, R ? G : 1, dt_shape), dA, sum_parts<T>(dB, G, per_state),
+          in.C ? sum_parts<T>(dC, G, per_state) : dC, dD, dbias, dweight};
+}
+
+Grads selective_scan_backward(Tensor grad_y, Tensor x, Tensor dt, Tensor A, Tensor B, std::optional<Tensor> C,
+                              std::optional<Tensor> D, std::optional<Tensor> dt_bias, std::optional<Tensor> dt_weight,
+                              int64_t ndim, Shape orders, bool softplus) {
+  const Grads grads = x.scalar_type() == ScalarType::Double
+                          ? backward<double>(grad_y, x, dt, A, B, C, D, dt_bias, dt_weight, ndim, orders, softplus)
+                          : backward<float>(grad_y, x, dt, A, B, C, D, dt_bias, dt_weight, ndim, orders, softplus);
+  // Each in its input's type; an absent input's is empty, in grad_y's.
+  const auto type = [&](const std::optional<Tensor>& input) { return (input ? *input : grad_y).scalar_type(); };
+  return {cast(std::get<0>(grads), x.scalar_type()), cast(std::get<1>(grads), dt.scalar_type()),
+          cast(std::get<2>(grads), A.scalar_type()), cast(std::get<3>(grads), B.scalar_type()),
+          cast(std::get<4>(grads), type(C)),         cast(std::get<5>(grads), type(D)),
+          cast(std::get<6>(grads), type(dt_bias)),   cast(std::get<7>(grads), type(dt_weight))};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(vssm, m) {
+  m.def(
+      "selective_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor? C, Tensor? D, Tensor? dt_bias, "
+      "Tensor? dt_weight, int ndim, int[] orders, bool softplus) -> Tensor");
+  m.def(
+      "selective_scan_backward(Tensor grad_y, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor? C, Tensor? D, "
+      "Tensor? dt_bias, Tensor? dt_weight, int ndim, int[] orders, bool softplus) -> "
+      "(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor dt_bias, Tensor dt_weight)");
+  m.def("cpu_capability() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vssm, CPU, m) {
+  m.impl("selective_scan", TORCH_BOX(&selective_scan));
+  m.impl("selective_scan_backward", TORCH_BOX(&selective_scan_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vssm, CompositeExplicitAutograd, m) { m.impl("cpu_capability", TORCH_BOX(&cpu_capability)); }
+
+}  // namespace vssm
