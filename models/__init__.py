@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The networks. Importing this package registers every one of them with timm."""
+
+from .vmamba import VMamba
+
+__all__ = ['VMamba']

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all state-space mixers share: the decay rates, and Mamba's initialisation of them and of the step sizes."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def decay_rates(A_log: Tensor) -> Tensor:
+    """A = -exp(A_log), in float32 at least: rounding a rate to half precision would move every state."""
+    if A_log.dtype != torch.float64:
+        A_log = A_log.float()
+    return -torch.exp(A_log)
+
+
+@torch.no_grad()
+def init_scan_(A_log: Tensor, D: Tensor, dt_weight: Tensor, dt_bias: Tensor) -> None:
+    """Initialise the scan's own parameters in place, as Mamba does (arXiv:2312.00752, section 3.6).
+
+    The decay rates become 1 to N, the skip 1, and the step weights uniform within R^-1/2; softplus of the step bias is
+    log-uniform within [1e-3, 1e-1].
+
+    Args:
+        A_log: Logarithms of the decay rates, (..., E, N).
+        D: Skip connection, (..., E).
+        dt_weight: Low-rank expansion of the step sizes, (..., E, R).
+        dt_bias: Bias of the step sizes, (..., E).
+    """
+    A_log.copy_(torch.arange(1, A_log.shape[-1] + 1, dtype=torch.float32, device=A_log.device).log().expand_as(A_log))
+    nn.init.ones_(D)
+    bound = dt_weight.shape[-1] ** -0.5
+    nn.init.uniform_(dt_weight, -bound, bound)
+    log_min, log_max = math.log(1e-3), math.log(1e-1)
+    step = torch.empty_like(dt_bias, dtype=torch.float32).uniform_(log_min, log_max).exp()
+    dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus

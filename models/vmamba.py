@@ -1,0 +1,555 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VMamba and 2DVMamba: one network, two scans.
+
+Papers:
+* `VMamba: Visual State Space Model` (NeurIPS 2024) - https://arxiv.org/abs/2401.10166
+* `2DMamba: Efficient State Space Model for Image Representation with Applications on Giga-Pixel Whole Slide Image
+  Classification` (CVPR 2025) - https://arxiv.org/abs/2412.00678
+
+Feature maps are channels-last, (batch, height, width, channels), from the stem's first norm to the head.
+"""
+
+import math
+import re
+from typing import Any, Dict, List, Optional, Tuple, Union
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates, create_classifier, get_device_dtype, trunc_normal_
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    named_apply,
+    register_model,
+    register_notrace_function,
+)
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from ..ops import selective_scan
+from .ssm import decay_rates, init_scan_
+
+__all__ = ['VMamba']
+
+register_notrace_function(selective_scan)  # its checks read shapes, which FX cannot trace
+
+
+class Conv3x3s2(nn.Module):
+    """Halve the resolution: 3x3 convolution of stride 2, then layer norm."""
+
+    def __init__(self, in_dim: int, dim: int, device=None, dtype=None) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.conv = nn.Conv2d(in_dim, dim, kernel_size=3, stride=2, padding=1, **dd)
+        self.norm = nn.LayerNorm(dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # [B, H, W, C] -> [B, H/2, W/2, C']
+        return self.norm(x)
+
+
+class Stem(nn.Module):
+    """Image to tokens at a quarter of its resolution: two 3x3 convolutions of stride 2, each with a layer norm."""
+
+    def __init__(self, in_chans: int, dim: int, device=None, dtype=None) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_chans, dim // 2, kernel_size=3, stride=2, padding=1, **dd)
+        self.norm1 = nn.LayerNorm(dim // 2, **dd)
+        self.act = nn.GELU()
+        self.conv2 = nn.Conv2d(dim // 2, dim, kernel_size=3, stride=2, padding=1, **dd)
+        self.norm2 = nn.LayerNorm(dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x).permute(0, 2, 3, 1)  # [B, C, H, W] -> [B, H/2, W/2, C']
+        x = self.act(self.norm1(x))
+        x = self.conv2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # -> [B, H/4, W/4, C'']
+        return self.norm2(x)
+
+
+class SS2D(nn.Module):
+    """The mixer: a depthwise convolution, then a selective scan of the map in four orders."""
+
+    def __init__(
+        self,
+        dim: int,
+        d_state: int = 1,
+        ssm_ratio: float = 1.0,
+        scan_ndim: int = 2,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        inner_dim = int(dim * ssm_ratio)
+        self.d_state = d_state
+        self.dt_rank = math.ceil(dim / 16)
+        self.scan_ndim = scan_ndim
+        self.orders = [0, 1, 2, 3]
+        K = len(self.orders)
+
+        self.in_proj = nn.Linear(dim, inner_dim, bias=False, **dd)
+        self.conv = nn.Conv2d(inner_dim, inner_dim, kernel_size=3, padding=1, groups=inner_dim, bias=False, **dd)
+        self.act = nn.SiLU()
+        self.x_proj = nn.Linear(inner_dim, K * (self.dt_rank + 2 * d_state), bias=False, **dd)
+        self.dt_weight = nn.Parameter(torch.empty(K, inner_dim, self.dt_rank, **dd))
+        self.dt_bias = nn.Parameter(torch.empty(K, inner_dim, **dd))
+        self.A_log = nn.Parameter(torch.empty(K, inner_dim, d_state, **dd))
+        self.D = nn.Parameter(torch.empty(K, inner_dim, **dd))
+        self.norm = nn.LayerNorm(inner_dim, **dd)
+        self.out_proj = nn.Linear(inner_dim, dim, bias=False, **dd)
+        init_scan_(self.A_log, self.D, self.dt_weight, self.dt_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.in_proj(x).permute(0, 3, 1, 2)  # [B, H, W, C] -> [B, E, H, W]
+        x = self.act(self.conv(x)).permute(0, 2, 3, 1)  # -> [B, H, W, E]
+        # The projections act on one position at a time, so one of them serves all orders: [B, H, W, K, R + 2N]
+        proj = self.x_proj(x).unflatten(-1, (len(self.orders), -1))
+        dt, B, C = proj.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        A = decay_rates(self.A_log)
+        if torch.jit.is_scripting():
+            y = torch.ops.vssm.selective_scan(
+                x, dt, A, B, C, self.D, self.dt_bias, self.dt_weight, self.scan_ndim, self.orders, True
+            )
+        else:
+            options = dict(dt_weight=self.dt_weight, ndim=self.scan_ndim, orders=self.orders)
+            y = selective_scan(x, dt, A, B, C, self.D, self.dt_bias, **options)
+        return self.out_proj(self.norm(y))
+
+
+class Block(nn.Module):
+    def __init__(
+        self,
+        dim: int,
+        d_state: int = 1,
+        ssm_ratio: float = 1.0,
+        mlp_ratio: float = 4.0,
+        scan_ndim: int = 2,
+        drop_path: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, **dd)
+        self.mixer = SS2D(dim, d_state=d_state, ssm_ratio=ssm_ratio, scan_ndim=scan_ndim, **dd)
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path1(self.mixer(self.norm1(x)))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+
+class Stage(nn.Module):
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        depth: int,
+        downsample: bool,
+        drop_path: List[float],
+        device=None,
+        dtype=None,
+        **block_kwargs,
+    ) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = Conv3x3s2(in_dim, dim, **dd) if downsample else nn.Identity()
+        self.blocks = nn.Sequential(*[Block(dim, drop_path=drop_path[j], **block_kwargs, **dd) for j in range(depth)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+
+class NormPoolHead(nn.Module):
+    """Classifier: layer norm of every token, pooling, linear."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int,
+        pool_type: str = 'avg',
+        drop_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.in_features = dim
+        self.norm = nn.LayerNorm(dim, **dd)
+        self.global_pool, self.fc = create_classifier(dim, num_classes, pool_type, input_fmt='NHWC', **dd)
+        self.drop = nn.Dropout(drop_rate)
+
+    @property
+    def num_features(self) -> int:
+        """Width after pooling."""
+        return self.in_features * self.global_pool.feat_mult()
+
+    def reset(self, num_classes: int, pool_type: Optional[str] = None) -> None:
+        if pool_type is None:
+            pool_type = self.global_pool.pool_type
+        self.global_pool, self.fc = create_classifier(
+            self.in_features, num_classes, pool_type, input_fmt='NHWC', **get_device_dtype(self.norm)
+        )
+        self.global_pool.train(self.training)
+        self.fc.train(self.training)
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.norm(x)
+        x = self.global_pool(x)  # [B, H, W, C] -> [B, C], unless the pooling is off
+        x = self.drop(x)
+        return x if pre_logits else self.fc(x)
+
+
+class VMamba(nn.Module):
+    """VMamba (1-D scan) and 2DVMamba (2-D scan).
+
+    Takes images of any size from 32x32 up, (batch, in_chans, H, W). A stage works at 1/4, 1/8, 1/16, 1/32 of the
+    resolution, odd sizes rounded up.
+
+    Args:
+        in_chans: Channels of the image.
+        num_classes: Classes of the head; 0 leaves the pooled features.
+        global_pool: Pooling of the head, '' for none.
+        depths: Blocks of each stage.
+        dims: Width of each stage, or the first one's, which then doubles at every stage.
+        d_state: States per channel, N.
+        ssm_ratio: Inner width of the mixer over the stage's width, E / C.
+        mlp_ratio: Hidden width of the MLP over the stage's width.
+        scan_ndim: Which scan, 1 for VMamba, 2 for 2DVMamba.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 at the first.
+    """
+
+    output_fmt = 'NHWC'
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = 'avg',
+        depths: Tuple[int, ...] = (2, 2, 8, 2),
+        dims: Union[int, Tuple[int, ...]] = 96,
+        d_state: int = 1,
+        ssm_ratio: float = 1.0,
+        mlp_ratio: float = 4.0,
+        scan_ndim: int = 2,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        if isinstance(dims, int):
+            dims = tuple(dims * 2**i for i in range(len(depths)))
+        if len(dims) != len(depths):
+            raise ValueError(f'VMamba: dims must give one width for each of the {len(depths)} depths, got {dims}.')
+        if scan_ndim not in (1, 2):
+            raise ValueError(f'VMamba: scan_ndim must be 1 or 2, got {scan_ndim!r}.')
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.num_features = dims[-1]
+        self.feature_info = []
+
+        self.stem = Stem(in_chans, dims[0], **dd)
+        drop_path = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        stages = []
+        for i, depth in enumerate(depths):
+            stages.append(
+                Stage(
+                    dims[max(i - 1, 0)],
+                    dims[i],
+                    depth,
+                    downsample=i > 0,
+                    drop_path=drop_path[i],
+                    d_state=d_state,
+                    ssm_ratio=ssm_ratio,
+                    mlp_ratio=mlp_ratio,
+                    scan_ndim=scan_ndim,
+                    **dd,
+                )
+            )
+            self.feature_info.append(dict(num_chs=dims[i], reduction=4 * 2**i, module=f'stages.{i}'))
+        self.stages = nn.Sequential(*stages)
+        self.head = NormPoolHead(dims[-1], num_classes, global_pool, drop_rate, **dd)
+        self.head_hidden_size = self.head.num_features
+        named_apply(_init_weights, self)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set:
+        return {'stages.*.mixer.A_log', 'stages.*.mixer.D', 'stages.*.mixer.dt_bias'}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        return dict(
+            stem=r'^stem',
+            blocks=r'^stages\.(\d+)'
+            if coarse
+            else [
+                (r'^stages\.(\d+)\.downsample', (0,)),
+                (r'^stages\.(\d+)\.blocks\.(\d+)', None),
+                (r'^head\.norm', (99999,)),
+            ],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)
+        self.head_hidden_size = self.head.num_features
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: Optional[Union[int, List[int]]] = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
+        """The stages' outputs along with the final feature map.
+
+        Args:
+            x: Images, (batch, in_chans, H, W).
+            indices: Which stages: the last n if an int, all if None.
+            norm: Apply the head's norm to the last stage's output.
+            stop_early: Stop after the last stage that is asked for.
+            output_fmt: Layout of the intermediates, 'NCHW' or 'NHWC'.
+            intermediates_only: Return the intermediates alone.
+        """
+        if output_fmt not in ('NCHW', 'NHWC'):
+            raise ValueError(f"forward_intermediates: output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}.")
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        last_index = len(self.stages) - 1
+        intermediates = []
+
+        x = self.stem(x)
+        if torch.jit.is_scripting() or not stop_early:  # TorchScript cannot slice a Sequential
+            stages = self.stages
+        else:
+            stages = self.stages[: max_index + 1]
+        for i, stage in enumerate(stages):
+            x = stage(x)
+            if i in take_indices:
+                intermediate = self.head.norm(x) if norm and i == last_index else x
+                if output_fmt == 'NCHW':
+                    intermediate = intermediate.permute(0, 3, 1, 2).contiguous()  # [B, H, W, C] -> [B, C, H, W]
+                intermediates.append(intermediate)
+
+        if intermediates_only:
+            return intermediates
+        return x, intermediates
+
+    def prune_intermediate_layers(
+        self,
+        indices: Union[int, List[int]] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> List[int]:
+        """Drop what `forward_intermediates` with these indices does not need, and return the kept indices."""
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        pruned = max_index < len(self.stages) - 1
+        self.stages = self.stages[: max_index + 1]
+        if pruned:  # the head was sized for the last stage's width
+            self.num_features = self.feature_info[max_index]['num_chs']
+            self.head.in_features = self.num_features
+        if prune_norm or pruned:
+            self.head.norm = nn.Identity()
+        if prune_head or pruned:
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images, (batch, in_chans, H, W) -> feature map before the head, (batch, H/32, W/32, C)."""
+        x = self.stem(x)
+        return self.stages(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.head(x, pre_logits=pre_logits) if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _init_weights(module: nn.Module, name: str) -> None:
+    """Linear layers from a truncated normal; all else, x_proj too, stays as its constructor made it."""
+    if isinstance(module, nn.Linear) and not name.endswith('x_proj'):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+# The published names, in the order in which the rules apply. The older ones among them are ln_1, self_attention,
+# patch_embed.proj, patch_embed.norm, and norm and head at the top.
+_RENAMES = (
+    (r'^patch_embed\.(0|proj)\.', 'stem.conv1.'),
+    (r'^patch_embed\.(2|norm)\.', 'stem.norm1.'),
+    (r'^patch_embed\.5\.', 'stem.conv2.'),
+    (r'^patch_embed\.7\.', 'stem.norm2.'),
+    (r'^(classifier\.)?head\.', 'head.fc.'),
+    (r'^(classifier\.)?norm\.', 'head.norm.'),
+    (r'^layers\.(\d+)\.downsample\.1\.', lambda m: f'stages.{int(m[1]) + 1}.downsample.conv.'),
+    (r'^layers\.(\d+)\.downsample\.3\.', lambda m: f'stages.{int(m[1]) + 1}.downsample.norm.'),
+    (r'^layers\.(\d+)\.blocks\.', r'stages.\1.blocks.'),
+    (r'^(stages\.\d+\.blocks\.\d+)\.(norm|ln_1)\.', r'\1.norm1.'),
+    (r'^(stages\.\d+\.blocks\.\d+)\.ln_2\.', r'\1.norm2.'),
+    (r'\.(op|self_attention)\.', '.mixer.'),
+    (r'\.mixer\.conv2d\.', '.mixer.conv.'),
+    (r'\.mixer\.out_norm\.', '.mixer.norm.'),
+    (r'\.mixer\.x_proj_weight$', '.mixer.x_proj.weight'),
+    (r'\.mixer\.dt_projs(_|\.)weight$', '.mixer.dt_weight'),
+    (r'\.mixer\.dt_projs(_|\.)bias$', '.mixer.dt_bias'),
+    (r'\.mixer\.A_logs$', '.mixer.A_log'),
+    (r'\.mixer\.Ds$', '.mixer.D'),
+)
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Tensor]:
+    """Bring a published VMamba or 2DVMamba checkpoint to our names and shapes; our own pass unchanged.
+
+    Names that no rule knows are kept as they are, so that a strict load reports them.
+
+    Raises:
+        ValueError: A tensor of the scan has another number of elements than the model's.
+    """
+    for wrapper in ('model', 'model_ema', 'state_dict', 'state_dict_ema'):
+        if wrapper in state_dict:
+            state_dict = state_dict[wrapper]
+            break
+    if 'stem.conv1.weight' in state_dict:
+        return state_dict
+
+    own = model.state_dict()
+    out = {}
+    for name, value in state_dict.items():
+        ours = name
+        for pattern, replacement in _RENAMES:
+            ours = re.sub(pattern, replacement, ours)
+        # The scan's parameters are stacked over the orders, published in one layout or another of the same numbers.
+        if re.search(r'\.mixer\.(x_proj\.weight|dt_weight|dt_bias|A_log|D)$', ours) and ours in own:
+            if value.numel() != own[ours].numel():
+                raise ValueError(
+                    f'checkpoint: {name} must hold {own[ours].numel()} numbers for {ours} of shape '
+                    f'{tuple(own[ours].shape)}, got {tuple(value.shape)}.'
+                )
+            value = value.reshape(own[ours].shape)
+        out[ours] = value
+    return out
+
+
+def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
+    return {
+        'url': url,
+        'num_classes': 1000,
+        'input_size': (3, 224, 224),
+        'pool_size': (7, 7),
+        'min_input_size': (3, 32, 32),
+        'crop_pct': 0.875,
+        'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'stem.conv1',
+        'classifier': 'head.fc',
+        'license': 'mit' if url else 'apache-2.0',
+        **kwargs,
+    }
+
+
+_RELEASE = 'https://github.com/MzeroMiko/VMamba/releases/download/%23v2cls/'
+
+default_cfgs = generate_default_cfgs(
+    {
+        'vmamba_tiny.in1k': _cfg(url=_RELEASE + 'vssm1_tiny_0230s_ckpt_epoch_264.pth'),
+        'vmamba_small.in1k': _cfg(url=_RELEASE + 'vssm_small_0229_ckpt_epoch_222.pth'),
+        'vmamba_base.in1k': _cfg(url=_RELEASE + 'vssm_base_0229_ckpt_epoch_237.pth'),
+        # No weights of 2DVMamba have been published.
+        'vmamba2d_tiny.in1k': _cfg(),
+        'vmamba2d_small.in1k': _cfg(),
+        'vmamba2d_base.in1k': _cfg(),
+        'test_vmamba': _cfg(input_size=(3, 32, 32), pool_size=(1, 1)),
+        'test_vmamba2d': _cfg(input_size=(3, 32, 32), pool_size=(1, 1)),
+    }
+)
+
+
+def _create_vmamba(variant: str, pretrained: bool = False, **kwargs) -> VMamba:
+    return build_model_with_cfg(
+        VMamba,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls='getter'),
+        **kwargs,
+    )
+
+
+_TINY = dict(depths=(2, 2, 8, 2), dims=96)
+_SMALL = dict(depths=(2, 2, 15, 2), dims=96, ssm_ratio=2.0)
+_BASE = dict(depths=(2, 2, 15, 2), dims=128, ssm_ratio=2.0)
+_TEST = dict(depths=(1, 1, 2, 1), dims=(32, 48, 64, 96))
+
+
+@register_model
+def vmamba_tiny(pretrained: bool = False, **kwargs) -> VMamba:
+    model_args = dict(_TINY, scan_ndim=1)
+    return _create_vmamba('vmamba_tiny', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmamba_small(pretrained: bool = False, **kwargs) -> VMamba:
+    model_args = dict(_SMALL, scan_ndim=1)
+    return _create_vmamba('vmamba_small', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmamba_base(pretrained: bool = False, **kwargs) -> VMamba:
+    model_args = dict(_BASE, scan_ndim=1)
+    return _create_vmamba('vmamba_base', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmamba2d_tiny(pretrained: bool = False, **kwargs) -> VMamba:
+    model_args = dict(_TINY, scan_ndim=2)
+    return _create_vmamba('vmamba2d_tiny', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmamba2d_small(pretrained: bool = False, **kwargs) -> VMamba:
+    model_args = dict(_SMALL, scan_ndim=2)
+    return _create_vmamba('vmamba2d_small', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmamba2d_base(pretrained: bool = False, **kwargs) -> VMamba:
+    model_args = dict(_BASE, scan_ndim=2)
+    return _create_vmamba('vmamba2d_base', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def test_vmamba(pretrained: bool = False, **kwargs) -> VMamba:
+    model_args = dict(_TEST, scan_ndim=1)
+    return _create_vmamba('test_vmamba', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def test_vmamba2d(pretrained: bool = False, **kwargs) -> VMamba:
+    model_args = dict(_TEST, scan_ndim=2)
+    return _create_vmamba('test_vmamba2d', pretrained, **dict(model_args, **kwargs))
