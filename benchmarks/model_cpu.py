@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images per second of whole models on the CPU, interleaved in one process.
+
+Each model runs on contiguous and on channels-last input, and its better one counts.
+
+    python benchmarks/model_cpu.py --batch-size 8 --json benchmarks/results/model_cpu.json
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+from timing import conditions, interleaved, write_json
+from torch import nn
+
+import vssm  # noqa: F401  registers the models
+
+MODELS = ('swin_tiny_patch4_window7_224', 'convnext_tiny', 'vmamba_tiny', 'vmamba2d_tiny')
+FORMATS = dict(contiguous=torch.contiguous_format, channels_last=torch.channels_last)
+
+
+def forward(model: nn.Module, x: torch.Tensor) -> None:
+    with torch.inference_mode():
+        model(x)
+
+
+def step(model: nn.Module, x: torch.Tensor) -> None:
+    """Forward and backward; no optimizer."""
+    model.zero_grad()
+    model(x).square().mean().backward()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('models', nargs='*', default=MODELS, help='timm names; ratios are to the first')
+    parser.add_argument('--batch-size', type=int, default=8)
+    parser.add_argument('--size', type=int, default=224)
+    parser.add_argument('--rounds', type=int, default=9)
+    parser.add_argument('--threads', type=int, default=0, help="0: PyTorch's choice")
+    parser.add_argument('--train', action='store_true', help='time forward and backward')
+    parser.add_argument('--json', type=Path)
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+
+    calls = {}
+    for name in args.models:
+        for layout, memory_format in FORMATS.items():
+            model = timm.create_model(name).train(args.train).to(memory_format=memory_format)
+            x = torch.randn(args.batch_size, 3, args.size, args.size).contiguous(memory_format=memory_format)
+            calls[name, layout] = partial(step if args.train else forward, model, x)
+    seconds = interleaved(calls, args.rounds)
+
+    rows = []
+    for name in args.models:
+        layout = min(FORMATS, key=lambda layout: seconds[name, layout])
+        rows.append(
+            dict(
+                name=name,
+                layout=layout,
+                images_per_s=args.batch_size / seconds[name, layout],
+                ms={layout: 1e3 * seconds[name, layout] for layout in FORMATS},
+            )
+        )
+    what = 'training step' if args.train else 'inference'
+    table = Table(title=f'{what}, batch {args.batch_size}, {args.size}x{args.size}, float32', caption=str(conditions()))
+    for heading in ('model', 'layout', 'images/s', f'x {args.models[0]}'):
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(
+            row['name'],
+            row['layout'],
+            f'{row["images_per_s"]:.2f}',
+            f'{row["images_per_s"] / rows[0]["images_per_s"]:.2f}',
+        )
+    Console().print(table)
+    if args.json:
+        write_json(args.json, f'python benchmarks/model_cpu.py{" --train" if args.train else ""}', rows)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Interleaved timing and the description of the machine, shared by the benchmark scripts."""
+
+import json
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict
+
+import timm
+import torch
+
+import vssm
+
+
+def interleaved(calls: Dict[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> Dict[str, float]:
+    """Median seconds of each call. Rounds are interleaved, so that a machine's drift hits all calls alike."""
+    for _ in range(warmup):
+        for call in calls.values():
+            call()
+    seconds = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(s) for name, s in seconds.items()}
+
+
+def conditions() -> Dict[str, Any]:
+    """What a figure depends on: processor, threads, versions, kernel path."""
+    return dict(
+        cpu=_cpu_name(),
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        kernel=torch.ops.vssm.cpu_capability(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        timm=timm.__version__,
+        vssm=vssm.__version__,
+    )
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path('/proc/cpuinfo')
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith('model name'):
+                return line.partition(':')[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def write_json(path: Path, script: str, rows: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix('.tmp')
+    temporary.write_text(json.dumps(dict(command=script, conditions=conditions(), rows=rows), indent=2) + '\n')
+    temporary.replace(path)
