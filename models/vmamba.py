@@ -113,8 +113,9 @@ class SS2D(nn.Module):
                 x, dt, A, B, C, self.D, self.dt_bias, self.dt_weight, self.scan_ndim, self.orders, True
             )
         else:
-            options = dict(dt_weight=self.dt_weight, ndim=self.scan_ndim, orders=self.orders)
-            y = selective_scan(x, dt, A, B, C, self.D, self.dt_bias, **options)
+            y = selective_scan(
+                x, dt, A, B, C, self.D, self.dt_bias, dt_weight=self.dt_weight, ndim=self.scan_ndim, orders=self.orders
+            )
         return self.out_proj(self.norm(y))
 
 
@@ -186,19 +187,16 @@ class NormPoolHead(nn.Module):
         self.in_features = dim
         self.norm = nn.LayerNorm(dim, **dd)
         self.global_pool, self.fc = create_classifier(dim, num_classes, pool_type, input_fmt='NHWC', **dd)
+        self.num_features = dim * self.global_pool.feat_mult()  # after pooling
         self.drop = nn.Dropout(drop_rate)
 
-    @property
-    def num_features(self) -> int:
-        """Width after pooling."""
-        return self.in_features * self.global_pool.feat_mult()
-
-    def reset(self, num_classes: int, pool_type: Optional[str] = None) -> None:
+    def reset(self, num_classes: int, pool_type: Optional[str] = None, device=None, dtype=None) -> None:
         if pool_type is None:
             pool_type = self.global_pool.pool_type
         self.global_pool, self.fc = create_classifier(
-            self.in_features, num_classes, pool_type, input_fmt='NHWC', **get_device_dtype(self.norm)
+            self.in_features, num_classes, pool_type, input_fmt='NHWC', device=device, dtype=dtype
         )
+        self.num_features = self.in_features * self.global_pool.feat_mult()
         self.global_pool.train(self.training)
         self.fc.train(self.training)
 
@@ -313,7 +311,7 @@ class VMamba(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
+        self.head.reset(num_classes, global_pool, **get_device_dtype(self))
         self.head_hidden_size = self.head.num_features
 
     def forward_intermediates(

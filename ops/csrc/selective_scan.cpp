@@ -94,6 +94,9 @@ void check_shape(const char* name, const Tensor& t, const Shape& shape) {
                   "vssm::selective_scan: ", name, " has the wrong shape; call vssm.ops.selective_scan, which says why.");
 }
 
+// How many tasks of `size` elements each are worth a thread: small maps stay on one.
+int64_t grain(int64_t size) { return std::max<int64_t>(1, (1 << 14) / size); }
+
 // The inputs of one call, in the type that it computes in, kept alive while the kernels read them.
 template <class T>
 struct Inputs {
@@ -158,7 +161,7 @@ struct Inputs {
     T* const base = packed.template mutable_data_ptr<T>();
     s.packed = base;
     const T *A_in = A.template const_data_ptr<T>(), *D_in = data(D), *bias_in = data(dt_bias), *weight_in = data(dt_weight);
-    torch::stable::parallel_for(0, s.num_blocks() * K, 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, s.num_blocks() * K, grain(s.packed_size()), [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t first = task / K * L, k = task % K, valid = std::min(L, E - first);
         T* out = base + task * s.packed_size();
@@ -177,15 +180,15 @@ struct Inputs {
   }
 };
 
-// Run tasks in parallel, each thread with a scratch of its own.
+// Run tasks of `size` elements in parallel, each thread with a scratch of its own.
 template <class T, class F>
-void run(const Tensor& like, int64_t tasks, int64_t scratch_size, const F& kernel) {
+void run(const Tensor& like, int64_t tasks, int64_t size, int64_t scratch_size, const F& kernel) {
   const int64_t threads = torch::stable::get_num_threads();
   scratch_size = (scratch_size + 63) / 64 * 64;
   const Tensor scratch = empty<T>(like, {threads * scratch_size + 64});
   T* base = scratch.mutable_data_ptr<T>();
   base += (64 - reinterpret_cast<uintptr_t>(base) % 64) % 64 / sizeof(T);
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, tasks, grain(size), [&](int64_t begin, int64_t end) {
     uint32_t thread = 0;
     TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&thread));
     kernel(base + thread * scratch_size, begin, end);
@@ -201,7 +204,8 @@ Tensor forward(const Args&... args) {
   const ScanArgs<T>& s = in.args;
   Tensor y = empty<T>(in.x, {s.batch, s.height, s.width, s.channels});
   T* out = y.mutable_data_ptr<T>();
-  run<T>(in.x, s.batch * s.num_blocks(), kernels.forward_scratch(s),
+  const int64_t tasks = s.batch * s.num_blocks();
+  run<T>(in.x, tasks, y.numel() * s.num_orders / tasks, kernels.forward_scratch(s),
          [&](T* scratch, int64_t begin, int64_t end) { kernels.forward(s, out, scratch, begin, end); });
   return y;
 }
@@ -218,8 +222,6 @@ Tensor selective_scan(Tensor x, Tensor dt, Tensor A, Tensor B, std::optional<Ten
 
 // ---- backward --------------------------------------------------------------------------------------------------------
 
-constexpr int64_t kGrain = 1 << 14;  // elements of a sum worth a thread
-
 // The sum of `parts` equal parts of t, in order; t itself where there is one.
 template <class T>
 Tensor sum_parts(const Tensor& t, int64_t parts, const Shape& shape) {
@@ -228,7 +230,7 @@ Tensor sum_parts(const Tensor& t, int64_t parts, const Shape& shape) {
   const int64_t size = out.numel();
   const T* from = t.const_data_ptr<T>();
   T* to = out.mutable_data_ptr<T>();
-  torch::stable::parallel_for(0, size, kGrain, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, size, grain(1), [&](int64_t begin, int64_t end) {
     std::copy(from + begin, from + end, to + begin);
     for (int64_t part = 1; part < parts; ++part)
       for (int64_t i = begin; i < end; ++i) to[i] += from[part * size + i];
@@ -265,7 +267,8 @@ Grads backward(const Tensor& grad_y_, const Args&... args) {
   grad.B = dB.mutable_data_ptr<T>();
   grad.C = in.C ? dC.mutable_data_ptr<T>() : nullptr;
   grad.params = params.mutable_data_ptr<T>();
-  run<T>(in.x, grad.image_groups * G, kernels.backward_scratch(s),
+  const int64_t tasks = grad.image_groups * G;
+  run<T>(in.x, tasks, dx.numel() * K / tasks, kernels.backward_scratch(s),
          [&](T* scratch, int64_t begin, int64_t end) { kernels.backward(s, grad, scratch, begin, end); });
 
   // Parameters: add up the image groups, from blocks of lanes back to channels.
@@ -275,8 +278,8 @@ Grads backward(const Tensor& grad_y_, const Args&... args) {
   const Tensor dweight = empty<T>(in.x, R ? Shape{K, E, R} : Shape{0});
   T *A_out = dA.mutable_data_ptr<T>(), *bias_out = dbias.mutable_data_ptr<T>(), *D_out = dD.mutable_data_ptr<T>(),
     *weight_out = dweight.mutable_data_ptr<T>();
-  torch::stable::parallel_for(0, blocks * K, 1, [&](int64_t begin, int64_t end) {
-    const int64_t size = grad.params_size(s), stride = blocks * K * size;
+  const int64_t size = grad.params_size(s), stride = blocks * K * size;
+  torch::stable::parallel_for(0, blocks * K, grain(size * grad.image_groups), [&](int64_t begin, int64_t end) {
     std::vector<T> sum(size);
     for (int64_t task = begin; task < end; ++task) {
       const T* part = grad.params + task * size;
