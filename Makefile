@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+# Everything from a clone: `make demo` and `make test` install what they need into .venv first.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SOURCES := $(wildcard configs/*/*.py models/*.py ops/*.py tools/*.py src/vssm/*.py)
+
+.PHONY: setup demo test test-slow lint format clean
+
+setup: $(INSTALLED)
+
+# Again whenever what is installed or compiled changes; the environment itself is kept.
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard ops/csrc/*)
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "vssm needs Python 3.11 or newer, got " + sys.version.split()[0] + ": make setup PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt torch torchvision setuptools wheel
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[demo,test]'
+	# mmengine asks for opencv-python, which needs a display library that servers lack; the headless build does not.
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps --force-reinstall opencv-python-headless
+	touch $@
+
+demo: work_dirs/digits/metrics.json
+	@echo 'Results of the demo, in work_dirs/digits (digits.png is the picture; remove the folder to train again):'
+	@cat work_dirs/digits/metrics.json
+
+work_dirs/digits/metrics.json: $(INSTALLED) $(SOURCES)
+	$(BIN)/vssm demo --work-dir work_dirs/digits
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist *.egg-info src/*.egg-info work_dirs
