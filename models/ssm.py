@@ -4,9 +4,11 @@
 import math
 
 import torch
+from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 
+@register_notrace_function  # FX cannot follow a branch on a dtype
 def decay_rates(A_log: Tensor) -> Tensor:
     """A = -exp(A_log), in float32 at least: rounding a rate to half precision would move every state."""
     if A_log.dtype != torch.float64:

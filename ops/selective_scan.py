@@ -91,9 +91,12 @@ def selective_scan(
     if not torch.jit.is_tracing():  # where sizes are tensors
         _check(x, dt, A, B, C, D, dt_bias, dt_weight, ndim, orders)
         if _use_reference:
-            return selective_scan_ref(
-                x, dt, A, B, C, D, dt_bias, dt_weight=dt_weight, ndim=ndim, orders=orders, softplus=softplus
-            )
+            if torch.is_autocast_enabled(x.device.type):
+                x, dt, B, C = _autocast_inputs(x, dt, B, C)
+            with torch.autocast(x.device.type, enabled=False):
+                return selective_scan_ref(
+                    x, dt, A, B, C, D, dt_bias, dt_weight=dt_weight, ndim=ndim, orders=orders, softplus=softplus
+                )
         _check_device(x)
     return torch.ops.vssm.selective_scan(x, dt, A, B, C, D, dt_bias, dt_weight, ndim, orders, softplus)
 
@@ -206,21 +209,25 @@ def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
 torch.library.register_autograd('vssm::selective_scan_backward', _no_double_backward)
 
 
-def _register_autocast(device_type: str, key: str) -> None:
+def _autocast_inputs(*tensors: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def _register_autocast(key: str) -> None:
     """Under autocast, cast x, dt, B and C alone: A, D, dt_bias and dt_weight keep their precision."""
     keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def autocast(x, dt, A, B, C, D, dt_bias, dt_weight, ndim, orders, softplus):
-        dtype = torch.get_autocast_dtype(device_type)
-        x, dt, B, C = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, dt, B, C))
+        x, dt, B, C = _autocast_inputs(x, dt, B, C)
         with torch._C._ExcludeDispatchKeyGuard(keyset):
             return torch.ops.vssm.selective_scan(x, dt, A, B, C, D, dt_bias, dt_weight, ndim, orders, softplus)
 
     torch.library.impl('vssm::selective_scan', key, func=autocast)
 
 
-_register_autocast('cpu', 'AutocastCPU')
-_register_autocast('cuda', 'AutocastCUDA')
+_register_autocast('AutocastCPU')
+_register_autocast('AutocastCUDA')
 
 
 def selective_scan_macs(x_shape: List[int], K: int, N: int, R: int, ndim: int, has_C: bool, has_D: bool) -> int:

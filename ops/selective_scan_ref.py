@@ -77,8 +77,8 @@ def _scan(a: Tensor, b: Tensor, ndim: int) -> Tensor:
 
 def _scan_axis(a: Tensor, b: Tensor, dim: int) -> Tensor:
     """h[t] = a[t] h[t-1] + b[t] along `dim`, h[-1] = 0."""
-    h, states = None, []
+    h, states = torch.zeros_like(b.select(dim, 0)), []
     for a_t, b_t in zip(a.unbind(dim), b.unbind(dim), strict=True):
-        h = b_t if h is None else a_t * h + b_t
+        h = a_t * h + b_t
         states.append(h)
     return torch.stack(states, dim)

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test shares: the golden files, the ways to compute the scan, error measure, poisoned memory."""
+
+import json
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import vssm
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(os.environ.get('VSSM_GOLDEN', ROOT.parent / 'shared' / 'golden'))
+CAPABILITY = 'VSSM_CPU_CAPABILITY'
+
+
+def pytest_addoption(parser):
+    parser.addoption('--draws', type=int, default=300, help='random cases of the property tests of the scan')
+
+
+def pytest_generate_tests(metafunc):
+    if 'draw' in metafunc.fixturenames:
+        draws = range(metafunc.config.getoption('draws'))
+        metafunc.parametrize('draw', draws, ids=[f'draw{i}' for i in draws])
+    if 'golden_scan' in metafunc.fixturenames:
+        metafunc.parametrize('golden_scan', _golden_scans())
+
+
+# ---- golden files ----------------------------------------------------------------------------------------------------
+
+_need_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f'golden files not found, set VSSM_GOLDEN (now {GOLDEN})')
+
+
+def read_tensors(path: Path) -> Tuple[Dict[str, torch.Tensor], Dict[str, Any]]:
+    """Tensors and decoded metadata of a safetensors file."""
+    with safe_open(path, 'pt') as f:
+        tensors = {name: f.get_tensor(name) for name in f.keys()}
+        metadata = {}
+        for key, value in (f.metadata() or {}).items():
+            try:
+                metadata[key] = json.loads(value)
+            except json.JSONDecodeError:
+                metadata[key] = value
+    return tensors, metadata
+
+
+def under(tensors: Dict[str, torch.Tensor], prefix: str) -> Dict[str, torch.Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
+    return {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _golden_scans() -> List:
+    """(tensors, sizes and options) of every golden case of the op; without the folder one skipped placeholder."""
+    if not GOLDEN.is_dir():
+        return [pytest.param(None, id='absent', marks=_need_golden)]
+    params = []
+    for ndim in (1, 2):
+        tensors, metadata = read_tensors(GOLDEN / f'scan_{ndim}d_cases.safetensors')
+        for name, options in metadata['cases'].items():
+            case = under(tensors, f'{name}.'), dict(options, ndim=ndim)
+            params.append(pytest.param(case, id=f'{ndim}d-{name}'))
+    return params
+
+
+@pytest.fixture(scope='session')
+def golden():
+    """Reader of the golden folder: `.json` files as they are, safetensors as (tensors, metadata)."""
+    if not GOLDEN.is_dir():
+        pytest.skip(_need_golden.kwargs['reason'])
+
+    def read(name: str):
+        if name.endswith('.json'):
+            return json.loads((GOLDEN / name).read_text())
+        return read_tensors(GOLDEN / f'{name}.safetensors')
+
+    return read
+
+
+# ---- ways to compute the scan ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def cpu_capability(name: Optional[str]):
+    """Force one CPU path of the kernels; None leaves the choice to them."""
+    before = os.environ.pop(CAPABILITY, None)
+    if name is not None:
+        os.environ[CAPABILITY] = name
+    try:
+        yield
+    finally:
+        os.environ.pop(CAPABILITY, None)
+        if before is not None:
+            os.environ[CAPABILITY] = before
+
+
+def _available_paths() -> List[str]:
+    paths = []
+    for name in ('avx512', 'avx2', 'portable'):
+        with cpu_capability(name):
+            try:
+                paths.append(torch.ops.vssm.cpu_capability())
+            except RuntimeError:  # this CPU lacks it
+                continue
+    return paths
+
+
+CPU_PATHS = _available_paths()
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute the scan: the reference, or the kernels along one CPU path; and in which dtype."""
+
+    path: Optional[str]  # None is the reference
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f'{self.path or "reference"}-{str(self.dtype).removeprefix("torch.")}'
+
+    @contextmanager
+    def active(self):
+        with vssm.ops.use_reference(self.path is None), cpu_capability(self.path):
+            yield
+
+
+BACKENDS = [
+    Backend(None, torch.float64),
+    Backend(None, torch.float32),
+    Backend(CPU_PATHS[0], torch.float64),  # one code serves float64, whatever the path
+    *[Backend(path, torch.float32) for path in CPU_PATHS],
+]
+
+
+@pytest.fixture(params=BACKENDS, ids=str)
+def backend(request):
+    """Each way to compute the scan in turn; `selective_scan` takes it while the test runs."""
+    with request.param.active():
+        yield request.param
+
+
+@pytest.fixture(params=CPU_PATHS)
+def cpu_path(request):
+    with cpu_capability(request.param):
+        yield request.param
+
+
+@pytest.fixture(scope='session')
+def cpu_paths():
+    """The CPU paths that this machine has, best first, and the context manager that forces one."""
+    return CPU_PATHS, cpu_capability
+
+
+# ---- how errors are measured -----------------------------------------------------------------------------------------
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """max |actual - expected| / max |expected|, absolute where the expected values are zero by symmetry."""
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    if expected.numel() == 0:
+        return 0.0
+    scale = expected.double().abs().max().item()
+    error = (actual.double() - expected.double()).abs().max().item()
+    return error if scale < 1e-12 else error / scale
+
+
+@pytest.fixture(scope='session')
+def assert_close():
+    """assert_close(actual, expected, tolerance, what): `relative_error` within tolerance; NaN never is."""
+
+    def check(actual: torch.Tensor, expected: torch.Tensor, tolerance: float, what: str = '') -> None:
+        error = relative_error(actual, expected)
+        assert error <= tolerance, f'{what}: relative error {error:.2e} exceeds {tolerance:.0e}'
+
+    return check
+
+
+# ---- state of the process --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='session', autouse=True)
+def _two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _kernels():
+    """Test the kernels, whatever VSSM_REFERENCE says, unless a test asks for the reference."""
+    with vssm.ops.use_reference(False):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """Fill every newly allocated tensor with NaN: a kernel that leaves an element of its output unwritten is seen."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arrows between the folders: tools -> models -> ops -> torch; and what every file owes."""
+
+import ast
+import importlib.metadata
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import vssm
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ('benchmarks', 'configs', 'models', 'ops', 'src', 'tests', 'tools')
+PACKAGES = {'configs': 'vssm.configs', 'models': 'vssm.models', 'ops': 'vssm.ops', 'tools': 'vssm.tools'}
+STDLIB = set(sys.stdlib_module_names)
+
+# What the files of a folder may import, standard library aside: other packages, and our own by their dotted names.
+ALLOWED = {
+    'ops': {'torch', 'vssm.ops'},
+    'models': {'torch', 'timm', 'vssm.ops', 'vssm.models'},
+    'configs': {'vssm.configs'},  # which are data
+}
+ALSO = {  # what single files may besides
+    'ops/selective_scan_triton.py': {'triton'},
+    'models/mm.py': {
+        'PIL',
+        'mmcv',
+        'mmdet',
+        'mmengine',
+        'mmseg',
+        'rich',
+        'safetensors',
+        'sklearn',
+        'torchvision',
+        'vssm.version',
+    },
+}
+
+
+def sources(*folders, suffixes=('.py',)):
+    files = [p for folder in folders for p in (ROOT / folder).rglob('*') if p.suffix in suffixes]
+    return sorted(p.relative_to(ROOT).as_posix() for p in files if '__pycache__' not in p.parts)
+
+
+def package_of(path):
+    """The dotted package that a file lies in."""
+    folder, *rest = Path(path).parts[:-1]
+    return '.'.join([PACKAGES[folder], *rest]) if folder in PACKAGES else '.'.join(rest)  # src/vssm -> vssm
+
+
+def imports(path):
+    """The absolute dotted names that a file imports, wherever in it, with their lines."""
+    package = package_of(path).split('.')
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = '.'.join([*base, *([node.module] if node.module else [])])
+            if module in ('', 'vssm'):  # `from .. import ops`, where the names are packages
+                for alias in node.names:
+                    yield node.lineno, f'{module}.{alias.name}'
+            else:
+                yield node.lineno, module
+
+
+def offences(paths, allowed):
+    return [
+        f'{path}:{line} imports {name}'
+        for path in paths
+        for line, name in imports(path)
+        if name.split('.')[0] not in STDLIB
+        and not any(name == a or name.startswith(f'{a}.') for a in allowed | ALSO.get(path, set()))
+    ]
+
+
+@pytest.mark.parametrize('folder', ALLOWED)
+def test_a_folder_imports_what_it_may(folder):
+    paths = sources(folder)
+    assert paths
+    assert not offences(paths, ALLOWED[folder])
+
+
+def test_the_front_door_imports_models_and_ops_alone():
+    assert not offences(sources('src'), {'vssm.models', 'vssm.ops', 'vssm.version'})
+
+
+def test_importing_vssm_imports_no_optional_package():
+    """`models/mm.py` and the Triton kernels are reached by those who ask for them."""
+    reached, todo = set(), ['src/vssm/__init__.py']
+    files = {
+        package_of(p) + ('' if p.endswith('__init__.py') else f'.{Path(p).stem}'): p
+        for p in sources('ops', 'models', 'src')
+    }
+    while todo:
+        path = todo.pop()
+        reached.add(path)
+        for node in ast.parse((ROOT / path).read_text()).body:  # at the top of the file alone
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = {name for line, name in imports(path) if line == node.lineno}
+                todo += [files[name] for name in names if name in files and files[name] not in reached]
+    assert {'models/vmamba.py', 'ops/selective_scan.py'} <= reached
+    assert 'models/mm.py' not in reached and not any('triton' in path for path in reached)
+
+
+def test_the_arrows_are_seen_when_broken(tmp_path, monkeypatch):
+    """A rule that reads files is worth what it finds in a bad one."""
+    bad = {
+        'ops/a.py': 'def f():\n    from ..models import ssm\n',
+        'ops/b.py': 'from .. import models\n',
+        'ops/c.py': 'import numpy as np, math\n',
+        'ops/d.py': 'import vssm\n',
+        'models/e.py': 'from vssm.tools.train import main\n',
+        'models/f.py': 'import mmengine.model\n',
+        'models/g.py': 'from ..ops import selective_scan\nfrom .ssm import x\nimport timm.layers, torch, re\n',
+    }
+    for path, text in bad.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(text)
+    monkeypatch.setattr(sys.modules[__name__], 'ROOT', tmp_path)
+    assert offences(sources('ops'), ALLOWED['ops']) == [
+        'ops/a.py:2 imports vssm.models',
+        'ops/b.py:1 imports vssm.models',
+        'ops/c.py:1 imports numpy',
+        'ops/d.py:1 imports vssm',
+    ]
+    assert offences(sources('models'), ALLOWED['models']) == [
+        'models/e.py:1 imports vssm.tools.train',
+        'models/f.py:1 imports mmengine.model',
+    ]
+
+
+def test_every_source_file_names_its_license():
+    paths = ['setup.py', *sources(*FOLDERS, suffixes=('.py', '.cpp', '.h'))]
+    for path in paths:
+        comment = '#' if path.endswith('.py') else '//'
+        text = (ROOT / path).read_text()
+        assert text.startswith(f'{comment} SPDX-License-Identifier: Apache-2.0\n'), path
+
+
+def test_the_library_prints_nothing():
+    for path in sources('src', 'ops', 'models'):
+        calls = [n for n in ast.walk(ast.parse((ROOT / path).read_text())) if isinstance(n, ast.Call)]
+        assert not [n.lineno for n in calls if isinstance(n.func, ast.Name) and n.func.id == 'print'], path
+
+
+def test_version():
+    """It is written once; pyproject.toml and the installed package follow."""
+    project = tomllib.loads((ROOT / 'pyproject.toml').read_text())
+    assert 'version' in project['project']['dynamic'] and 'version' not in project['project']
+    assert project['tool']['setuptools']['dynamic']['version'] == {'attr': 'vssm.version.__version__'}
+    assert vssm.__version__ == importlib.metadata.version('vssm')
