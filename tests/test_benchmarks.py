@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark scripts run and write what their tables show. No figure is judged here."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / 'benchmarks'
+
+
+@pytest.mark.parametrize(
+    ('script', 'options', 'rows', 'key'),
+    [
+        ('op_cpu.py', ['--batch-size', '1', '--no-reference'], 4, 'step_scan_2d_ms'),
+        ('model_cpu.py', ['test_vit', 'test_vmamba2d', '--size', '160', '--batch-size', '1'], 2, 'images_per_s'),
+        (
+            'model_cpu.py',
+            ['test_vit', 'test_vmamba2d', '--size', '160', '--batch-size', '1', '--train'],
+            2,
+            'images_per_s',
+        ),
+    ],
+    ids=['op', 'model', 'model-train'],
+)
+def test_script_writes_its_figures(script, options, rows, key, tmp_path):
+    file = tmp_path / 'figures.json'
+    command = [sys.executable, BENCHMARKS / script, '--rounds', '1', '--json', file, *options]
+    result = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    written = json.loads(file.read_text())
+    assert len(written['rows']) == rows
+    assert all(row[key] > 0 for row in written['rows'])
+    assert written['conditions']['threads'] >= 1
+    assert not file.with_suffix('.tmp').exists()

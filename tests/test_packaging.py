@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is installed: every module in the wheel, one library for all versions, one sentence where a part is missing."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = {
+    'vssm': 'src/vssm',
+    'vssm/configs': 'configs',
+    'vssm/models': 'models',
+    'vssm/ops': 'ops',
+    'vssm/tools': 'tools',
+}
+
+# A model's output and its input's gradient from fixed numbers: the same in every environment.
+SCRIPT = """
+import json, timm, torch, vssm
+model = timm.create_model('test_vmamba2d', num_classes=10).eval()
+with torch.no_grad():
+    for i, p in enumerate(model.parameters()):
+        p.copy_(0.1 * torch.sin(torch.arange(p.numel()) + i).reshape(p.shape))
+x = torch.cos(torch.arange(3 * 40 * 56.)).reshape(1, 3, 40, 56).requires_grad_()
+y = model(x)
+y.square().sum().backward()
+print(json.dumps([vssm.__file__, torch.__version__, y.flatten().tolist(), x.grad.abs().sum().item()]))
+"""
+
+
+def run(*command, **kwargs):
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, **kwargs)
+
+
+@pytest.fixture(scope='session')
+def source(tmp_path_factory):
+    """A copy of what a clone holds, so that building leaves nothing in the working tree."""
+    target = tmp_path_factory.mktemp('source') / 'vssm'
+    names = run('git', 'ls-files', '--cached', '--others', '--exclude-standard', cwd=ROOT, check=True).stdout.split(
+        '\n'
+    )
+    for name in filter(None, names):
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, target / name)
+    return target
+
+
+@pytest.fixture(scope='session')
+def wheel(source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('wheel')
+    result = run(sys.executable, '-m', 'pip', 'wheel', '--no-build-isolation', '--no-deps', '-w', folder, source)
+    assert result.returncode == 0, result.stderr
+    return next(folder.glob('*.whl'))
+
+
+@pytest.mark.slow
+def test_wheel_holds_every_file(wheel):
+    assert '-cp311-abi3-' in wheel.name
+    expected = {'vssm/py.typed', 'vssm/ops/_C.abi3.so'}
+    for package, folder in PACKAGES.items():
+        pattern = '*.py' if package != 'vssm/configs' else '**/*.py'
+        expected |= {f'{package}/{p.relative_to(ROOT / folder)}' for p in (ROOT / folder).glob(pattern)}
+    names = {n for n in zipfile.ZipFile(wheel).namelist() if '.dist-info/' not in n}
+    assert names == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'requirements',
+    [
+        pytest.param(('torch==2.10.0', 'torchvision==0.25.0', 'timm==1.0.23'), id='oldest'),
+        pytest.param(('-c', str(ROOT / 'constraints.txt'), 'torch', 'torchvision', 'timm'), id='pinned'),
+        pytest.param(('torch==2.14.1', 'torchvision==0.29.1', 'timm==1.0.31'), id='later'),
+    ],
+)
+def test_wheel_runs_in_clean_environment(wheel, requirements, tmp_path):
+    venv.create(tmp_path / 'venv', with_pip=True)
+    python = tmp_path / 'venv' / 'bin' / 'python'
+    result = run(python, '-m', 'pip', 'install', *requirements, wheel)
+    assert result.returncode == 0, result.stderr
+    env = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
+    clean = run(python, '-c', SCRIPT, cwd=tmp_path, env=env)
+    assert clean.returncode == 0, clean.stderr
+    here = run(sys.executable, '-c', SCRIPT, cwd=tmp_path, check=True)
+    (file, version, y, grad), (_, _, y_here, grad_here) = json.loads(clean.stdout), json.loads(here.stdout)
+    assert file.startswith(str(tmp_path))
+    pins = re.findall(r'torch==([\d.]+)', ' '.join(requirements)) or re.findall(
+        r'^torch==([\d.]+)', (ROOT / 'constraints.txt').read_text(), re.MULTILINE
+    )
+    assert version.startswith(pins[0])
+    assert y == pytest.approx(y_here, rel=1e-4, abs=1e-6)
+    assert grad == pytest.approx(grad_here, rel=1e-4)
+    assert run(python.parent / 'vssm', 'configs', cwd=tmp_path, env=env).stdout.count('digits/') >= 2
+    shutil.rmtree(tmp_path / 'venv')
+
+
+def test_missing_library_says_how_to_build_it(source, tmp_path):
+    """A source tree that was never built, put on the path as it is."""
+    package = tmp_path / 'vssm'
+    package.mkdir()
+    shutil.copytree(source / 'ops', package / 'ops')
+    (package / '__init__.py').touch()
+    result = run(sys.executable, '-c', f'import sys; sys.path.insert(0, {str(tmp_path)!r}); import vssm.ops')
+    assert result.returncode != 0
+    assert 'pip install --no-build-isolation -e .' in result.stderr.splitlines()[-1]
+
+
+def test_missing_compiler_says_how_to_get_one(source, tmp_path):
+    env = {**os.environ, 'CXX': str(tmp_path / 'no-such-compiler'), 'CC': str(tmp_path / 'no-such-compiler')}
+    result = run(
+        sys.executable, 'setup.py', 'build_ext', '--build-lib', tmp_path, '--build-temp', tmp_path, cwd=source, env=env
+    )
+    assert result.returncode != 0
+    assert 'apt-get install g++' in result.stderr.splitlines()[-1]
+
+
+def test_missing_torch_says_how_to_get_it(source, tmp_path):
+    (tmp_path / 'torch').mkdir()
+    (tmp_path / 'torch' / '__init__.py').write_text('raise ImportError("No module named torch")')
+    env = {**os.environ, 'PYTHONPATH': str(tmp_path)}
+    result = run(sys.executable, 'setup.py', 'build_ext', cwd=source, env=env)
+    assert result.returncode != 0
+    assert 'pip install "torch>=2.10"' in result.stderr.splitlines()[-1]
