@@ -5,7 +5,6 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-SOURCES := $(wildcard configs/*/*.py models/*.py ops/*.py tools/*.py src/vssm/*.py)
 
 .PHONY: setup demo test test-slow lint format clean
 
@@ -21,12 +20,8 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard ops/csrc/*)
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps --force-reinstall opencv-python-headless
 	touch $@
 
-demo: work_dirs/digits/metrics.json
-	@echo 'Results of the demo, in work_dirs/digits (digits.png is the picture; remove the folder to train again):'
-	@cat work_dirs/digits/metrics.json
-
-work_dirs/digits/metrics.json: $(INSTALLED) $(SOURCES)
-	$(BIN)/vssm demo --work-dir work_dirs/digits
+demo: $(INSTALLED)
+	$(BIN)/vssm demo
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)

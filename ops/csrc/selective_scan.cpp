@@ -9,6 +9,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <type_traits>
@@ -22,6 +24,15 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Shape = std::vector<int64_t>;
+
+// PyTorch turns it into a RuntimeError; unlike STD_TORCH_CHECK it does not begin with the path of this file.
+template <class... Parts>
+void check(bool ok, const Parts&... parts) {
+  if (ok) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
 
 // ---- instruction sets ------------------------------------------------------------------------------------------------
 
@@ -49,7 +60,7 @@ const ScanKernels<float>& select_kernels() {
     if (!wanted || !*wanted || kernels->name == std::string(wanted)) return *kernels;
     names += (names.empty() ? "" : ", ") + std::string(kernels->name);
   }
-  STD_TORCH_CHECK(false, "VSSM_CPU_CAPABILITY must be one of ", names, " on this CPU, got ", wanted, ".");
+  throw std::runtime_error("VSSM_CPU_CAPABILITY must be one of " + names + " on this CPU, got " + wanted + ".");
 }
 
 template <class T>
@@ -89,9 +100,9 @@ Tensor contiguous(const Tensor& t) {
 
 void check_shape(const char* name, const Tensor& t, const Shape& shape) {
   const auto sizes = t.sizes();
-  STD_TORCH_CHECK(t.is_cpu(), "vssm::selective_scan: ", name, " must be on the CPU.");
-  STD_TORCH_CHECK(sizes.size() == shape.size() && std::equal(shape.begin(), shape.end(), sizes.begin()),
-                  "vssm::selective_scan: ", name, " has the wrong shape; call vssm.ops.selective_scan, which says why.");
+  check(t.is_cpu(), "vssm::selective_scan: ", name, " must be on the CPU.");
+  check(sizes.size() == shape.size() && std::equal(shape.begin(), shape.end(), sizes.begin()),
+        "vssm::selective_scan: ", name, " has the wrong shape; call vssm.ops.selective_scan, which says why.");
 }
 
 // How many tasks of `size` elements each are worth a thread: small maps stay on one.
@@ -109,20 +120,20 @@ struct Inputs {
   Inputs(const ScanKernels<T>& kernels, const Tensor& x_, const Tensor& dt_, const Tensor& A_, const Tensor& B_,
          const std::optional<Tensor>& C_, const std::optional<Tensor>& D_, const std::optional<Tensor>& dt_bias_,
          const std::optional<Tensor>& dt_weight_, int64_t ndim, const Shape& orders, bool softplus) {
-    STD_TORCH_CHECK(x_.dim() == 4 && A_.dim() == 3 && (!dt_weight_ || dt_weight_->dim() == 3) && x_.numel() > 0 &&
-                        A_.numel() > 0 && (ndim == 1 || ndim == 2) && !orders.empty() && orders.size() <= 4,
-                    "vssm::selective_scan: bad arguments; call vssm.ops.selective_scan, which says which.");
+    check(x_.dim() == 4 && A_.dim() == 3 && (!dt_weight_ || dt_weight_->dim() == 3) && x_.numel() > 0 && A_.numel() > 0 &&
+              (ndim == 1 || ndim == 2) && !orders.empty() && orders.size() <= 4,
+          "vssm::selective_scan: bad arguments; call vssm.ops.selective_scan, which says which.");
     ScanArgs<T>& s = args;
     s.batch = x_.size(0), s.height = x_.size(1), s.width = x_.size(2), s.channels = x_.size(3);
     s.num_orders = orders.size(), s.states = A_.size(2), s.rank = dt_weight_ ? dt_weight_->size(2) : 0;
     s.ndim = ndim, s.softplus = softplus;
     for (size_t k = 0; k < orders.size(); ++k) {
-      STD_TORCH_CHECK(orders[k] >= 0 && orders[k] < 4, "vssm::selective_scan: orders must be 0, 1, 2 or 3.");
+      check(orders[k] >= 0 && orders[k] < 4, "vssm::selective_scan: orders must be 0, 1, 2 or 3.");
       s.orders[k] = orders[k];
     }
     const int64_t K = s.num_orders, E = s.channels, N = s.states, R = s.rank;
     const Shape per_state{s.batch, s.height, s.width, K, N};
-    STD_TORCH_CHECK(x_.is_cpu(), "vssm::selective_scan: x must be on the CPU.");
+    check(x_.is_cpu(), "vssm::selective_scan: x must be on the CPU.");
     check_shape("dt", dt_, {s.batch, s.height, s.width, K, R ? R : E});
     check_shape("A", A_, {K, E, N});
     check_shape("B", B_, per_state);
