@@ -1,0 +1,404 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters for mmengine: timm models, data, metrics and hooks under the names that our configs use.
+
+The one file of the package's models that imports mmengine. A config loads it:
+`custom_imports = dict(imports=['vssm.models.mm'], allow_failed_imports=False)`.
+"""
+
+import atexit
+import json
+import logging
+import os
+import pickle
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
+
+import timm
+import torch
+import torch.nn.functional as F
+from mmengine.dist import master_only
+from mmengine.evaluator import BaseMetric
+from mmengine.hooks import Hook
+from mmengine.logging import MMLogger
+from mmengine.model import BaseModel, is_model_wrapper
+from mmengine.optim import OptimWrapper
+from mmengine.registry import (
+    DATASETS,
+    HOOKS,
+    METRICS,
+    MODELS,
+    OPTIM_WRAPPER_CONSTRUCTORS,
+    OPTIM_WRAPPERS,
+    RUNNERS,
+)
+from mmengine.runner import Runner
+from PIL import Image
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchvision import transforms
+
+from ..version import __version__
+
+__all__ = [
+    'Accuracy',
+    'Digits',
+    'ImageClassifier',
+    'ProgressHook',
+    'SafetensorsHook',
+    'TimmOptimWrapperConstructor',
+    'TimmRunner',
+    'load_weights',
+]
+
+console = Console()  # one for the progress bar and the warnings, so that neither writes over the other
+
+
+@MODELS.register_module()
+class ImageClassifier(BaseModel):
+    """A timm model with a cross-entropy loss.
+
+    Args:
+        model_name: Name for `timm.create_model`.
+        data_preprocessor: What moves a batch to the device, mmengine's BaseDataPreprocessor unless given.
+        model_args: Further keyword arguments of `timm.create_model`.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        data_preprocessor: Union[Dict[str, Any], nn.Module, None] = None,
+        **model_args: Any,
+    ) -> None:
+        super().__init__(data_preprocessor)
+        self.model_name = model_name
+        self.model_args = model_args
+        self.model = timm.create_model(model_name, **model_args)
+
+    def init_weights(self) -> None:
+        """Nothing: timm models initialise themselves, and some would lose their pretrained weights here."""
+
+    def forward(
+        self,
+        inputs: Tensor,
+        data_samples: Optional[Tensor] = None,
+        mode: str = 'tensor',
+    ) -> Union[Tensor, Dict[str, Tensor], List[Dict[str, Tensor]]]:
+        """Logits, the loss, or one prediction per image.
+
+        Args:
+            inputs: Images, (batch, in_chans, H, W).
+            data_samples: Labels, (batch,), or for the loss also probabilities, (batch, num_classes).
+            mode: 'tensor', 'loss' or 'predict'.
+
+        Returns:
+            Logits, (batch, num_classes); or dict(loss); or for each image dict(pred_score, gt_label), (num_classes,)
+            and ().
+        """
+        logits = self.model(inputs)
+        if mode == 'tensor':
+            return logits
+        if mode == 'loss':
+            return dict(loss=F.cross_entropy(logits, data_samples))
+        if mode == 'predict':
+            scores = logits.float().softmax(-1)
+            return [dict(pred_score=score, gt_label=label) for score, label in zip(scores, data_samples, strict=True)]
+        raise ValueError(f"ImageClassifier: mode must be 'tensor', 'loss' or 'predict', got {mode!r}.")
+
+
+@DATASETS.register_module()
+class Digits(Dataset):
+    """scikit-learn's 1,797 scans of handwritten digits, 8x8 in 17 grey levels, a third of them held out.
+
+    Gives dict(inputs, data_samples): an image, (1, img_size, img_size), in [-1, 1], and its label.
+
+    Args:
+        split: 'train' or 'heldout'; the division is fixed and keeps the share of every digit.
+        img_size: Height and width that the scans are enlarged to.
+        affine: Keyword arguments of torchvision's RandomAffine, None for no augmentation.
+    """
+
+    metainfo = dict(classes=tuple('0123456789'))
+
+    def __init__(self, split: str, img_size: int = 32, affine: Optional[Dict[str, Any]] = None) -> None:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        scans, labels = load_digits(return_X_y=True)
+        indices = train_test_split(range(len(labels)), test_size=1 / 3, stratify=labels, random_state=0)
+        if split not in ('train', 'heldout'):
+            raise ValueError(f"Digits: split must be 'train' or 'heldout', got {split!r}.")
+        self.indices = sorted(indices[split == 'heldout'])
+        self.labels = [int(labels[i]) for i in self.indices]
+        grey = (scans.reshape(-1, 8, 8) * (255 / 16)).round().astype('uint8')
+        self.images = [Image.fromarray(grey[i]).resize((img_size, img_size), Image.BICUBIC) for i in self.indices]
+
+        steps = [transforms.ToTensor(), transforms.Normalize(0.5, 0.5)]
+        if affine is not None:
+            steps.insert(0, transforms.RandomAffine(interpolation=transforms.InterpolationMode.BILINEAR, **affine))
+        self.transform = transforms.Compose(steps)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Dict[str, Any]:
+        return dict(inputs=self.transform(self.images[index]), data_samples=self.labels[index])
+
+
+@METRICS.register_module()
+class Accuracy(BaseMetric):
+    """Per cent of the images whose label is among the k best scores, 'accuracy/top{k}'.
+
+    Args:
+        topk: Which k.
+        kwargs: Keyword arguments of mmengine's BaseMetric.
+    """
+
+    default_prefix = 'accuracy'
+
+    def __init__(self, topk: Sequence[int] = (1,), **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.topk = topk
+
+    def process(self, data_batch: Any, data_samples: Sequence[Dict[str, Tensor]]) -> None:
+        for sample in data_samples:
+            best = sample['pred_score'].topk(max(self.topk)).indices
+            self.results.append(best == sample['gt_label'])  # [max(topk)]
+
+    def compute_metrics(self, results: List[Tensor]) -> Dict[str, float]:
+        hits = torch.stack(results)  # [images, max(topk)]
+        return {f'top{k}': 100 * hits[:, :k].any(1).sum().item() / len(hits) for k in self.topk}
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class TimmOptimWrapperConstructor:
+    """An optimizer of timm's, by `optimizer=dict(type=NAME, lr=..., weight_decay=..., ...)`.
+
+    Weight decay follows timm's rules: none for vectors, for biases and for what a `no_weight_decay()` names, be it the
+    model's own or that of a timm model inside.
+    """
+
+    def __init__(self, optim_wrapper_cfg: Dict[str, Any], paramwise_cfg: Optional[Dict[str, Any]] = None) -> None:
+        if paramwise_cfg is not None:
+            raise ValueError(
+                'TimmOptimWrapperConstructor: paramwise_cfg must be None, as the model names what does not decay, got '
+                f'{paramwise_cfg}.'
+            )
+        self.optim_wrapper_cfg = optim_wrapper_cfg
+
+    def __call__(self, model: nn.Module) -> OptimWrapper:
+        cfg = dict(self.optim_wrapper_cfg)
+        optimizer_cfg = dict(cfg.pop('optimizer'))
+        weight_decay = optimizer_cfg.pop('weight_decay', 0.0)
+        model = _unwrap(model)
+        groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=_no_weight_decay(model))
+        optimizer = create_optimizer_v2(groups, opt=optimizer_cfg.pop('type'), **optimizer_cfg)
+        return OPTIM_WRAPPERS.build(cfg, default_args=dict(type='OptimWrapper', optimizer=optimizer))
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    return model.module if is_model_wrapper(model) else model
+
+
+def _no_weight_decay(model: nn.Module) -> Set[str]:
+    """The patterns of every module that has `no_weight_decay()`, as full parameter names."""
+    patterns = set()
+    for prefix, module in model.named_modules():
+        if hasattr(module, 'no_weight_decay'):
+            patterns |= {f'{prefix}.{pattern}' if prefix else pattern for pattern in module.no_weight_decay()}
+    return patterns
+
+
+@HOOKS.register_module()
+class ProgressHook(Hook):
+    """A progress bar with the time that is left on a terminal, elsewhere one line after each evaluation."""
+
+    priority = 'LOW'  # after the runtime information of the iteration has been noted
+
+    def __init__(self) -> None:
+        self.progress: Optional[Progress] = None
+        self.metrics = ''
+
+    def _start(self, description: str, total: int) -> None:
+        self.progress = Progress(
+            TextColumn('{task.description}'),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn('{task.fields[status]}'),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.progress.add_task(description, total=total, status='')
+        self.progress.start()
+        atexit.register(self._stop)  # an exception would else leave the terminal without its cursor
+
+    @master_only
+    def before_train(self, runner: Runner) -> None:
+        self._start('train', runner.max_iters)
+        self.progress.update(self.task, completed=runner.iter)
+
+    @master_only
+    def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        self.progress.update(self.task, completed=runner.iter + 1, status=self._status(runner))
+
+    @master_only
+    def after_val_epoch(self, runner: Runner, metrics: Optional[Dict[str, float]] = None) -> None:
+        self.metrics = '  '.join(f'{name} {value:.2f}' for name, value in metrics.items())
+        if self.progress is None:  # an evaluation without training
+            return
+        status = self._status(runner)
+        self.progress.update(self.task, status=status)
+        if not console.is_terminal:
+            seconds = self.progress.tasks[self.task].time_remaining or 0
+            console.print(
+                f'iteration {runner.iter}/{runner.max_iters}  {status}  {seconds:.0f} s left', highlight=False
+            )
+
+    @master_only
+    def after_train(self, runner: Runner) -> None:
+        self._stop()
+
+    @master_only
+    def before_test_epoch(self, runner: Runner) -> None:
+        self._start('test', len(runner.test_dataloader))
+
+    @master_only
+    def after_test_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        self.progress.advance(self.task)
+
+    @master_only
+    def after_test_epoch(self, runner: Runner, metrics: Optional[Dict[str, float]] = None) -> None:
+        self._stop()
+
+    def _status(self, runner: Runner) -> str:
+        return f'loss {runner.message_hub.get_scalar("train/loss").current():.3f}  {self.metrics}'
+
+    def _stop(self) -> None:
+        self.progress.stop()
+
+
+@HOOKS.register_module()
+class SafetensorsHook(Hook):
+    """Writes an ImageClassifier's timm model to WORK_DIR/checkpoint.safetensors.
+
+    `timm.create_model(model, checkpoint_path=..., **model_args)` loads the file; its metadata hold these two, the epoch
+    and our version. It is replaced as a whole, so that a reader never finds half of one.
+
+    Args:
+        interval: Epochs between two writes; the last epoch is always written.
+    """
+
+    priority = 'VERY_LOW'
+
+    def __init__(self, interval: int = 1) -> None:
+        self.interval = interval
+
+    @master_only
+    def after_train_epoch(self, runner: Runner) -> None:
+        if not self.every_n_epochs(runner, self.interval) and not self.is_last_train_epoch(runner):
+            return
+        classifier = _unwrap(runner.model)
+        metadata = dict(
+            model=classifier.model_name,
+            model_args=json.dumps(classifier.model_args),
+            epoch=str(runner.epoch + 1),
+            vssm=__version__,
+        )
+        path = Path(runner.work_dir, 'checkpoint.safetensors')
+        temporary = path.with_suffix('.tmp')
+        state_dict = {name: value.detach().cpu().contiguous() for name, value in classifier.model.state_dict().items()}
+        save_file(state_dict, temporary, metadata)
+        os.replace(temporary, path)
+        runner.logger.info(f'Wrote {path}.')
+
+
+def load_weights(classifier: ImageClassifier, path: Union[str, Path]) -> None:
+    """Load a checkpoint whose names and shapes fit exactly.
+
+    Args:
+        classifier: What to load into.
+        path: A .safetensors file, or a .pth file that holds nothing but tensors and plain containers.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file cannot be read safely, or it belongs to another model.
+    """
+    state_dict, metadata = _read_checkpoint(Path(path))
+    if metadata.get('model', classifier.model_name) != classifier.model_name:
+        raise ValueError(f'checkpoint {path} must hold {classifier.model_name}, got {metadata["model"]}.')
+    own = classifier.model.state_dict()
+    problems = dict(
+        missing=own.keys() - state_dict.keys(),
+        unexpected=state_dict.keys() - own.keys(),
+        misshapen={name for name in own.keys() & state_dict.keys() if own[name].shape != state_dict[name].shape},
+    )
+    if any(problems.values()):
+        listed = ', '.join(
+            f'{len(names)} {problem} ({min(names)}{", ..." if len(names) > 1 else ""})'
+            for problem, names in problems.items()
+            if names
+        )
+        raise ValueError(
+            f'checkpoint {path} must hold the {len(own)} tensors of {classifier.model_name}, got {len(state_dict)}: '
+            f'{listed}.'
+        )
+    classifier.model.load_state_dict(state_dict)
+
+
+def _read_checkpoint(path: Path) -> Tuple[Dict[str, Tensor], Dict[str, str]]:
+    """The tensors by timm's names, and the metadata, of which a .pth file has none."""
+    if not path.is_file():
+        raise FileNotFoundError(f'checkpoint {path} does not exist.')
+    try:
+        if path.suffix == '.safetensors':
+            with safe_open(path, framework='pt') as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        reason, _, _ = str(error).partition('\n')
+        raise ValueError(
+            f'checkpoint {path} must be a .safetensors file, or a .pth file of tensors alone; reading it gave: {reason}'
+        ) from error
+    for wrapper in ('state_dict', 'model'):
+        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(wrapper), dict):
+            checkpoint = checkpoint[wrapper]
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f'checkpoint {path} must map names to tensors, got {type(checkpoint).__name__}.')
+    for name, value in checkpoint.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f'checkpoint {path} must map names to tensors, got {name}: {type(value).__name__}.')
+    return {name.removeprefix('model.'): value for name, value in checkpoint.items()}, {}
+
+
+@RUNNERS.register_module()
+class TimmRunner(Runner):
+    """mmengine's Runner with a quiet console and safe loading; the config may set `device` and `num_threads`."""
+
+    def setup_env(self, env_cfg: Dict[str, Any]) -> None:
+        super().setup_env(env_cfg)
+        if 'num_threads' in self.cfg:
+            torch.set_num_threads(self.cfg.num_threads)
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
+        """The log file gets everything; the console, which shows the progress, warnings only."""
+        logger = super().build_logger(*args, **kwargs)
+        level = max(logger.handlers[0].level, logging.WARNING)
+        logger.handlers[0] = RichHandler(level, console, show_path=False)
+        return logger
+
+    def wrap_model(self, model_wrapper_cfg: Optional[Dict[str, Any]], model: nn.Module) -> nn.Module:
+        if 'device' not in self.cfg:
+            return super().wrap_model(model_wrapper_cfg, model)
+        return model.to(self.cfg.device)
+
+    def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> None:
+        """See `load_weights`."""
+        load_weights(_unwrap(self.model), filename)
+        self._has_loaded = True
+        self.logger.info(f'Loaded {filename}.')

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `vssm`: help, what it prints, and how it refuses bad input."""
+
+import importlib
+import shlex
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from fvcore.nn import FlopCountAnalysis
+from fvcore.nn.jit_handles import elementwise_flop_counter
+from vssm.ops import selective_scan_fvcore_macs, use_reference
+from vssm.tools import env, info
+from vssm.tools.main import COMMANDS, main, make_parser
+
+import vssm
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_help_shows_an_example_that_parses(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([command, '--help'])
+    assert exit.value.code == 0
+    example = importlib.import_module(f'vssm.tools.{command}').EXAMPLE
+    assert f'example:\n  {example}\n' in capsys.readouterr().out
+    name, *argv = shlex.split(example)
+    assert name == 'vssm'
+    assert make_parser().parse_args(argv).command == command
+
+
+def test_importing_the_command_is_light():
+    """`vssm --help` waits for torch and timm, which the package itself imports, and for nothing else that is slow."""
+    code = (
+        'import sys; from vssm.tools.main import make_parser; make_parser(); '
+        'print([m for m in ("mmengine", "sklearn", "matplotlib", "fvcore") if m in sys.modules])'
+    )
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout == '[]\n'
+
+
+def test_a_subcommand_runs_as_a_module():
+    result = subprocess.run([sys.executable, '-m', 'vssm.tools.configs'], capture_output=True, text=True, check=True)
+    assert 'digits/vmamba_test' in result.stdout and not result.stderr
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        main(['--version'])
+    assert capsys.readouterr().out == f'vssm {vssm.__version__}\n'
+
+
+# ---- info ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'name, scan, params, gmacs, weights',
+    [
+        ('vmamba_tiny', '1-D', '30.249', '4.9056', 'yes'),
+        ('vmamba_small', '1-D', '50.148', '8.7158', 'yes'),
+        ('vmamba_base', '1-D', '88.558', '15.3589', 'yes'),
+        ('vmamba2d_tiny', '2-D', '30.249', '4.9435', 'no'),
+        ('vmamba2d_small', '2-D', '50.148', '8.8169', 'no'),
+        ('vmamba2d_base', '2-D', '88.558', '15.4938', 'no'),
+    ],
+)
+def test_info_counts_what_was_published(name, scan, params, gmacs, weights, capsys):
+    assert main(['info', name]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if name in line)
+    assert [cell.strip() for cell in row.strip('│').split('│')] == [name, scan, params, gmacs, '3x224x224', weights]
+
+
+def test_info_takes_patterns(capsys):
+    assert main(['info', 'test_*']) == 0
+    names = [line.split()[1] for line in capsys.readouterr().out.splitlines() if '│' in line]
+    assert names == [name for name in info.list_models() if name.startswith('test_')]
+    assert {'test_vmamba', 'test_vmamba2d'} <= set(names)
+
+
+@pytest.mark.parametrize('name', ['test_vmamba', 'test_vmamba2d'])
+def test_macs_follow_the_rules_of_fvcore(name):
+    model = timm.create_model(name).eval()
+    image = torch.zeros(1, 3, 64, 32)
+    analysis = FlopCountAnalysis(model, image).unsupported_ops_warnings(False)
+    analysis.set_op_handle('vssm::selective_scan', selective_scan_fvcore_macs)
+    analysis.set_op_handle('aten::mean', elementwise_flop_counter(1, 0))  # as fvcore does for its pooling operators
+    expected = analysis.total()
+    model, image = model.to('meta'), image.to('meta')
+    assert info.count_macs(model, image) == expected
+    with use_reference():
+        assert info.count_macs(model, image) == expected
+
+
+# ---- env -------------------------------------------------------------------------------------------------------------
+
+
+def test_env(capsys):
+    assert main(['env']) == 0
+    out = capsys.readouterr().out
+    versions = dict(line.split()[1::2] for line in out.splitlines() if line.startswith('│') and len(line.split()) == 5)
+    assert versions['vssm'] == vssm.__version__
+    assert versions['timm'] == timm.__version__
+    assert torch.__version__.startswith(versions['torch'])
+    assert f'{torch.get_num_threads()} threads' in out
+
+
+def test_env_names_the_kernels_in_use(cpu_path):
+    assert env.backends()['CPU'] == f'on: {cpu_path}'
+    assert env.backends()['reference'].startswith('off')
+
+
+@pytest.mark.parametrize(
+    'variable, value, backend, state',
+    [
+        ('VSSM_REFERENCE', '1', 'reference', 'on: VSSM_REFERENCE=1'),
+        ('VSSM_REFERENCE', '1', 'CPU', 'off: VSSM_REFERENCE=1'),
+        ('VSSM_CPU_CAPABILITY', 'mmx', 'CPU', 'off: VSSM_CPU_CAPABILITY must be one of'),
+    ],
+)
+def test_env_says_why_a_backend_is_off(variable, value, backend, state, monkeypatch):
+    monkeypatch.setenv(variable, value)
+    assert env.backends()[backend].startswith(state)
+
+
+# ---- configs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'pattern, shown',
+    [([], {'digits/vmamba2d_test', 'digits/vmamba_test'}), (['*2d_test'], {'digits/vmamba2d_test'})],
+    ids=['all', 'pattern'],
+)
+def test_configs_lists_names_and_what_they_are(pattern, shown, capsys):
+    assert main(['configs', *pattern]) == 0
+    out = capsys.readouterr().out
+    assert {word for word in out.split() if word.startswith('digits/')} == shown
+    assert 'handwritten digits' in out.replace('\n', ' ')
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'argv, said',
+    [
+        (['train', 'digits/vmamba2d'], ("got 'digits/vmamba2d'", "Did you mean 'digits/vmamba2d_test'?")),
+        (['train', 'nowhere.py'], ('nowhere.py does not exist', 'vssm configs')),
+        (['train', 'digits/vmamba_test', '--cfg-options', 'seed'], ('KEY=VALUE', "got 'seed'")),
+        (
+            ['train', 'digits/vmamba_test', '--cfg-options', 'device.index=1'],
+            ('--cfg-options must fit', 'device.index=1'),
+        ),
+        (['test', 'digits/vmamba_test', 'no.pth'], ('no.pth does not exist', 'vssm train digits/vmamba_test')),
+        (['info', 'vmamba2d_tny'], ("got 'vmamba2d_tny'", "Did you mean 'vmamba2d_tiny'?")),
+        (['info', 'resnet50'], ("got 'resnet50'",)),
+        (['configs', 'nothing*'], ("got 'nothing*'", 'digits/vmamba_test')),
+    ],
+    ids=' '.join,
+)
+def test_bad_input_gives_one_sentence_and_exit_code_2(argv, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f'vssm {argv[0]}: ') and captured.err.count('\n') == 1
+    assert all(part in captured.err for part in said), captured.err
+    assert not captured.out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('argv', [[], ['trian'], ['train']], ids=['nothing', 'unknown command', 'no config'])
+def test_bad_arguments_give_exit_code_2(argv, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(argv)
+    assert exit.value.code == 2
+    assert 'usage: vssm' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    'missing, argv, extra',
+    [
+        ('mmengine', ['train', 'digits/vmamba_test'], 'train'),
+        ('sklearn', ['train', 'digits/vmamba_test'], 'demo'),
+        ('mmengine', ['demo'], 'train'),
+        ('sklearn', ['demo'], 'demo'),
+        ('matplotlib', ['demo'], 'demo'),
+    ],
+)
+def test_a_missing_extra_is_named(missing, argv, extra, capsys, tmp_path, monkeypatch):
+    for module in [missing, *(name for name in sys.modules if name.startswith(f'{missing}.'))]:
+        monkeypatch.setitem(sys.modules, module, None)  # importing it fails as if it were not installed
+    assert main([*argv, '--work-dir', str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f'needs the package {missing}' in error and f'pip install .[{extra}]' in error
+
+
+def test_a_missing_system_library_is_named(capsys, monkeypatch):
+    def run(args):
+        raise ImportError('libGL.so.1: cannot open shared object file')
+
+    monkeypatch.setattr(env, 'run', run)
+    assert main(['env']) == 2
+    assert 'opencv-python-headless' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('error', [ImportError('something else'), ModuleNotFoundError('no', name='torchfoo')])
+def test_other_import_errors_are_not_hidden(error, monkeypatch):
+    def run(args):
+        raise error
+
+    monkeypatch.setattr(env, 'run', run)
+    with pytest.raises(type(error)):
+        main(['env'])

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the subcommands share: the console, the error for bad input, and configs by name."""
+
+import ast
+import difflib
+from pathlib import Path
+from typing import TYPE_CHECKING, List, Optional, Sequence
+
+from rich.console import Console
+
+from .. import configs
+
+if TYPE_CHECKING:
+    from mmengine.runner import Runner
+
+console = Console()
+
+
+class UsageError(Exception):
+    """Bad input; `main` prints the message alone and exits with 2."""
+
+
+def config_dir() -> Path:
+    return Path(configs.__file__).parent
+
+
+def list_configs() -> List[str]:
+    """Names of the shipped configs, such as 'digits/vmamba2d_test'."""
+    paths = config_dir().glob('*/**/*.py')
+    return sorted(path.relative_to(config_dir()).with_suffix('').as_posix() for path in paths)
+
+
+def find_config(name: str) -> Path:
+    """A config by its path, or by its name among the shipped ones."""
+    if name.endswith('.py'):
+        if Path(name).is_file():
+            return Path(name)
+        raise UsageError(f'config {name} does not exist; `vssm configs` lists the shipped ones, which run by name.')
+    names = list_configs()
+    if name not in names:
+        raise UsageError(
+            f'config must be the path of a .py file or one of the names that `vssm configs` lists, got {name!r}.'
+            f'{did_you_mean(name, names)}'
+        )
+    return config_dir() / f'{name}.py'
+
+
+def did_you_mean(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return f' Did you mean {close[0]!r}?' if close else ''
+
+
+def build_runner(config: str, work_dir: Optional[Path], cfg_options: Sequence[str]) -> 'Runner':
+    """The runner of a config.
+
+    Args:
+        config: Path or name.
+        work_dir: Where the run writes, work_dirs/ and the config's name unless given.
+        cfg_options: Changes to the config, each 'key.key=value', the value a Python literal or else a string.
+    """
+    path = find_config(config)
+    options = {}
+    for option in cfg_options:
+        key, equals, value = option.partition('=')
+        if not key or not equals:
+            raise UsageError(f'--cfg-options must be KEY=VALUE, such as train_cfg.max_epochs=2, got {option!r}.')
+        try:
+            options[key] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            options[key] = value
+
+    import mmengine.runner  # first: where a config imports it in vain, mmengine hides the reason  # noqa: F401
+    from mmengine.config import Config
+    from mmengine.registry import RUNNERS
+
+    cfg = Config.fromfile(path)
+    try:
+        cfg.merge_from_dict(options)
+    except (KeyError, TypeError) as error:
+        raise UsageError(f'--cfg-options must fit {path}, got {" ".join(cfg_options)}: {error}') from error
+    cfg.work_dir = str(work_dir or Path('work_dirs', path.stem if config.endswith('.py') else config))
+    return RUNNERS.build(cfg)

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""List the configs that `vssm train` and `vssm test` find by name."""
+
+import argparse
+import ast
+import fnmatch
+import sys
+
+from rich.table import Table
+
+from ._common import UsageError, console, find_config, list_configs
+
+EXAMPLE = "vssm configs 'digits/*'"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('pattern', metavar='PATTERN', nargs='?', default='*', help='which ones, * for any text')
+
+
+def run(args: argparse.Namespace) -> int:
+    names = fnmatch.filter(list_configs(), args.pattern)
+    if not names:
+        raise UsageError(f'PATTERN must match one of {", ".join(list_configs())}, got {args.pattern!r}.')
+    table = Table('config', 'what it trains')
+    for name in names:
+        table.add_row(name, ast.get_docstring(ast.parse(find_config(name).read_text())))
+    console.print(table)
+    return 0
+
+
+if __name__ == '__main__':
+    from .main import main
+
+    sys.exit(main(['configs', *sys.argv[1:]]))

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Show versions, and which kernels run here and why."""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+from typing import Dict
+
+from rich.table import Table
+
+from ..version import __version__
+from ._common import console
+
+EXAMPLE = 'vssm env'
+
+PACKAGES = ('torch', 'torchvision', 'timm', 'numpy', 'safetensors', 'fvcore', 'mmengine', 'scikit-learn', 'matplotlib')
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    table = Table('package', 'version')
+    table.add_row('vssm', __version__)
+    table.add_row('python', platform.python_version())
+    for package in PACKAGES:
+        try:
+            table.add_row(package, importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            table.add_row(package, 'not installed')
+    console.print(table)
+
+    table = Table('backend', 'state')
+    for name, state in backends().items():
+        table.add_row(name, state)
+    console.print(table)
+    console.print(f'{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads')
+    return 0
+
+
+def backends() -> Dict[str, str]:
+    """For each kernel of the scan whether it is on, and if not why."""
+    import torch
+
+    if importlib.util.find_spec('..ops.selective_scan_triton', __package__) is None:
+        cuda = 'off: the Triton kernels are not part of this version'
+    elif not torch.cuda.is_available():
+        cuda = 'off: PyTorch finds no CUDA device'
+    else:
+        cuda = f'on: {torch.cuda.get_device_name()}'
+    if os.environ.get('VSSM_REFERENCE', '0') == '1':
+        cpu, reference = 'off: VSSM_REFERENCE=1', 'on: VSSM_REFERENCE=1'
+    else:
+        reference = 'off: VSSM_REFERENCE is not 1'
+        try:
+            cpu = f'on: {torch.ops.vssm.cpu_capability()}'
+        except RuntimeError as error:  # VSSM_CPU_CAPABILITY asks for what this CPU has not
+            cpu = f'off: {error}'
+    return {'CPU': cpu, 'CUDA': cuda, 'reference': reference}
+
+
+if __name__ == '__main__':
+    from .main import main
+
+    sys.exit(main(['env', *sys.argv[1:]]))
