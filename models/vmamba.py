@@ -15,7 +15,7 @@ from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates, create_classifier, get_device_dtype, trunc_normal_
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates, create_classifier, trunc_normal_
 from timm.models import (
     build_model_with_cfg,
     checkpoint_seq,
@@ -311,7 +311,8 @@ class VMamba(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, **get_device_dtype(self))
+        weight = self.stem.conv1.weight
+        self.head.reset(num_classes, global_pool, device=weight.device, dtype=weight.dtype)
         self.head_hidden_size = self.head.num_features
 
     def forward_intermediates(
