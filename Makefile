@@ -38,4 +38,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf build dist *.egg-info src/*.egg-info work_dirs
+	rm -rf build dist *.egg-info src/*.egg-info ops/*.so work_dirs

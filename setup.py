@@ -28,7 +28,7 @@ setup(
         CppExtension(
             'vssm.ops._C',
             sorted(str(p) for p in Path('ops/csrc').glob('*.cpp')),
-            include_dirs=[],
+            depends=sorted(str(p) for p in Path('ops/csrc').glob('*.h')),
             extra_compile_args=[
                 '-std=c++17',
                 '-O3',

@@ -361,9 +361,10 @@ def _read_checkpoint(path: Path) -> Tuple[Dict[str, Tensor], Dict[str, str]]:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        reason, _, _ = str(error).partition('\n')
+        # Not PyTorch's own words: they advise to load the file without weights_only.
         raise ValueError(
-            f'checkpoint {path} must be a .safetensors file, or a .pth file of tensors alone; reading it gave: {reason}'
+            f'checkpoint {path} must be a .safetensors file, or a .pth file of tensors and plain containers alone, got '
+            f'one that cannot be read as such ({type(error).__name__}).'
         ) from error
     for wrapper in ('state_dict', 'model'):
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(wrapper), dict):
@@ -371,7 +372,7 @@ def _read_checkpoint(path: Path) -> Tuple[Dict[str, Tensor], Dict[str, str]]:
     if not isinstance(checkpoint, dict):
         raise ValueError(f'checkpoint {path} must map names to tensors, got {type(checkpoint).__name__}.')
     for name, value in checkpoint.items():
-        if not isinstance(value, Tensor):
+        if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ValueError(f'checkpoint {path} must map names to tensors, got {name}: {type(value).__name__}.')
     return {name.removeprefix('model.'): value for name, value in checkpoint.items()}, {}
 
@@ -379,6 +380,13 @@ def _read_checkpoint(path: Path) -> Tuple[Dict[str, Tensor], Dict[str, str]]:
 @RUNNERS.register_module()
 class TimmRunner(Runner):
     """mmengine's Runner with a quiet console and safe loading; the config may set `device` and `num_threads`."""
+
+    def __init__(self, *args: Any, resume: bool = False, **kwargs: Any) -> None:
+        if resume:
+            raise ValueError(
+                'resume must be False, as checkpoints hold weights alone; load_from=FILE starts from them.'
+            )
+        super().__init__(*args, **kwargs)
 
     def setup_env(self, env_cfg: Dict[str, Any]) -> None:
         super().setup_env(env_cfg)

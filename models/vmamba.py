@@ -429,7 +429,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     Raises:
         ValueError: A tensor of the scan has another number of elements than the model's.
     """
-    for wrapper in ('model', 'model_ema', 'state_dict', 'state_dict_ema'):
+    for wrapper in ('state_dict_ema', 'model_ema', 'state_dict', 'model'):  # averaged weights first, as timm takes them
         if wrapper in state_dict:
             state_dict = state_dict[wrapper]
             break

@@ -90,14 +90,9 @@ def selective_scan(
     """
     if not torch.jit.is_tracing():  # where sizes are tensors
         _check(x, dt, A, B, C, D, dt_bias, dt_weight, ndim, orders)
-        if _use_reference:
-            if torch.is_autocast_enabled(x.device.type):
-                x, dt, B, C = _autocast_inputs(x, dt, B, C)
-            with torch.autocast(x.device.type, enabled=False):
-                return selective_scan_ref(
-                    x, dt, A, B, C, D, dt_bias, dt_weight=dt_weight, ndim=ndim, orders=orders, softplus=softplus
-                )
-        _check_device(x)
+    if _use_reference:
+        return _run_reference(x, dt, A, B, C, D, dt_bias, dt_weight, ndim, orders, softplus)
+    _check_device(x)
     return torch.ops.vssm.selective_scan(x, dt, A, B, C, D, dt_bias, dt_weight, ndim, orders, softplus)
 
 
@@ -127,9 +122,10 @@ def _check(
 
     if ndim not in (1, 2):
         raise ValueError(f'selective_scan: ndim must be 1 or 2, got {ndim!r}.')
+    is_orders = isinstance(orders, (list, tuple)) and all(isinstance(order, int) for order in orders)
+    if not is_orders or len(orders) not in (1, 2, 4) or len(set(orders) & {0, 1, 2, 3}) != len(orders):
+        raise ValueError(f'selective_scan: orders must be 1, 2 or 4 different ones of 0, 1, 2, 3, got {orders!r}.')
     num_orders = len(orders)
-    if num_orders not in (1, 2, 4) or len(set(orders)) != num_orders or not set(orders) <= {0, 1, 2, 3}:
-        raise ValueError(f'selective_scan: orders must be 1, 2 or 4 different ones of 0, 1, 2, 3, got {tuple(orders)}.')
 
     if x.dim() != 4:
         raise ValueError(f'selective_scan: x must be (batch, H, W, E), got {tuple(x.shape)}.')
@@ -212,6 +208,17 @@ torch.library.register_autograd('vssm::selective_scan_backward', _no_double_back
 def _autocast_inputs(*tensors: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def _run_reference(x, dt, A, B, C, D, dt_bias, dt_weight, ndim, orders, softplus) -> Tensor:
+    """The reference, under autocast with the same inputs cast as for a kernel, and computing as precisely."""
+    options = dict(dt_weight=dt_weight, ndim=ndim, orders=orders, softplus=softplus)
+    device = x.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return selective_scan_ref(x, dt, A, B, C, D, dt_bias, **options)
+    x, dt, B, C = _autocast_inputs(x, dt, B, C)
+    with torch.autocast(device, enabled=False):
+        return selective_scan_ref(x, dt, A, B, C, D, dt_bias, **options)
 
 
 def _register_autocast(key: str) -> None:

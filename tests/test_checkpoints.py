@@ -188,6 +188,17 @@ def test_patch_embedding_of_older_files(proj, norm):
     assert all(torch.equal(value, expected[key]) for key, value in state.items())
 
 
+def test_averaged_weights_come_first(tmp_path):
+    """As where timm unwraps the file itself."""
+    model, averaged = (timm.create_model('test_vmamba') for _ in range(2))
+    file = tmp_path / 'both.pth'
+    torch.save({'model': model.state_dict(), 'model_ema': averaged.state_dict()}, file)
+    state = checkpoint_filter_fn(torch.load(file, weights_only=True), model)
+    loaded = timm.create_model('test_vmamba', pretrained=True, pretrained_cfg_overlay=dict(file=str(file)))
+    for name, value in averaged.state_dict().items():
+        assert torch.equal(state[name], value) and torch.equal(loaded.state_dict()[name], value), name
+
+
 @pytest.mark.parametrize('wrapper', WRAPPERS, ids=str)
 def test_own_state_dict_passes_unchanged(wrapper):
     model = create('test_vmamba2d')

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -56,8 +57,16 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def wheel(source, tmp_path_factory):
+    """Built from the source distribution, which thereby proves to hold what building needs."""
     folder = tmp_path_factory.mktemp('wheel')
-    result = run(sys.executable, '-m', 'pip', 'wheel', '--no-build-isolation', '--no-deps', '-w', folder, source)
+    build_sdist = f'from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})'
+    run(sys.executable, '-c', build_sdist, cwd=source, check=True)
+    sdist = next(folder.glob('*.tar.gz'))
+    with tarfile.open(sdist) as archive:
+        names = {name.partition('/')[2] for name in archive.getnames()}
+    needed = {'Makefile', 'constraints.txt', 'ops/csrc/scan.h', 'tests/conftest.py', 'configs/digits/vmamba_test.py'}
+    assert needed <= names
+    result = run(sys.executable, '-m', 'pip', 'wheel', '--no-build-isolation', '--no-deps', '-w', folder, sdist)
     assert result.returncode == 0, result.stderr
     return next(folder.glob('*.whl'))
 

@@ -635,6 +635,21 @@ def test_use_reference_selects_nests_and_restores(counted_reference):
         assert not uses_reference()
 
 
+@pytest.mark.filterwarnings('ignore:.*torch.jit.*:DeprecationWarning')
+def test_use_reference_holds_while_tracing(counted_reference):
+    tensors, options = make_case(height=2, width=2, dtype=torch.float32)
+    with use_reference():
+        torch.jit.trace(lambda x: selective_scan(**{**tensors, 'x': x}, **options), tensors['x'], check_trace=False)
+    assert counted_reference.calls == 1
+
+
+def test_use_reference_on_the_meta_device():
+    tensors, options = make_case(dtype=torch.float32)
+    with use_reference():
+        y = selective_scan(**{name: t.to('meta') for name, t in tensors.items() if t is not None}, **options)
+    assert y.is_meta and y.shape == tensors['x'].shape
+
+
 def test_environment_variable_selects_the_reference():
     script = 'import sys, vssm.ops; print(sys.modules["vssm.ops.selective_scan"]._use_reference)'
     result = subprocess.run(
@@ -1053,16 +1068,26 @@ def test_what_needs_C(case, got):
     assert_refused(tensors, options, 'without C', got)
 
 
-@pytest.mark.parametrize('orders', ((), (0, 1, 2), (0, 0), (0, 1, 2, 2), (4,), (-1,), (0, 1, 2, 3, 0), (0, 5)), ids=str)
+@pytest.mark.parametrize(
+    'orders', ((), (0, 1, 2), (0, 0), (0, 1, 2, 2), (4,), (-1,), (0, 1, 2, 3, 0), (0, 5), (0.0,), 0, '0'), ids=repr
+)
 def test_bad_orders(orders):
     tensors, options = bad_case()
-    assert_refused(tensors, {**options, 'orders': orders}, 'orders must be', f'got {orders}')
+    assert_refused(tensors, {**options, 'orders': orders}, 'orders must be', f'got {orders!r}')
 
 
 @pytest.mark.parametrize('ndim', (0, 3, '2', None))
 def test_bad_ndim(ndim):
     tensors, options = bad_case()
     assert_refused(tensors, {**options, 'ndim': ndim}, 'ndim must be 1 or 2', f'got {ndim!r}')
+
+
+def test_op_itself_refuses_states_without_C():
+    """Called past the public function's checks, it would read beyond its arguments."""
+    tensors, options = bad_case()
+    tensors['C'] = tensors['D'] = None
+    with pytest.raises(RuntimeError, match='without C'):
+        torch.ops.vssm.selective_scan(*tensors.values(), 2, [0, 1, 2, 3], True)
 
 
 @pytest.mark.parametrize('device', ('mps', 'xpu'))

@@ -140,6 +140,13 @@ def test_configs_lists_names_and_what_they_are(pattern, shown, capsys):
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 
+def test_config_that_cannot_be_built_gives_one_sentence(capsys, tmp_path):
+    options = ['--work-dir', str(tmp_path), '--cfg-options', 'model.model_name=nope']
+    assert main(['train', 'digits/vmamba_test', *options]) == 2
+    message = capsys.readouterr().err
+    assert 'vmamba_test.py cannot be built' in message and 'nope' in message and message.count('\n') == 1
+
+
 @pytest.mark.parametrize(
     'argv, said',
     [
@@ -150,6 +157,11 @@ def test_configs_lists_names_and_what_they_are(pattern, shown, capsys):
             ['train', 'digits/vmamba_test', '--cfg-options', 'device.index=1'],
             ('--cfg-options must fit', 'device.index=1'),
         ),
+        (
+            ['train', 'digits/vmamba_test', '--cfg-options', 'load_from=no.pth'],
+            ('load_from must be a checkpoint', 'got no.pth'),
+        ),
+        (['train', 'digits/vmamba_test', '--cfg-options', 'resume=True'], ('resume must be False', 'load_from=FILE')),
         (['test', 'digits/vmamba_test', 'no.pth'], ('no.pth does not exist', 'vssm train digits/vmamba_test')),
         (['info', 'vmamba2d_tny'], ("got 'vmamba2d_tny'", "Did you mean 'vmamba2d_tiny'?")),
         (['info', 'resnet50'], ("got 'resnet50'",)),

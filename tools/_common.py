@@ -79,4 +79,15 @@ def build_runner(config: str, work_dir: Optional[Path], cfg_options: Sequence[st
     except (KeyError, TypeError) as error:
         raise UsageError(f'--cfg-options must fit {path}, got {" ".join(cfg_options)}: {error}') from error
     cfg.work_dir = str(work_dir or Path('work_dirs', path.stem if config.endswith('.py') else config))
-    return RUNNERS.build(cfg)
+    load_from = cfg.get('load_from')
+    if load_from and not Path(load_from).is_file():
+        raise UsageError(f'load_from must be a checkpoint, got {load_from}, which does not exist.')
+    try:
+        return RUNNERS.build(cfg)
+    except (
+        KeyError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # which mmengine prefixes with what it was building
+        raise UsageError(f'config {path} cannot be built: {error}') from error

@@ -4,6 +4,9 @@
 
 #include <cstdint>
 
+// Always inlined: a function that the linker could share between files compiled for different instruction sets must not be.
+#define VSSM_INLINE inline __attribute__((always_inline))
+
 namespace vssm {
 
 // A tensor over (batch, H, W[, K], last), the last axis contiguous: strides in elements.
@@ -26,14 +29,14 @@ struct ScanArgs {
   const T* packed;
   int64_t lanes;  // channels of a block
 
-  int64_t num_blocks() const { return (channels + lanes - 1) / lanes; }
-  int64_t rank_padded() const { return (rank + 15) / 16 * 16; }
-  int64_t packed_size() const { return (states + 2 + rank + rank_padded()) * lanes; }
-  const T* A(int64_t block, int64_t k) const { return packed + (block * num_orders + k) * packed_size(); }
-  const T* bias(int64_t block, int64_t k) const { return A(block, k) + states * lanes; }
-  const T* D(int64_t block, int64_t k) const { return bias(block, k) + lanes; }
-  const T* weight(int64_t block, int64_t k) const { return D(block, k) + lanes; }
-  const T* weight_t(int64_t block, int64_t k) const { return weight(block, k) + rank * lanes; }
+  VSSM_INLINE int64_t num_blocks() const { return (channels + lanes - 1) / lanes; }
+  VSSM_INLINE int64_t rank_padded() const { return (rank + 15) / 16 * 16; }
+  VSSM_INLINE int64_t packed_size() const { return (states + 2 + rank + rank_padded()) * lanes; }
+  VSSM_INLINE const T* A(int64_t block, int64_t k) const { return packed + (block * num_orders + k) * packed_size(); }
+  VSSM_INLINE const T* bias(int64_t block, int64_t k) const { return A(block, k) + states * lanes; }
+  VSSM_INLINE const T* D(int64_t block, int64_t k) const { return bias(block, k) + lanes; }
+  VSSM_INLINE const T* weight(int64_t block, int64_t k) const { return D(block, k) + lanes; }
+  VSSM_INLINE const T* weight_t(int64_t block, int64_t k) const { return weight(block, k) + rank * lanes; }
 };
 
 // Gradients. Those of a position's channels are whole; those that sum over channels come as one part a channel group,
@@ -47,7 +50,7 @@ struct ScanGrads {
   T *B, *C;   // (channel groups, batch, H, W, K, N); C is null without C
   T* params;  // (image groups, blocks, K, N + 2 + R, lanes): A, bias, D, weight
   int64_t image_groups, channel_groups;
-  int64_t params_size(const ScanArgs<T>& s) const { return (s.states + 2 + s.rank) * s.lanes; }
+  VSSM_INLINE int64_t params_size(const ScanArgs<T>& s) const { return (s.states + 2 + s.rank) * s.lanes; }
 };
 
 // One instruction set's kernels. `forward` does the tasks [begin, end) of batch * blocks, `backward` those of

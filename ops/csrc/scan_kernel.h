@@ -16,7 +16,6 @@
 #else
 #define VSSM_UNROLL _Pragma("unroll")
 #endif
-#define VSSM_INLINE inline __attribute__((always_inline))
 
 namespace vssm {
 namespace {
@@ -142,6 +141,9 @@ VSSM_INLINE void softplus_(Vec<T> (&v)[M], Vec<T>* derivative) {
   VSSM_UNROLL
   for (int m = 0; m < M; ++m) u[m] = v[m] > zero ? -v[m] : v[m];
   exp_(u);
+  if (sizeof(T) == 8) {  // v itself beyond 20, as PyTorch has it; float32 rounds to that anyway
+    for (int m = 0; m < M; ++m) u[m] = v[m] > zero + T(20) ? zero : u[m];
+  }
   if (derivative) {
     VSSM_UNROLL
     for (int m = 0; m < M; ++m) derivative[m] = (v[m] > zero ? zero + T(1) : u[m]) / (u[m] + T(1));

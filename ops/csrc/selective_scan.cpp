@@ -134,6 +134,7 @@ struct Inputs {
     const int64_t K = s.num_orders, E = s.channels, N = s.states, R = s.rank;
     const Shape per_state{s.batch, s.height, s.width, K, N};
     check(x_.is_cpu(), "vssm::selective_scan: x must be on the CPU.");
+    check(C_ || (K == 1 && N == 1 && !D_), "vssm::selective_scan: without C one order, one state and no D are needed.");
     check_shape("dt", dt_, {s.batch, s.height, s.width, K, R ? R : E});
     check_shape("A", A_, {K, E, N});
     check_shape("B", B_, per_state);
