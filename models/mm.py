@@ -54,6 +54,7 @@ __all__ = [
     'TimmOptimWrapperConstructor',
     'TimmRunner',
     'load_weights',
+    'progress_bar',
 ]
 
 console = Console()  # one for the progress bar and the warnings, so that neither writes over the other
@@ -214,6 +215,19 @@ def _no_weight_decay(model: nn.Module) -> Set[str]:
     return patterns
 
 
+def progress_bar(console: Console) -> Progress:
+    """Bar, count, a field `status` and the time that is left; nothing where there is no terminal."""
+    return Progress(
+        TextColumn('{task.description}'),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn('{task.fields[status]}'),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
 @HOOKS.register_module()
 class ProgressHook(Hook):
     """A progress bar with the time that is left on a terminal, elsewhere one line after each evaluation."""
@@ -225,15 +239,7 @@ class ProgressHook(Hook):
         self.metrics = ''
 
     def _start(self, description: str, total: int) -> None:
-        self.progress = Progress(
-            TextColumn('{task.description}'),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn('{task.fields[status]}'),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self.progress = progress_bar(console)
         self.task = self.progress.add_task(description, total=total, status='')
         self.progress.start()
         atexit.register(self._stop)  # an exception would else leave the terminal without its cursor

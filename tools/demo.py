@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Tuple
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ..version import __version__
@@ -97,18 +96,12 @@ def _fingerprint() -> str:
 
 def _train(run_dirs: Dict[str, Path], epochs: int) -> bool:
     """Run `vssm train` for all scans at the same time, and tell whether every one succeeded."""
+    from ..models.mm import progress_bar
+
     start = time.time()
     logs = {scan: run_dir.with_suffix('.log') for scan, run_dir in run_dirs.items()}
     console.print(f'Training; logs: {", ".join(map(str, logs.values()))}', highlight=False, soft_wrap=True)
-    progress = Progress(
-        TextColumn('{task.description}'),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn('{task.fields[status]}'),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
+    progress = progress_bar(console)
     tasks = {scan: progress.add_task(TITLES[scan], total=epochs, status='starting') for scan in run_dirs}
     done = dict.fromkeys(run_dirs, 0)
     processes = {}
