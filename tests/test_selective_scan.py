@@ -552,13 +552,13 @@ def operator_arguments(case, dtype, requires_grad):
 
 @pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16), ids=('float32', 'bfloat16'))
 @pytest.mark.parametrize('case', OPERATOR_CASES.values(), ids=OPERATOR_CASES)
-def test_opcheck(case, dtype):
+def test_opcheck(case, dtype, cpu_path):
     torch.library.opcheck(torch.ops.vssm.selective_scan.default, operator_arguments(case, dtype, True))
 
 
 @pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16), ids=('float32', 'bfloat16'))
 @pytest.mark.parametrize('case', OPERATOR_CASES.values(), ids=OPERATOR_CASES)
-def test_opcheck_backward(case, dtype):
+def test_opcheck_backward(case, dtype, cpu_path):
     args = operator_arguments(case, dtype, False)
     grad_y = random_like(args[0])
     torch.library.opcheck(torch.ops.vssm.selective_scan_backward.default, (grad_y, *args))

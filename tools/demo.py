@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train both scans on handwritten digits, in about a minute on two cores.
+"""Train both scans on handwritten digits, within a minute on two idle cores.
 
 Runs `vssm train` on digits/vmamba2d_test (2-D scan) and digits/vmamba_test (1-D scan) at the same time and writes the
 checkpoints, the logs, metrics.json and the picture digits.png. The digits exercise the road from data to checkpoint;
