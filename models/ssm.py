@@ -7,6 +7,10 @@ import torch
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
+from ..ops import selective_scan
+
+register_notrace_function(selective_scan)  # its checks read shapes, which FX cannot trace
+
 
 @register_notrace_function  # FX cannot follow a branch on a dtype
 def decay_rates(A_log: Tensor) -> Tensor:

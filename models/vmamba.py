@@ -10,29 +10,19 @@ Feature maps are channels-last, (batch, height, width, channels), from the stem'
 """
 
 import math
-import re
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, Tuple, Union
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates, create_classifier, trunc_normal_
-from timm.models import (
-    build_model_with_cfg,
-    checkpoint_seq,
-    generate_default_cfgs,
-    named_apply,
-    register_model,
-    register_notrace_function,
-)
-from timm.models._features import feature_take_indices
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.models import generate_default_cfgs, named_apply, register_model
 from torch import Tensor, nn
 
 from ..ops import selective_scan
+from .backbone import Backbone, Stage, build_backbone, rename_checkpoint, stage_dims
 from .ssm import decay_rates, init_scan_
 
 __all__ = ['VMamba']
-
-register_notrace_function(selective_scan)  # its checks read shapes, which FX cannot trace
 
 
 class Conv3x3s2(nn.Module):
@@ -145,69 +135,7 @@ class Block(nn.Module):
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
 
-class Stage(nn.Module):
-    def __init__(
-        self,
-        in_dim: int,
-        dim: int,
-        depth: int,
-        downsample: bool,
-        drop_path: List[float],
-        device=None,
-        dtype=None,
-        **block_kwargs,
-    ) -> None:
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__()
-        self.grad_checkpointing = False
-        self.downsample = Conv3x3s2(in_dim, dim, **dd) if downsample else nn.Identity()
-        self.blocks = nn.Sequential(*[Block(dim, drop_path=drop_path[j], **block_kwargs, **dd) for j in range(depth)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
-
-
-class NormPoolHead(nn.Module):
-    """Classifier: layer norm of every token, pooling, linear."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_classes: int,
-        pool_type: str = 'avg',
-        drop_rate: float = 0.0,
-        device=None,
-        dtype=None,
-    ) -> None:
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__()
-        self.in_features = dim
-        self.norm = nn.LayerNorm(dim, **dd)
-        self.global_pool, self.fc = create_classifier(dim, num_classes, pool_type, input_fmt='NHWC', **dd)
-        self.num_features = dim * self.global_pool.feat_mult()  # after pooling
-        self.drop = nn.Dropout(drop_rate)
-
-    def reset(self, num_classes: int, pool_type: Optional[str] = None, device=None, dtype=None) -> None:
-        if pool_type is None:
-            pool_type = self.global_pool.pool_type
-        self.global_pool, self.fc = create_classifier(
-            self.in_features, num_classes, pool_type, input_fmt='NHWC', device=device, dtype=dtype
-        )
-        self.num_features = self.in_features * self.global_pool.feat_mult()
-        self.global_pool.train(self.training)
-        self.fc.train(self.training)
-
-    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.norm(x)
-        x = self.global_pool(x)  # [B, H, W, C] -> [B, C], unless the pooling is off
-        x = self.drop(x)
-        return x if pre_logits else self.fc(x)
-
-
-class VMamba(nn.Module):
+class VMamba(Backbone):
     """VMamba (1-D scan) and 2DVMamba (2-D scan).
 
     Takes images of any size from 32x32 up, (batch, in_chans, H, W). A stage works at 1/4, 1/8, 1/16, 1/32 of the
@@ -227,8 +155,6 @@ class VMamba(nn.Module):
         drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 at the first.
     """
 
-    output_fmt = 'NHWC'
-
     def __init__(
         self,
         in_chans: int = 3,
@@ -246,146 +172,22 @@ class VMamba(nn.Module):
         dtype=None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
-        super().__init__()
-        if isinstance(dims, int):
-            dims = tuple(dims * 2**i for i in range(len(depths)))
-        if len(dims) != len(depths):
-            raise ValueError(f'VMamba: dims must give one width for each of the {len(depths)} depths, got {dims}.')
         if scan_ndim not in (1, 2):
             raise ValueError(f'VMamba: scan_ndim must be 1 or 2, got {scan_ndim!r}.')
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.drop_rate = drop_rate
-        self.num_features = dims[-1]
-        self.feature_info = []
-
-        self.stem = Stem(in_chans, dims[0], **dd)
+        dims = stage_dims('VMamba', dims, depths)
+        block_args = dict(d_state=d_state, ssm_ratio=ssm_ratio, mlp_ratio=mlp_ratio, scan_ndim=scan_ndim)
+        stem = Stem(in_chans, dims[0], **dd)
         drop_path = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
-        for i, depth in enumerate(depths):
-            stages.append(
-                Stage(
-                    dims[max(i - 1, 0)],
-                    dims[i],
-                    depth,
-                    downsample=i > 0,
-                    drop_path=drop_path[i],
-                    d_state=d_state,
-                    ssm_ratio=ssm_ratio,
-                    mlp_ratio=mlp_ratio,
-                    scan_ndim=scan_ndim,
-                    **dd,
-                )
-            )
-            self.feature_info.append(dict(num_chs=dims[i], reduction=4 * 2**i, module=f'stages.{i}'))
-        self.stages = nn.Sequential(*stages)
-        self.head = NormPoolHead(dims[-1], num_classes, global_pool, drop_rate, **dd)
-        self.head_hidden_size = self.head.num_features
+        for i, dim in enumerate(dims):
+            downsample = Conv3x3s2(dims[i - 1], dim, **dd) if i > 0 else nn.Identity()
+            stages.append(Stage(downsample, [Block(dim, drop_path=rate, **block_args, **dd) for rate in drop_path[i]]))
+        super().__init__(stem, stages, dims, in_chans, num_classes, global_pool, drop_rate, **dd)
         named_apply(_init_weights, self)
 
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set:
-        return {'stages.*.mixer.A_log', 'stages.*.mixer.D', 'stages.*.mixer.dt_bias'}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        return dict(
-            stem=r'^stem',
-            blocks=r'^stages\.(\d+)'
-            if coarse
-            else [
-                (r'^stages\.(\d+)\.downsample', (0,)),
-                (r'^stages\.(\d+)\.blocks\.(\d+)', None),
-                (r'^head\.norm', (99999,)),
-            ],
-        )
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        self.num_classes = num_classes
-        weight = self.stem.conv1.weight
-        self.head.reset(num_classes, global_pool, device=weight.device, dtype=weight.dtype)
-        self.head_hidden_size = self.head.num_features
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: Optional[Union[int, List[int]]] = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = 'NCHW',
-        intermediates_only: bool = False,
-    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
-        """The stages' outputs along with the final feature map.
-
-        Args:
-            x: Images, (batch, in_chans, H, W).
-            indices: Which stages: the last n if an int, all if None.
-            norm: Apply the head's norm to the last stage's output.
-            stop_early: Stop after the last stage that is asked for.
-            output_fmt: Layout of the intermediates, 'NCHW' or 'NHWC'.
-            intermediates_only: Return the intermediates alone.
-        """
-        if output_fmt not in ('NCHW', 'NHWC'):
-            raise ValueError(f"forward_intermediates: output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}.")
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        last_index = len(self.stages) - 1
-        intermediates = []
-
-        x = self.stem(x)
-        if torch.jit.is_scripting() or not stop_early:  # TorchScript cannot slice a Sequential
-            stages = self.stages
-        else:
-            stages = self.stages[: max_index + 1]
-        for i, stage in enumerate(stages):
-            x = stage(x)
-            if i in take_indices:
-                intermediate = self.head.norm(x) if norm and i == last_index else x
-                if output_fmt == 'NCHW':
-                    intermediate = intermediate.permute(0, 3, 1, 2).contiguous()  # [B, H, W, C] -> [B, C, H, W]
-                intermediates.append(intermediate)
-
-        if intermediates_only:
-            return intermediates
-        return x, intermediates
-
-    def prune_intermediate_layers(
-        self,
-        indices: Union[int, List[int]] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
-    ) -> List[int]:
-        """Drop what `forward_intermediates` with these indices does not need, and return the kept indices."""
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        pruned = max_index < len(self.stages) - 1
-        self.stages = self.stages[: max_index + 1]
-        if pruned:  # the head was sized for the last stage's width
-            self.num_features = self.feature_info[max_index]['num_chs']
-            self.head.in_features = self.num_features
-        if prune_norm or pruned:
-            self.head.norm = nn.Identity()
-        if prune_head or pruned:
-            self.reset_classifier(0, '')
-        return take_indices
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images, (batch, in_chans, H, W) -> feature map before the head, (batch, H/32, W/32, C)."""
-        x = self.stem(x)
-        return self.stages(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x, pre_logits=pre_logits) if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+    def load_state_dict(self, state_dict: Dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As nn.Module's, for published names too."""
+        return super().load_state_dict(checkpoint_filter_fn(state_dict, self), strict=strict, assign=assign)
 
 
 def _init_weights(module: nn.Module, name: str) -> None:
@@ -403,55 +205,19 @@ _RENAMES = (
     (r'^patch_embed\.(2|norm)\.', 'stem.norm1.'),
     (r'^patch_embed\.5\.', 'stem.conv2.'),
     (r'^patch_embed\.7\.', 'stem.norm2.'),
-    (r'^(classifier\.)?head\.', 'head.fc.'),
-    (r'^(classifier\.)?norm\.', 'head.norm.'),
+    (r'^(?:classifier\.)?head\.(weight|bias)$', r'head.fc.\1'),
+    (r'^(?:classifier\.)?norm\.(weight|bias)$', r'head.norm.\1'),
     (r'^layers\.(\d+)\.downsample\.1\.', lambda m: f'stages.{int(m[1]) + 1}.downsample.conv.'),
     (r'^layers\.(\d+)\.downsample\.3\.', lambda m: f'stages.{int(m[1]) + 1}.downsample.norm.'),
     (r'^layers\.(\d+)\.blocks\.', r'stages.\1.blocks.'),
     (r'^(stages\.\d+\.blocks\.\d+)\.(norm|ln_1)\.', r'\1.norm1.'),
     (r'^(stages\.\d+\.blocks\.\d+)\.ln_2\.', r'\1.norm2.'),
-    (r'\.(op|self_attention)\.', '.mixer.'),
-    (r'\.mixer\.conv2d\.', '.mixer.conv.'),
-    (r'\.mixer\.out_norm\.', '.mixer.norm.'),
-    (r'\.mixer\.x_proj_weight$', '.mixer.x_proj.weight'),
-    (r'\.mixer\.dt_projs(_|\.)weight$', '.mixer.dt_weight'),
-    (r'\.mixer\.dt_projs(_|\.)bias$', '.mixer.dt_bias'),
-    (r'\.mixer\.A_logs$', '.mixer.A_log'),
-    (r'\.mixer\.Ds$', '.mixer.D'),
 )
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Tensor]:
-    """Bring a published VMamba or 2DVMamba checkpoint to our names and shapes; our own pass unchanged.
-
-    Names that no rule knows are kept as they are, so that a strict load reports them.
-
-    Raises:
-        ValueError: A tensor of the scan has another number of elements than the model's.
-    """
-    for wrapper in ('state_dict_ema', 'model_ema', 'state_dict', 'model'):  # averaged weights first, as timm takes them
-        if wrapper in state_dict:
-            state_dict = state_dict[wrapper]
-            break
-    if 'stem.conv1.weight' in state_dict:
-        return state_dict
-
-    own = model.state_dict()
-    out = {}
-    for name, value in state_dict.items():
-        ours = name
-        for pattern, replacement in _RENAMES:
-            ours = re.sub(pattern, replacement, ours)
-        # The scan's parameters are stacked over the orders, published in one layout or another of the same numbers.
-        if re.search(r'\.mixer\.(x_proj\.weight|dt_weight|dt_bias|A_log|D)$', ours) and ours in own:
-            if value.numel() != own[ours].numel():
-                raise ValueError(
-                    f'checkpoint: {name} must hold {own[ours].numel()} numbers for {ours} of shape '
-                    f'{tuple(own[ours].shape)}, got {tuple(value.shape)}.'
-                )
-            value = value.reshape(own[ours].shape)
-        out[ours] = value
-    return out
+    """Bring a published VMamba or 2DVMamba checkpoint to our names and shapes, see `rename_checkpoint`."""
+    return rename_checkpoint(state_dict, model, _RENAMES)
 
 
 def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
@@ -490,14 +256,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_vmamba(variant: str, pretrained: bool = False, **kwargs) -> VMamba:
-    return build_model_with_cfg(
-        VMamba,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls='getter'),
-        **kwargs,
-    )
+    return build_backbone(VMamba, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 _TINY = dict(depths=(2, 2, 8, 2), dims=96)
