@@ -9,12 +9,14 @@ import re
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type, Union
 
 import torch
-from timm.layers import create_classifier
+from timm.layers import create_classifier, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-__all__ = ['Backbone', 'NormPoolHead', 'Stage', 'build_backbone', 'rename_checkpoint', 'stage_dims']
+from .checkpoints import pretrained_kwargs
+
+__all__ = ['Backbone', 'NormPoolHead', 'Stage', 'build_backbone', 'init_linear', 'rename_checkpoint', 'stage_dims']
 
 
 class Stage(nn.Module):
@@ -222,6 +224,14 @@ def stage_dims(name: str, dims: Union[int, Sequence[int]], depths: Sequence[int]
     return tuple(dims)
 
 
+def init_linear(module: nn.Module, name: str) -> None:
+    """For `named_apply`: linear layers from a truncated normal; all else, x_proj too, as its constructor made it."""
+    if isinstance(module, nn.Linear) and not name.endswith('x_proj'):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
 # The mixers' part of the published names; every family begins with its own.
 _MIXER_RENAMES = (
     (r'\.(op|self_attention)\.', '.mixer.'),
@@ -287,9 +297,12 @@ def build_backbone(
 
     Raises:
         ValueError: output_stride is not 32; a scan has no dilated form that would keep the resolution.
+        RuntimeError: There are no pretrained weights, see `pretrained_kwargs`.
     """
     if output_stride != 32:
         raise ValueError(f'{variant}: output_stride must be 32, the only one of its stages, got {output_stride!r}.')
+    if pretrained:
+        kwargs = pretrained_kwargs(variant, kwargs)
     return build_model_with_cfg(
         cls,
         variant,

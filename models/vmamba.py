@@ -14,12 +14,12 @@ from typing import Any, Dict, Tuple, Union
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, named_apply, register_model
 from torch import Tensor, nn
 
 from ..ops import selective_scan
-from .backbone import Backbone, Stage, build_backbone, rename_checkpoint, stage_dims
+from .backbone import Backbone, Stage, build_backbone, init_linear, rename_checkpoint, stage_dims
 from .ssm import decay_rates, init_scan_
 
 __all__ = ['VMamba']
@@ -183,19 +183,11 @@ class VMamba(Backbone):
             downsample = Conv3x3s2(dims[i - 1], dim, **dd) if i > 0 else nn.Identity()
             stages.append(Stage(downsample, [Block(dim, drop_path=rate, **block_args, **dd) for rate in drop_path[i]]))
         super().__init__(stem, stages, dims, in_chans, num_classes, global_pool, drop_rate, **dd)
-        named_apply(_init_weights, self)
+        named_apply(init_linear, self)
 
     def load_state_dict(self, state_dict: Dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As nn.Module's, for published names too."""
         return super().load_state_dict(checkpoint_filter_fn(state_dict, self), strict=strict, assign=assign)
-
-
-def _init_weights(module: nn.Module, name: str) -> None:
-    """Linear layers from a truncated normal; all else, x_proj too, stays as its constructor made it."""
-    if isinstance(module, nn.Linear) and not name.endswith('x_proj'):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 # The published names, in the order in which the rules apply. The older ones among them are ln_1, self_attention,

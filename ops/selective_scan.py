@@ -4,40 +4,14 @@
 The schema and the CPU kernels are in `csrc/`, the definition is `selective_scan_ref.py`.
 """
 
-import os
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .backend import check_device, uses_reference
 from .selective_scan_ref import selective_scan_ref
-
-_LIBRARY = Path(__file__).with_name('_C.abi3.so')
-if not _LIBRARY.exists():
-    raise ImportError(
-        f'vssm was installed without its compiled kernels ({_LIBRARY.name} is missing beside {__file__}): '
-        'run `pip install --no-build-isolation -e .` in a clone, which needs a C++ compiler, or install a wheel.'
-    )
-torch.ops.load_library(_LIBRARY)
-
-_use_reference = os.environ.get('VSSM_REFERENCE', '0') == '1'
-
-
-@contextmanager
-def use_reference(enabled: bool = True) -> Iterator[None]:
-    """Run `selective_scan` as plain tensor operations inside this context, whatever the device and dtype.
-
-    The environment variable VSSM_REFERENCE=1, read at import, selects it for a whole process.
-    """
-    global _use_reference
-    previous, _use_reference = _use_reference, enabled
-    try:
-        yield
-    finally:
-        _use_reference = previous
 
 
 def selective_scan(
@@ -90,9 +64,9 @@ def selective_scan(
     """
     if not torch.jit.is_tracing():  # where sizes are tensors
         _check(x, dt, A, B, C, D, dt_bias, dt_weight, ndim, orders)
-    if _use_reference:
+    if uses_reference():
         return _run_reference(x, dt, A, B, C, D, dt_bias, dt_weight, ndim, orders, softplus)
-    _check_device(x)
+    check_device('selective_scan', x)
     return torch.ops.vssm.selective_scan(x, dt, A, B, C, D, dt_bias, dt_weight, ndim, orders, softplus)
 
 
@@ -161,14 +135,6 @@ def _check(
         raise ValueError(
             'selective_scan: without C, which makes y the state itself, one order, one state and no D are needed, got '
             f'K = {num_orders}, N = {states}, D {"absent" if D is None else "given"}.'
-        )
-
-
-def _check_device(x: Tensor) -> None:
-    if x.device.type not in ('cpu', 'meta'):
-        raise NotImplementedError(
-            f'selective_scan: there is no kernel for device {x.device.type!r}; the reference runs there, slowly: '
-            'use `with vssm.ops.use_reference():` or set VSSM_REFERENCE=1.'
         )
 
 

@@ -651,7 +651,7 @@ def test_use_reference_on_the_meta_device():
 
 
 def test_environment_variable_selects_the_reference():
-    script = 'import sys, vssm.ops; print(sys.modules["vssm.ops.selective_scan"]._use_reference)'
+    script = 'import sys, vssm.ops; print(sys.modules["vssm.ops.backend"].uses_reference())'
     result = subprocess.run(
         [sys.executable, '-c', script],
         env={**os.environ, 'VSSM_REFERENCE': '1'},

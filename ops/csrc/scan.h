@@ -2,19 +2,9 @@
 // The selective scan on the CPU: what the op (selective_scan.cpp) and the kernels (scan_kernel.h) share. No torch here.
 #pragma once
 
-#include <cstdint>
-
-// Always inlined: a function that the linker could share between files compiled for different instruction sets must not be.
-#define VSSM_INLINE inline __attribute__((always_inline))
+#include "common.h"
 
 namespace vssm {
-
-// A tensor over (batch, H, W[, K], last), the last axis contiguous: strides in elements.
-template <class T>
-struct Map {
-  T* data;
-  int64_t batch, row, column, order;
-};
 
 template <class T>
 struct ScanArgs {
@@ -52,24 +42,5 @@ struct ScanGrads {
   int64_t image_groups, channel_groups;
   VSSM_INLINE int64_t params_size(const ScanArgs<T>& s) const { return (s.states + 2 + s.rank) * s.lanes; }
 };
-
-// One instruction set's kernels. `forward` does the tasks [begin, end) of batch * blocks, `backward` those of
-// image groups * channel groups, each with scratch of its own.
-template <class T>
-struct ScanKernels {
-  const char* name;
-  int64_t (*lanes)(int64_t channels);
-  int64_t (*forward_scratch)(const ScanArgs<T>&);
-  void (*forward)(const ScanArgs<T>&, T* y, T* scratch, int64_t begin, int64_t end);
-  int64_t (*backward_scratch)(const ScanArgs<T>&);
-  void (*backward)(const ScanArgs<T>&, const ScanGrads<T>&, T* scratch, int64_t begin, int64_t end);
-};
-
-extern const ScanKernels<float> kScanPortable;
-extern const ScanKernels<double> kScanPortableDouble;
-#if defined(__x86_64__)
-extern const ScanKernels<float> kScanAvx2;
-extern const ScanKernels<float> kScanAvx512;
-#endif
 
 }  // namespace vssm

@@ -1,68 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// The selective scan for one instruction set. A file that defines VSSM_VECTOR_BYTES and selects the instructions includes
-// this once. Nothing here may be shared between those files by the linker, or a CPU would meet instructions that it does
-// not have: hence the unnamed namespace, and no templates of the standard library.
+// The selective scan for one instruction set, see simd.h.
 //
 // One task walks a block of `lanes` channels of one image in every order. A line of the walk is cut into chunks of kChunk
 // positions, small enough for the first-level cache. Within a chunk what has no recurrence comes first (step sizes and
 // decays, many positions at once), then the recurrence alone.
-#include <cstdint>
-#include <cstring>
+#pragma once
 
 #include "scan.h"
-
-#if defined(__GNUC__) && !defined(__clang__)
-#define VSSM_UNROLL _Pragma("GCC unroll 64")
-#else
-#define VSSM_UNROLL _Pragma("unroll")
-#endif
+#include "simd.h"
 
 namespace vssm {
 namespace {
 
 constexpr int64_t kChunk = 64;
-
-template <class T>
-struct Simd;
-template <>
-struct Simd<float> {
-  typedef float V __attribute__((vector_size(VSSM_VECTOR_BYTES)));
-  typedef int32_t I __attribute__((vector_size(VSSM_VECTOR_BYTES)));
-};
-template <>
-struct Simd<double> {
-  typedef double V __attribute__((vector_size(VSSM_VECTOR_BYTES)));
-  typedef int64_t I __attribute__((vector_size(VSSM_VECTOR_BYTES)));
-};
-template <class T>
-using Vec = typename Simd<T>::V;
-template <class T>
-using Int = typename Simd<T>::I;
-template <class T>
-constexpr int kWidth = VSSM_VECTOR_BYTES / sizeof(T);
 // Positions whose steps are formed together: with two vectors of channels each they fill half of the registers.
 constexpr int kTile = VSSM_VECTOR_BYTES == 64 ? 8 : 4;
-
-template <class T>
-VSSM_INLINE Vec<T> load(const T* p) {
-  Vec<T> v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-template <class T>
-VSSM_INLINE void store(T* p, Vec<T> v) {
-  std::memcpy(p, &v, sizeof v);
-}
-
-template <class T>
-VSSM_INLINE Vec<T> splat(T s) {
-  Vec<T> v;
-  for (int i = 0; i < kWidth<T>; ++i) v[i] = s;
-  return v;
-}
-
-VSSM_INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // ---- exp, softplus -------------------------------------------------------------------------------------------------
 // Several vectors at once, one operation after the other over all of them, so that their latencies overlap. Arguments
@@ -185,21 +137,6 @@ struct Walk {
     return l;
   }
 };
-
-// A chunk of channels, `lanes` wide and zero beyond `valid`, from and to a tensor.
-template <class T>
-VSSM_INLINE void gather(T* to, int64_t lanes, const T* from, int64_t step, int64_t length, int64_t valid) {
-  for (int64_t t = 0; t < length; ++t, to += lanes, from += step) {
-    for (int64_t l = 0; l < valid; ++l) to[l] = from[l];
-    for (int64_t l = valid; l < lanes; ++l) to[l] = 0;
-  }
-}
-
-template <class T>
-VSSM_INLINE void scatter(T* to, int64_t step, const T* from, int64_t lanes, int64_t length, int64_t valid) {
-  for (int64_t t = 0; t < length; ++t, to += step, from += lanes)
-    for (int64_t l = 0; l < valid; ++l) to[l] = from[l];
-}
 
 // ---- what has no recurrence --------------------------------------------------------------------------------------------
 
@@ -335,7 +272,7 @@ int64_t rows_size(const ScanArgs<T>& s) {
 }
 
 template <class T>
-int64_t forward_scratch(const ScanArgs<T>& s) {
+int64_t scan_forward_scratch(const ScanArgs<T>& s) {
   return 5 * kChunk * s.lanes + s.states * s.lanes + rows_size(s);
 }
 
@@ -389,7 +326,7 @@ void forward_tasks(const ScanArgs<T>& s, T* y, T* scratch, int64_t begin, int64_
 }
 
 template <class T>
-void forward(const ScanArgs<T>& s, T* y, T* scratch, int64_t begin, int64_t end) {
+void scan_forward(const ScanArgs<T>& s, T* y, T* scratch, int64_t begin, int64_t end) {
   (s.lanes == kWidth<T> ? forward_tasks<T, 1> : forward_tasks<T, 2>)(s, y, scratch, begin, end);
 }
 
@@ -619,7 +556,7 @@ struct BackwardScratch {
 };
 
 template <class T>
-int64_t backward_scratch(const ScanArgs<T>& s) {
+int64_t scan_backward_scratch(const ScanArgs<T>& s) {
   return BackwardScratch<T>(s, nullptr).size;
 }
 
@@ -774,7 +711,7 @@ void backward_tasks(const ScanArgs<T>& s, const ScanGrads<T>& grad, T* scratch, 
 }
 
 template <class T>
-void backward(const ScanArgs<T>& s, const ScanGrads<T>& grad, T* scratch, int64_t begin, int64_t end) {
+void scan_backward(const ScanArgs<T>& s, const ScanGrads<T>& grad, T* scratch, int64_t begin, int64_t end) {
   (s.lanes == kWidth<T> ? backward_tasks<T, 1> : backward_tasks<T, 2>)(s, grad, scratch, begin, end);
 }
 
@@ -782,14 +719,9 @@ void backward(const ScanArgs<T>& s, const ScanGrads<T>& grad, T* scratch, int64_
 
 // Two vectors of channels a block, or one where the channels fill no more or leave half of the last block empty.
 template <class T>
-int64_t lanes(int64_t channels) {
+int64_t scan_lanes(int64_t channels) {
   constexpr int W = kWidth<T>;
   return channels <= W || (channels % (2 * W) && channels % (2 * W) <= W && channels < 8 * W) ? W : 2 * W;
-}
-
-template <class T>
-constexpr ScanKernels<T> make_kernels(const char* name) {
-  return {name, lanes<T>, forward_scratch<T>, forward<T>, backward_scratch<T>, backward<T>};
 }
 
 }  // namespace

@@ -2,111 +2,15 @@
 // The op: schema, and the CPU implementation that prepares arguments, runs the kernels of the best instruction set over
 // PyTorch's thread pool, and adds up partial gradients. Arguments are checked by the public function in Python; here only
 // what would read or write out of bounds. Everything goes through PyTorch's stable ABI.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <algorithm>
-#include <cstdlib>
-#include <optional>
-#include <sstream>
-#include <stdexcept>
-#include <string>
-#include <tuple>
-#include <type_traits>
-#include <vector>
-
-#include "scan.h"
+#include "op.h"
 
 namespace vssm {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Shape = std::vector<int64_t>;
-
-// PyTorch turns it into a RuntimeError; unlike STD_TORCH_CHECK it does not begin with the path of this file.
-template <class... Parts>
-void check(bool ok, const Parts&... parts) {
-  if (ok) return;
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
-
-// ---- instruction sets ------------------------------------------------------------------------------------------------
-
-bool supported(const ScanKernels<float>& kernels) {
-#if defined(__x86_64__)
-  if (&kernels == &kScanAvx512)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl");
-  if (&kernels == &kScanAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#endif
-  return true;
-}
-
-// The best that the CPU has, or the one that VSSM_CPU_CAPABILITY names.
-const ScanKernels<float>& select_kernels() {
-  static const ScanKernels<float>* const all[] = {
-#if defined(__x86_64__)
-      &kScanAvx512, &kScanAvx2,
-#endif
-      &kScanPortable};
-  const char* wanted = std::getenv("VSSM_CPU_CAPABILITY");
-  std::string names;
-  for (const auto* kernels : all) {
-    if (!supported(*kernels)) continue;
-    if (!wanted || !*wanted || kernels->name == std::string(wanted)) return *kernels;
-    names += (names.empty() ? "" : ", ") + std::string(kernels->name);
-  }
-  throw std::runtime_error("VSSM_CPU_CAPABILITY must be one of " + names + " on this CPU, got " + wanted + ".");
-}
-
-template <class T>
-const ScanKernels<T>& kernels_for() {
-  if constexpr (std::is_same_v<T, double>)
-    return kScanPortableDouble;
-  else
-    return select_kernels();
-}
-
-std::string cpu_capability() { return select_kernels().name; }
-
-// ---- arguments -------------------------------------------------------------------------------------------------------
-
-template <class T>
-constexpr ScalarType kType = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
-
-template <class T>
-Tensor empty(const Tensor& like, const Shape& shape) {
-  return torch::stable::new_empty(like, shape, kType<T>);
-}
-
-Tensor cast(const Tensor& t, ScalarType type) { return t.scalar_type() == type ? t : torch::stable::to(t, type); }
-
-// Half types are widened as a whole: reading them once costs less than widening them in every order.
-template <class T>
-Tensor last_contiguous(const Tensor& t) {
-  const Tensor wide = cast(t, kType<T>);
-  const int64_t last = wide.dim() - 1;
-  return wide.size(last) == 1 || wide.stride(last) == 1 ? wide : torch::stable::contiguous(wide);
-}
-
-template <class T>
-Tensor contiguous(const Tensor& t) {
-  return torch::stable::contiguous(cast(t, kType<T>));
-}
-
 void check_shape(const char* name, const Tensor& t, const Shape& shape) {
-  const auto sizes = t.sizes();
   check(t.is_cpu(), "vssm::selective_scan: ", name, " must be on the CPU.");
-  check(sizes.size() == shape.size() && std::equal(shape.begin(), shape.end(), sizes.begin()),
-        "vssm::selective_scan: ", name, " has the wrong shape; call vssm.ops.selective_scan, which says why.");
+  check(has_shape(t, shape), "vssm::selective_scan: ", name, " has the wrong shape; call vssm.ops.selective_scan, which says why.");
 }
-
-// How many tasks of `size` elements each are worth a thread: small maps stay on one.
-int64_t grain(int64_t size) { return std::max<int64_t>(1, (1 << 14) / size); }
 
 // The inputs of one call, in the type that it computes in, kept alive while the kernels read them.
 template <class T>
@@ -117,7 +21,7 @@ struct Inputs {
   Tensor packed;
   const T one = 1;
 
-  Inputs(const ScanKernels<T>& kernels, const Tensor& x_, const Tensor& dt_, const Tensor& A_, const Tensor& B_,
+  Inputs(const Kernels<T>& kernels, const Tensor& x_, const Tensor& dt_, const Tensor& A_, const Tensor& B_,
          const std::optional<Tensor>& C_, const std::optional<Tensor>& D_, const std::optional<Tensor>& dt_bias_,
          const std::optional<Tensor>& dt_weight_, int64_t ndim, const Shape& orders, bool softplus) {
     check(x_.dim() == 4 && A_.dim() == 3 && (!dt_weight_ || dt_weight_->dim() == 3) && x_.numel() > 0 && A_.numel() > 0 &&
@@ -152,15 +56,10 @@ struct Inputs {
     if (D_) D = contiguous<T>(*D_);
     if (dt_bias_) dt_bias = contiguous<T>(*dt_bias_);
     if (dt_weight_) dt_weight = contiguous<T>(*dt_weight_);
-    s.lanes = kernels.lanes(E);
+    s.lanes = kernels.scan_lanes(E);
     pack();
   }
   Inputs(const Inputs&) = delete;  // args may point to `one`
-
-  template <class U>
-  static Map<const U> map(const Tensor& t) {
-    return {t.const_data_ptr<U>(), t.stride(0), t.stride(1), t.stride(2), t.dim() == 5 ? t.stride(3) : 0};
-  }
 
  private:
   static const T* data(const std::optional<Tensor>& t) { return t ? t->template const_data_ptr<T>() : nullptr; }
@@ -192,21 +91,6 @@ struct Inputs {
   }
 };
 
-// Run tasks of `size` elements in parallel, each thread with a scratch of its own.
-template <class T, class F>
-void run(const Tensor& like, int64_t tasks, int64_t size, int64_t scratch_size, const F& kernel) {
-  const int64_t threads = torch::stable::get_num_threads();
-  scratch_size = (scratch_size + 63) / 64 * 64;
-  const Tensor scratch = empty<T>(like, {threads * scratch_size + 64});
-  T* base = scratch.mutable_data_ptr<T>();
-  base += (64 - reinterpret_cast<uintptr_t>(base) % 64) % 64 / sizeof(T);
-  torch::stable::parallel_for(0, tasks, grain(size), [&](int64_t begin, int64_t end) {
-    uint32_t thread = 0;
-    TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&thread));
-    kernel(base + thread * scratch_size, begin, end);
-  });
-}
-
 // ---- forward ---------------------------------------------------------------------------------------------------------
 
 template <class T, class... Args>
@@ -217,8 +101,8 @@ Tensor forward(const Args&... args) {
   Tensor y = empty<T>(in.x, {s.batch, s.height, s.width, s.channels});
   T* out = y.mutable_data_ptr<T>();
   const int64_t tasks = s.batch * s.num_blocks();
-  run<T>(in.x, tasks, y.numel() * s.num_orders / tasks, kernels.forward_scratch(s),
-         [&](T* scratch, int64_t begin, int64_t end) { kernels.forward(s, out, scratch, begin, end); });
+  run<T>(in.x, tasks, y.numel() * s.num_orders / tasks, kernels.scan_forward_scratch(s),
+         [&](T* scratch, int64_t begin, int64_t end) { kernels.scan_forward(s, out, scratch, begin, end); });
   return y;
 }
 
@@ -273,15 +157,15 @@ Grads backward(const Tensor& grad_y_, const Args&... args) {
   const Tensor dB = empty<T>(in.x, {G * cells * N});
   const Tensor dC = empty<T>(in.x, {in.C ? G * cells * N : 0});
   const Tensor params = empty<T>(in.x, {grad.image_groups * blocks * K * grad.params_size(s)});
-  grad.y = Inputs<T>::template map<T>(grad_y);
+  grad.y = map<T>(grad_y);
   grad.x = dx.mutable_data_ptr<T>();
   grad.dt = ddt.mutable_data_ptr<T>();
   grad.B = dB.mutable_data_ptr<T>();
   grad.C = in.C ? dC.mutable_data_ptr<T>() : nullptr;
   grad.params = params.mutable_data_ptr<T>();
   const int64_t tasks = grad.image_groups * G;
-  run<T>(in.x, tasks, dx.numel() * K / tasks, kernels.backward_scratch(s),
-         [&](T* scratch, int64_t begin, int64_t end) { kernels.backward(s, grad, scratch, begin, end); });
+  run<T>(in.x, tasks, dx.numel() * K / tasks, kernels.scan_backward_scratch(s),
+         [&](T* scratch, int64_t begin, int64_t end) { kernels.scan_backward(s, grad, scratch, begin, end); });
 
   // Parameters: add up the image groups, from blocks of lanes back to channels.
   const Tensor dA = empty<T>(in.x, {K, E, N});
@@ -331,7 +215,7 @@ Grads selective_scan_backward(Tensor grad_y, Tensor x, Tensor dt, Tensor A, Tens
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(vssm, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(vssm, m) {
   m.def(
       "selective_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor? C, Tensor? D, Tensor? dt_bias, "
       "Tensor? dt_weight, int ndim, int[] orders, bool softplus) -> Tensor");
@@ -339,14 +223,11 @@ STABLE_TORCH_LIBRARY(vssm, m) {
       "selective_scan_backward(Tensor grad_y, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor? C, Tensor? D, "
       "Tensor? dt_bias, Tensor? dt_weight, int ndim, int[] orders, bool softplus) -> "
       "(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor dt_bias, Tensor dt_weight)");
-  m.def("cpu_capability() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vssm, CPU, m) {
   m.impl("selective_scan", TORCH_BOX(&selective_scan));
   m.impl("selective_scan_backward", TORCH_BOX(&selective_scan_backward));
 }
-
-STABLE_TORCH_LIBRARY_IMPL(vssm, CompositeExplicitAutograd, m) { m.impl("cpu_capability", TORCH_BOX(&cpu_capability)); }
 
 }  // namespace vssm

@@ -1,19 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 #if defined(__x86_64__)
-#include "scan.h"
-
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma"))), apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,fma")
 #endif
 #define VSSM_VECTOR_BYTES 64
-#include "scan_kernel.h"
+#include "make_kernels.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif
 
 namespace vssm {
-constexpr ScanKernels<float> kScanAvx512 = make_kernels<float>("avx512");
+constexpr Kernels<float> kAvx512 = make_kernels<float>("avx512");
 }
 #endif
