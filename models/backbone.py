@@ -6,17 +6,27 @@ Feature maps are channels-last, (batch, height, width, channels).
 """
 
 import re
+import warnings
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type, Union
 
 import torch
 from timm.layers import create_classifier, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint_seq
+from timm.models import build_model_with_cfg, checkpoint_seq, register_model_deprecations
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from .checkpoints import pretrained_kwargs
 
-__all__ = ['Backbone', 'NormPoolHead', 'Stage', 'build_backbone', 'init_linear', 'rename_checkpoint', 'stage_dims']
+__all__ = [
+    'Backbone',
+    'NormPoolHead',
+    'Stage',
+    'build_backbone',
+    'init_linear',
+    'register_aliases',
+    'rename_checkpoint',
+    'stage_dims',
+]
 
 
 class Stage(nn.Module):
@@ -311,3 +321,17 @@ def build_backbone(
         feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls='getter'),
         **kwargs,
     )
+
+
+def register_aliases(module: str, aliases: Dict[str, str]) -> None:
+    """Let `timm.create_model` take further names, such as those of the papers' code, for registered models.
+
+    timm keeps a name out of its listings only as a deprecated one. An alias is not, so its warning is silenced.
+
+    Args:
+        module: Name of the file's module, which holds the entrypoints.
+        aliases: Further names and the models' own.
+    """
+    for alias in aliases:
+        warnings.filterwarnings('ignore', f'Mapping deprecated model name {re.escape(alias)} ')
+    register_model_deprecations(module, aliases)

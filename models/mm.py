@@ -9,9 +9,8 @@ import atexit
 import json
 import logging
 import os
-import pickle
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Set, Union
 
 import timm
 import torch
@@ -36,7 +35,6 @@ from PIL import Image
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from torch import Tensor, nn
@@ -44,6 +42,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 
 from ..version import __version__
+from .checkpoints import misfits, read_checkpoint
 
 __all__ = [
     'Accuracy',
@@ -329,58 +328,24 @@ def load_weights(classifier: ImageClassifier, path: Union[str, Path]) -> None:
 
     Args:
         classifier: What to load into.
-        path: A .safetensors file, or a .pth file that holds nothing but tensors and plain containers.
+        path: What `read_checkpoint` reads; averaged weights where there are any.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file cannot be read safely, or it belongs to another model.
     """
-    state_dict, metadata = _read_checkpoint(Path(path))
+    state_dict, metadata = read_checkpoint(path)
     if metadata.get('model', classifier.model_name) != classifier.model_name:
         raise ValueError(f'checkpoint {path} must hold {classifier.model_name}, got {metadata["model"]}.')
+    state_dict = {name.removeprefix('model.'): value for name, value in state_dict.items()}  # as ImageClassifier saves
     own = classifier.model.state_dict()
-    problems = dict(
-        missing=own.keys() - state_dict.keys(),
-        unexpected=state_dict.keys() - own.keys(),
-        misshapen={name for name in own.keys() & state_dict.keys() if own[name].shape != state_dict[name].shape},
-    )
-    if any(problems.values()):
-        listed = ', '.join(
-            f'{len(names)} {problem} ({min(names)}{", ..." if len(names) > 1 else ""})'
-            for problem, names in problems.items()
-            if names
-        )
+    problems = misfits(state_dict, own)
+    if problems:
         raise ValueError(
             f'checkpoint {path} must hold the {len(own)} tensors of {classifier.model_name}, got {len(state_dict)}: '
-            f'{listed}.'
+            f'{problems}.'
         )
     classifier.model.load_state_dict(state_dict)
-
-
-def _read_checkpoint(path: Path) -> Tuple[Dict[str, Tensor], Dict[str, str]]:
-    """The tensors by timm's names, and the metadata, of which a .pth file has none."""
-    if not path.is_file():
-        raise FileNotFoundError(f'checkpoint {path} does not exist.')
-    try:
-        if path.suffix == '.safetensors':
-            with safe_open(path, framework='pt') as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        # Not PyTorch's own words: they advise to load the file without weights_only.
-        raise ValueError(
-            f'checkpoint {path} must be a .safetensors file, or a .pth file of tensors and plain containers alone, got '
-            f'one that cannot be read as such ({type(error).__name__}).'
-        ) from error
-    for wrapper in ('state_dict', 'model'):
-        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(wrapper), dict):
-            checkpoint = checkpoint[wrapper]
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f'checkpoint {path} must map names to tensors, got {type(checkpoint).__name__}.')
-    for name, value in checkpoint.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise ValueError(f'checkpoint {path} must map names to tensors, got {name}: {type(value).__name__}.')
-    return {name.removeprefix('model.'): value for name, value in checkpoint.items()}, {}
 
 
 @RUNNERS.register_module()

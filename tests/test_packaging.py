@@ -26,14 +26,18 @@ PACKAGES = {
 # A model's output and its input's gradient from fixed numbers: the same in every environment.
 SCRIPT = """
 import json, timm, torch, vssm
-model = timm.create_model('test_vmamba2d', num_classes=10).eval()
-with torch.no_grad():
-    for i, p in enumerate(model.parameters()):
-        p.copy_(0.1 * torch.sin(torch.arange(p.numel()) + i).reshape(p.shape))
-x = torch.cos(torch.arange(3 * 40 * 56.)).reshape(1, 3, 40, 56).requires_grad_()
-y = model(x)
-y.square().sum().backward()
-print(json.dumps([vssm.__file__, torch.__version__, y.flatten().tolist(), x.grad.abs().sum().item()]))
+ys, grads = [], []
+for name in ('test_vmamba2d', 'test_spatial_mamba'):
+    model = timm.create_model(name, num_classes=10).eval()
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p.copy_(0.1 * torch.sin(torch.arange(p.numel()) + i).reshape(p.shape))
+    x = torch.cos(torch.arange(3 * 40 * 56.)).reshape(1, 3, 40, 56).requires_grad_()
+    y = model(x)
+    y.square().sum().backward()
+    ys += y.flatten().tolist()
+    grads.append(x.grad.abs().sum().item())
+print(json.dumps([vssm.__file__, torch.__version__, ys, grads]))
 """
 
 
@@ -86,7 +90,7 @@ def test_wheel_holds_every_file(wheel):
 @pytest.mark.parametrize(
     'requirements',
     [
-        pytest.param(('torch==2.10.0', 'torchvision==0.25.0', 'timm==1.0.23'), id='oldest'),
+        pytest.param(('torch==2.10.0', 'torchvision==0.25.0', 'timm==1.0.26'), id='oldest'),
         pytest.param(('-c', str(ROOT / 'constraints.txt'), 'torch', 'torchvision', 'timm'), id='pinned'),
         pytest.param(('torch==2.14.1', 'torchvision==0.29.1', 'timm==1.0.31'), id='later'),
     ],

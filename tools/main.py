@@ -9,10 +9,10 @@ from typing import Optional, Sequence
 from ..version import __version__
 from ._common import UsageError
 
-COMMANDS = ('demo', 'train', 'test', 'info', 'configs', 'env')
+COMMANDS = ('demo', 'train', 'test', 'info', 'convert', 'download', 'configs', 'env')
 
 # Packages that come with an extra.
-EXTRAS = {'mmengine': 'train', 'sklearn': 'demo', 'matplotlib': 'demo'}
+EXTRAS = {'mmengine': 'train', 'sklearn': 'demo', 'matplotlib': 'demo', 'gdown': 'hub', 'huggingface_hub': 'hub'}
 
 
 def make_parser() -> argparse.ArgumentParser:

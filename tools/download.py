@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Download the published weights of a model, convert and cache them.
+
+From then on pretrained=True finds them. Files on Google Drive need the extra `hub`.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from timm.models import resolve_pretrained_cfg
+
+from ..models.checkpoints import cached_path, download_pretrained, list_models
+from ._common import UsageError, console, did_you_mean
+
+EXAMPLE = 'vssm download spatial_mamba_tiny'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('model', metavar='NAME', help='a model, as in `vssm info`')
+    parser.add_argument(
+        '--cache-dir', metavar='DIR', type=Path, help="as timm.create_model's cache_dir (default: torch.hub's)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    find_model(args.model)
+    cfg = resolve_pretrained_cfg(args.model)
+    if not cfg.url and not cfg.origin_url:
+        raise UsageError(f'NAME must be a model with published weights, got {args.model}, of which there are none.')
+    path = cached_path(cfg, args.cache_dir)
+    said = 'already there'
+    if not path.is_file():
+        said = 'downloaded and converted'
+        try:
+            path = download_pretrained(cfg, args.cache_dir, fetch_url if cfg.url else fetch_drive)
+        except RuntimeError as error:
+            raise UsageError(str(error)) from error
+    console.print(f'{path}: {said}', highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def find_model(name: str) -> str:
+    """A model of ours by its name, with or without a tag."""
+    models = list_models()
+    if name.partition('.')[0] not in models:
+        raise UsageError(
+            f'NAME must be one of the models that `vssm info` lists, got {name!r}.{did_you_mean(name, models)}'
+        )
+    return name.partition('.')[0]
+
+
+def fetch_url(url: str, path: str) -> None:
+    torch.hub.download_url_to_file(url, path, progress=True)
+
+
+def fetch_drive(url: str, path: str) -> None:
+    """Save a file of Google Drive, which asks for confirmations that gdown gives."""
+    import gdown
+
+    try:
+        saved = gdown.download(url, path, quiet=not console.is_terminal)
+    except Exception as error:  # its own kinds, which differ between its releases, and those of requests
+        raise OSError(str(error)) from error
+    if saved is None:  # older releases say so
+        raise OSError('Google Drive did not give the file.')
+
+
+if __name__ == '__main__':
+    from .main import main
+
+    sys.exit(main(['download', *sys.argv[1:]]))
