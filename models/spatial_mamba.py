@@ -17,7 +17,7 @@ from timm.models import generate_default_cfgs, named_apply, register_model, regi
 from torch import Tensor, nn
 
 from ..ops import selective_scan, state_fusion
-from .backbone import Backbone, Stage, build_backbone, init_linear, rename_checkpoint, stage_dims
+from .backbone import Backbone, Stage, build_backbone, init_linear, register_aliases, rename_checkpoint, stage_dims
 from .ssm import decay_rates, init_scan_
 
 __all__ = ['SpatialMamba']
@@ -45,7 +45,9 @@ class Stem(nn.Module):
         self.norm5 = nn.BatchNorm2d(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)  # so that what follows is, and the last permute a view
+        # Channels last in memory, so that what follows is too, and the last permute a view. Not by memory_format, which
+        # vmap does not know.
+        x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         x = self.act(self.norm1(self.conv1(x)))  # [B, C, H, W] -> [B, C', H/2, W/2]
         x = x + self.norm3(self.conv3(self.act(self.norm2(self.conv2(x)))))
         x = self.act(self.norm4(self.conv4(x)))  # -> [B, 4C'', H/4, W/4]
@@ -285,3 +287,13 @@ def spatial_mamba_base(pretrained: bool = False, **kwargs) -> SpatialMamba:
 def test_spatial_mamba(pretrained: bool = False, **kwargs) -> SpatialMamba:
     model_args = dict(depths=(1, 1, 2, 1), dims=(32, 48, 64, 96))
     return _create_spatial_mamba('test_spatial_mamba', pretrained, **dict(model_args, **kwargs))
+
+
+register_aliases(
+    __name__,
+    {
+        'spatialmamba_tiny': 'spatial_mamba_tiny',
+        'spatialmamba_small': 'spatial_mamba_small',
+        'spatialmamba_base': 'spatial_mamba_base',
+    },
+)

@@ -19,7 +19,7 @@ from timm.models import generate_default_cfgs, named_apply, register_model
 from torch import Tensor, nn
 
 from ..ops import selective_scan
-from .backbone import Backbone, Stage, build_backbone, init_linear, rename_checkpoint, stage_dims
+from .backbone import Backbone, Stage, build_backbone, init_linear, register_aliases, rename_checkpoint, stage_dims
 from .ssm import decay_rates, init_scan_
 
 __all__ = ['VMamba']
@@ -303,3 +303,16 @@ def test_vmamba(pretrained: bool = False, **kwargs) -> VMamba:
 def test_vmamba2d(pretrained: bool = False, **kwargs) -> VMamba:
     model_args = dict(_TEST, scan_ndim=2)
     return _create_vmamba('test_vmamba2d', pretrained, **dict(model_args, **kwargs))
+
+
+register_aliases(
+    __name__,
+    {
+        '2dvmamba_tiny': 'vmamba2d_tiny',
+        '2dvmamba_small': 'vmamba2d_small',
+        '2dvmamba_base': 'vmamba2d_base',
+        'vmamba_tiny_s1l8': 'vmamba_tiny',
+        'vmamba_small_s2l15': 'vmamba_small',
+        'vmamba_base_s2l15': 'vmamba_base',
+    },
+)

@@ -2,11 +2,14 @@
 """Published checkpoints: every name and shape of every release loads, and each number lands where it belongs."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 import timm
 import torch
-from vssm.models.vmamba import checkpoint_filter_fn
+
+import vssm  # noqa: F401  registers the models
 
 VARIANTS = {  # key file of the golden folder: our model
     'vmamba_tiny_s1l8': 'vmamba_tiny',
@@ -15,6 +18,9 @@ VARIANTS = {  # key file of the golden folder: our model
     '2dvmamba_tiny': 'vmamba2d_tiny',
     '2dvmamba_small': 'vmamba2d_small',
     '2dvmamba_base': 'vmamba2d_base',
+    'spatialmamba_tiny': 'spatial_mamba_tiny',
+    'spatialmamba_small': 'spatial_mamba_small',
+    'spatialmamba_base': 'spatial_mamba_base',
 }
 WRAPPERS = (None, 'model', 'model_ema', 'state_dict', 'state_dict_ema')
 
@@ -44,15 +50,61 @@ OUTSIDE = {
     'head.norm': 'classifier.norm',
     'head.fc': 'classifier.head',
 }
+# The same of Spatial-Mamba's one publication.
+SPATIAL_BLOCK = {
+    'norm1': 'ln_1',
+    'norm2': 'ln_2',
+    'cpe1': 'cpe1',
+    'cpe2': 'cpe2',
+    'mlp.fc1': 'mlp.fc1',
+    'mlp.fc2': 'mlp.fc2',
+    'mixer.in_proj': 'self_attention.in_proj',
+    'mixer.conv': 'self_attention.conv2d',
+    'mixer.norm': 'self_attention.out_norm',
+    'mixer.out_proj': 'self_attention.out_proj',
+    'mixer.fusion': 'self_attention.state_fusion',
+    'mixer.x_proj.weight': 'self_attention.x_proj_weight',
+    'mixer.dt_weight': 'self_attention.dt_projs_weight',
+    'mixer.dt_bias': 'self_attention.dt_projs_bias',
+    'mixer.A_log': 'self_attention.A_logs',
+    'mixer.D': 'self_attention.Ds',
+}
+SPATIAL_OUTSIDE = {
+    'stem.conv1': 'patch_embed.conv1.conv',
+    'stem.norm1': 'patch_embed.conv1.norm',
+    'stem.conv2': 'patch_embed.conv2.0.conv',
+    'stem.norm2': 'patch_embed.conv2.0.norm',
+    'stem.conv3': 'patch_embed.conv2.1.conv',
+    'stem.norm3': 'patch_embed.conv2.1.norm',
+    'stem.conv4': 'patch_embed.conv3.0.conv',
+    'stem.norm4': 'patch_embed.conv3.0.norm',
+    'stem.conv5': 'patch_embed.conv3.1.conv',
+    'stem.norm5': 'patch_embed.conv3.1.norm',
+    'downsample.conv1': 'downsample.conv.0.conv',
+    'downsample.conv2': 'downsample.conv.1.conv',
+    'downsample.conv3': 'downsample.conv.2.conv',
+    'downsample.norm': 'downsample.conv.2.norm',
+    'head.norm': 'norm',
+    'head.fc': 'head',
+}
 NAMINGS = {
     'current': {},
     'alternative': {'op.x_proj_weight': 'op.x_proj.weight', 'op.dt_projs_weight': 'op.dt_projs.weight'},
+    'spatial': {},
     'older': {'classifier.norm': 'norm', 'classifier.head': 'head', 'norm': 'ln_1', 'op.': 'self_attention.'},
 }
 
 
 def create(name, device='meta', **kwargs):
     return timm.create_model(name, device=device, **kwargs).eval()
+
+
+def checkpoint_filter_fn(state_dict, model):
+    return sys.modules[type(model).__module__].checkpoint_filter_fn(state_dict, model)
+
+
+def naming_of(name):
+    return 'spatial' if 'spatial' in name else 'current'
 
 
 def publish(state, naming='current'):
@@ -64,7 +116,10 @@ def publish(state, naming='current'):
         ours = re.sub(r'^stages\.', 'layers.', ours)
         block = re.match(r'^(layers\.\d+\.blocks\.\d+\.)(.*)$', ours)
         prefix, rest = block.groups() if block else ('', ours)
-        table = BLOCK if block else OUTSIDE
+        if naming == 'spatial':
+            table = SPATIAL_BLOCK if block else SPATIAL_OUTSIDE
+        else:
+            table = BLOCK if block else OUTSIDE
         (old,) = [key for key in table if re.search(rf'(^|\.){re.escape(key)}(\.|$)', rest)]
         published = table[old]
         for key, other in renames.items():
@@ -74,6 +129,8 @@ def publish(state, naming='current'):
         return prefix + rest.replace(old, published)
 
     def published_value(ours, t):
+        if naming == 'spatial':  # one order, whose axis is left out
+            return t.squeeze(0) if ours.endswith(('.dt_weight', '.dt_bias', '.A_log', '.D')) else t
         if ours.endswith('.x_proj.weight'):  # (K (R + 2N), E)
             return t if naming == 'alternative' else t.unflatten(0, (4, -1))
         if ours.endswith('.dt_weight'):  # (K, E, R)
@@ -85,7 +142,10 @@ def publish(state, naming='current'):
 
 def random_state(model, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(t.shape, generator=g) for name, t in model.state_dict().items()}
+    return {
+        name: torch.randn(t.shape, generator=g) if t.is_floating_point() else torch.tensor(7)  # batches seen
+        for name, t in model.state_dict().items()
+    }
 
 
 def meta_tensors(shapes):
@@ -118,11 +178,11 @@ def assert_loads(shapes, variant):
 
 
 def test_published_names_load(keys):
-    assert not keys['buffers']
+    assert bool(keys['buffers']) == ('spatial' in keys['variant'])
     assert_loads(keys['state_dict'], keys['variant'])
 
 
-@pytest.mark.parametrize('variant', [v for v in VARIANTS if not v.startswith('2d')])  # which was released once
+@pytest.mark.parametrize('variant', [v for v in VARIANTS if v.startswith('vmamba')])  # the others were released once
 def test_names_of_the_newer_release_load(golden, variant):
     assert_loads(alternative_shapes(golden(f'keys_{variant}.json')), variant)
 
@@ -144,8 +204,10 @@ def test_published_backbone_names_load(keys):
 @pytest.mark.parametrize('naming', NAMINGS)
 def test_what_is_published_here_has_the_published_names(keys, naming):
     """The tables of this file, from which the tests below are made, against the golden files."""
+    if (naming == 'spatial') != ('spatial' in keys['variant']):
+        return  # a naming of the other family
     published = {n: list(t.shape) for n, t in publish(create(VARIANTS[keys['variant']]).state_dict(), naming).items()}
-    if naming == 'current':
+    if naming in ('current', 'spatial'):
         assert published == keys['state_dict']
     elif naming == 'alternative' and 'alternative_naming' in keys:
         assert published == alternative_shapes(keys)
@@ -156,11 +218,19 @@ def test_what_is_published_here_has_the_published_names(keys, naming):
 # ---- values ----------------------------------------------------------------------------------------------------------
 
 
+every_naming = pytest.mark.parametrize(
+    'name, naming',
+    [
+        *[(name, naming) for name in ('test_vmamba', 'test_vmamba2d') for naming in NAMINGS if naming != 'spatial'],
+        ('test_spatial_mamba', 'spatial'),
+    ],
+)
+
+
 @pytest.mark.parametrize('wrapper', WRAPPERS, ids=str)
-@pytest.mark.parametrize('naming', NAMINGS)
-@pytest.mark.parametrize('name', ('test_vmamba', 'test_vmamba2d'))
+@every_naming
 def test_every_value_lands_in_its_place(name, naming, wrapper):
-    model = create(name, d_state=2, ssm_ratio=2.0)
+    model = create(name, **({} if naming == 'spatial' else dict(d_state=2, ssm_ratio=2.0)))
     expected = random_state(model)
     checkpoint = publish(expected, naming)
     assert not checkpoint.keys() & expected.keys()
@@ -200,21 +270,25 @@ def test_averaged_weights_come_first(tmp_path):
 
 
 @pytest.mark.parametrize('wrapper', WRAPPERS, ids=str)
-def test_own_state_dict_passes_unchanged(wrapper):
-    model = create('test_vmamba2d')
+@pytest.mark.parametrize('name', ('test_vmamba2d', 'test_spatial_mamba'))
+def test_own_state_dict_passes_unchanged(name, wrapper):
+    model = create(name)
     own = random_state(model)
     state = checkpoint_filter_fn(own if wrapper is None else {wrapper: own}, model)
     assert state.keys() == own.keys()
     assert all(state[name] is own[name] for name in own)
-    again = checkpoint_filter_fn(checkpoint_filter_fn(publish(own), model), model)
+    again = checkpoint_filter_fn(checkpoint_filter_fn(publish(own, naming_of(name)), model), model)
     assert again.keys() == own.keys()
+    for key, value in own.items():  # alone, too
+        assert checkpoint_filter_fn({key: value}, model) == {key: value}
 
 
-def test_published_checkpoint_computes_the_same():
-    model, other = create('test_vmamba2d', 'cpu'), create('test_vmamba2d', 'cpu')
+@pytest.mark.parametrize('name', ('test_vmamba2d', 'test_spatial_mamba'))
+def test_published_checkpoint_computes_the_same(name):
+    model, other = create(name, 'cpu'), create(name, 'cpu')
     x = torch.randn(2, 3, 64, 96)
     assert not torch.equal(model(x), other(x))
-    other.load_state_dict(checkpoint_filter_fn({'model': publish(model.state_dict())}, other))
+    other.load_state_dict({'model': publish(model.state_dict(), naming_of(name))})
     assert torch.equal(model(x), other(x))
 
 
@@ -272,8 +346,7 @@ def test_checkpoint_of_another_configuration_is_refused(kwargs):
 # ---- through timm ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('naming', NAMINGS)
-@pytest.mark.parametrize('name', ('test_vmamba', 'test_vmamba2d'))
+@every_naming
 def test_create_model_adapts_a_published_file(name, naming, tmp_path):
     full = random_state(create(name))
     path = tmp_path / 'published.pth'
@@ -291,11 +364,11 @@ def test_create_model_adapts_a_published_file(name, naming, tmp_path):
             assert t.shape[0] == 5
         else:
             assert torch.equal(t, full[n]), n
-    assert model(torch.randn(1, 1, 32, 32)).shape == (1, 5)
+    assert model.eval()(torch.randn(1, 1, 32, 32)).shape == (1, 5)
 
     model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, in_chans=4, num_classes=0)
     assert model.state_dict()['stem.conv1.weight'].shape[1] == 4
-    assert model(torch.randn(1, 4, 32, 32)).shape == (1, model.num_features)
+    assert model.eval()(torch.randn(1, 4, 32, 32)).shape == (1, model.num_features)
 
     backbone = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, features_only=True)
     state = backbone.model.state_dict()
@@ -313,3 +386,36 @@ def test_load_checkpoint(tmp_path):
     model = create('test_vmamba', 'cpu')
     timm.models.load_checkpoint(model, str(published), filter_fn=checkpoint_filter_fn)
     assert all(torch.equal(t, full[n]) for n, t in model.state_dict().items())
+
+
+@every_naming
+def test_checkpoint_path_takes_a_published_file(name, naming, tmp_path):
+    full = random_state(create(name))
+    path = tmp_path / 'published.pth'
+    torch.save({'model': publish(full, naming), 'epoch': 299}, path)
+    model = timm.create_model(name, checkpoint_path=str(path))
+    assert all(torch.equal(t, full[n]) for n, t in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings('ignore:Mapping deprecated')  # which pytest brings back
+@pytest.mark.parametrize(
+    'alias, name',
+    [
+        *[(f'2dvmamba_{size}', f'vmamba2d_{size}') for size in ('tiny', 'small', 'base')],
+        *[(f'spatialmamba_{size}', f'spatial_mamba_{size}') for size in ('tiny', 'small', 'base')],
+        ('vmamba_tiny_s1l8', 'vmamba_tiny'),
+        ('vmamba_small_s2l15', 'vmamba_small'),
+        ('vmamba_base_s2l15', 'vmamba_base'),
+    ],
+)
+def test_the_names_of_the_papers_code(alias, name):
+    for given in (alias, f'{alias}.in1k'):
+        model = create(given, num_classes=7)
+        assert model.pretrained_cfg['architecture'] == name and model.num_classes == 7
+        assert model.state_dict().keys() == create(name).state_dict().keys()
+    assert alias not in timm.list_models()
+
+
+def test_aliases_do_not_warn():
+    code = "import timm, vssm; timm.create_model('2dvmamba_tiny', device='meta')"
+    subprocess.run([sys.executable, '-W', 'error', '-c', code], check=True)

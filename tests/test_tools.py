@@ -11,9 +11,11 @@ import timm
 import torch
 from fvcore.nn import FlopCountAnalysis
 from fvcore.nn.jit_handles import elementwise_flop_counter
-from vssm.ops import selective_scan_fvcore_macs, use_reference
+from vssm.models import checkpoints
+from vssm.ops import selective_scan_fvcore_macs, state_fusion_fvcore_macs, use_reference
 from vssm.tools import env, info
 from vssm.tools.main import COMMANDS, main, make_parser
+from vssm.tools.published import IMAGENET_TOP1
 
 import vssm
 
@@ -54,36 +56,64 @@ def test_version(capsys):
 
 
 @pytest.mark.parametrize(
-    'name, scan, params, gmacs, weights',
+    'name, scan, params, gmacs, top1, weights',
     [
-        ('vmamba_tiny', '1-D', '30.249', '4.9056', 'yes'),
-        ('vmamba_small', '1-D', '50.148', '8.7158', 'yes'),
-        ('vmamba_base', '1-D', '88.558', '15.3589', 'yes'),
-        ('vmamba2d_tiny', '2-D', '30.249', '4.9435', 'no'),
-        ('vmamba2d_small', '2-D', '50.148', '8.8169', 'no'),
-        ('vmamba2d_base', '2-D', '88.558', '15.4938', 'no'),
+        ('vmamba_tiny', '1-D', '30.249', '4.9056', '82.6', 'url'),
+        ('vmamba_small', '1-D', '50.148', '8.7158', '83.6', 'url'),
+        ('vmamba_base', '1-D', '88.558', '15.3589', '83.9', 'url'),
+        ('vmamba2d_tiny', '2-D', '30.249', '4.9435', '82.8', '-'),
+        ('vmamba2d_small', '2-D', '50.148', '8.8169', '-', '-'),
+        ('vmamba2d_base', '2-D', '88.558', '15.4938', '-', '-'),
+        ('spatial_mamba_tiny', 'fused', '26.749', '4.4677', '83.5', 'fetch'),
+        ('spatial_mamba_small', 'fused', '43.074', '7.1170', '84.6', 'fetch'),
+        ('spatial_mamba_base', 'fused', '95.746', '15.8006', '85.3', 'fetch'),
     ],
 )
-def test_info_counts_what_was_published(name, scan, params, gmacs, weights, capsys):
+def test_info_counts_what_was_published(name, scan, params, gmacs, top1, weights, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    expected = [name, scan, params, gmacs, '224x224', top1, weights]
     assert main(['info', name]) == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if name in line)
-    assert [cell.strip() for cell in row.strip('│').split('│')] == [name, scan, params, gmacs, '3x224x224', weights]
+    assert [cell.strip() for cell in row.strip('│').split('│')] == expected
+
+
+def test_info_tells_cached_weights(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    path = checkpoints.cached_path(timm.get_pretrained_cfg('spatial_mamba_tiny'))
+    path.parent.mkdir(parents=True)
+    path.touch()
+    assert main(['info', 'spatial_mamba_*']) == 0
+    weights = {line.split()[1]: line.split()[-2] for line in capsys.readouterr().out.splitlines() if '│' in line}
+    assert weights == dict(spatial_mamba_tiny='cached', spatial_mamba_small='fetch', spatial_mamba_base='fetch')
+
+
+def test_accuracies_are_the_published_ones(golden):
+    reported = {}
+    for variant, numbers in golden('reported.json')['variants'].items():
+        name = variant.replace('2dvmamba', 'vmamba2d').replace('spatialmamba', 'spatial_mamba')
+        name = name.removesuffix('_s1l8').removesuffix('_s2l15')
+        if 'imagenet_top1' in numbers['reported']:
+            reported[name] = numbers['reported']['imagenet_top1']
+    assert IMAGENET_TOP1 == reported
 
 
 def test_info_takes_patterns(capsys):
     assert main(['info', 'test_*']) == 0
     names = [line.split()[1] for line in capsys.readouterr().out.splitlines() if '│' in line]
-    assert names == [name for name in info.list_models() if name.startswith('test_')]
-    assert {'test_vmamba', 'test_vmamba2d'} <= set(names)
+    assert names == [name for name in checkpoints.list_models() if name.startswith('test_')]
+    assert {'test_vmamba', 'test_vmamba2d', 'test_spatial_mamba'} <= set(names)
 
 
-@pytest.mark.parametrize('name', ['test_vmamba', 'test_vmamba2d'])
+@pytest.mark.parametrize('name', ['test_vmamba', 'test_vmamba2d', 'test_spatial_mamba'])
 def test_macs_follow_the_rules_of_fvcore(name):
     model = timm.create_model(name).eval()
     image = torch.zeros(1, 3, 64, 32)
     analysis = FlopCountAnalysis(model, image).unsupported_ops_warnings(False)
     analysis.set_op_handle('vssm::selective_scan', selective_scan_fvcore_macs)
-    analysis.set_op_handle('aten::mean', elementwise_flop_counter(1, 0))  # as fvcore does for its pooling operators
+    analysis.set_op_handle('vssm::state_fusion', state_fusion_fvcore_macs)
+    analysis.set_op_handle('aten::batch_norm', elementwise_flop_counter(5, 0))
+    # As fvcore does for its pooling operators, which Spatial-Mamba does not use.
+    analysis.set_op_handle('aten::mean', elementwise_flop_counter(0 if 'spatial' in name else 1, 0))
     expected = analysis.total()
     model, image = model.to('meta'), image.to('meta')
     assert info.count_macs(model, image) == expected

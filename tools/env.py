@@ -16,7 +16,21 @@ from ._common import console
 
 EXAMPLE = 'vssm env'
 
-PACKAGES = ('torch', 'torchvision', 'timm', 'numpy', 'safetensors', 'fvcore', 'mmengine', 'scikit-learn', 'matplotlib')
+PACKAGES = (
+    'torch',
+    'torchvision',
+    'timm',
+    'numpy',
+    'safetensors',
+    'fvcore',
+    'mmengine',
+    'scikit-learn',
+    'matplotlib',
+    'onnx',
+    'onnxruntime',
+    'gdown',
+    'huggingface_hub',
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""List the models: scan, size, cost and weights.
+"""List the models: scan, size, cost, published accuracy and weights.
 
-GMACs are billions of multiply-accumulates of one image at the given input size, counted as the papers count: a layer
-norm as 5 per element, a pooling as 1, an activation as none, the scan by the formula in ops/selective_scan.py.
+The scan is 1-D, 2-D, or 'fused': 1-D with its states then fused over their neighbourhood.
+
+GMACs are billions of multiply-accumulates of one image at the given input size, counted as the papers count: a norm as
+5 per element, VMamba's pooling as 1, activations, sums and products as none, the ops by the formulas in ops/. The
+accuracy on ImageNet-1K is what the papers report. Weights are downloaded by pretrained=True ('url'), first fetched by
+`vssm download` ('fetch'), already in the cache ('cached'), or published nowhere ('-').
 """
 
 import argparse
 import fnmatch
 import math
 import sys
-from typing import Any, List
+from typing import Any, Callable
 
 from rich.table import Table
 
 from ._common import UsageError, console, did_you_mean
+from .published import IMAGENET_TOP1
 
 EXAMPLE = "vssm info 'vmamba2d_*'"
 
@@ -26,6 +31,8 @@ def run(args: argparse.Namespace) -> int:
     import timm
     import torch
 
+    from ..models.checkpoints import list_models
+
     all_names = list_models()
     names = fnmatch.filter(all_names, args.pattern)
     if not names:
@@ -34,31 +41,39 @@ def run(args: argparse.Namespace) -> int:
             f'{did_you_mean(args.pattern, all_names)}'
         )
     table = Table()
-    for header in ('model', 'scan', 'params (M)', 'GMACs', 'input', 'weights'):
-        table.add_column(header, justify='right' if header in ('params (M)', 'GMACs') else 'left', no_wrap=True)
+    numbers = ('params/M', 'GMACs', 'top-1')
+    for header in ('model', 'scan', *numbers[:2], 'input', numbers[2], 'weights'):
+        table.add_column(header, justify='right' if header in numbers else 'left', no_wrap=True)
     for name in names:
         model = timm.create_model(name, device='meta').eval()
         cfg = timm.get_pretrained_cfg(name)
-        scan = {m.scan_ndim for m in model.modules() if hasattr(m, 'scan_ndim')}
         image = torch.empty(1, *cfg.input_size, device='meta')
         table.add_row(
             name,
-            ', '.join(f'{ndim}-D' for ndim in sorted(scan)),
+            scan_of(model),
             f'{sum(p.numel() for p in model.parameters()) / 1e6:.3f}',
             f'{count_macs(model, image) / 1e9:.4f}',
-            'x'.join(map(str, cfg.input_size)),
-            'yes' if cfg.has_weights else 'no',
+            'x'.join(map(str, cfg.input_size[1:])),
+            str(IMAGENET_TOP1.get(name, '-')),
+            weights_of(cfg),
         )
     console.print(table)
     return 0
 
 
-def list_models() -> List[str]:
-    """The models of timm's registry that are ours."""
-    import timm
+def scan_of(model: Any) -> str:
+    mixer = model.stages[0].blocks[0].mixer
+    return 'fused' if hasattr(mixer, 'fusion') else f'{mixer.scan_ndim}-D'
 
-    package = __name__.partition('.')[0]
-    return [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith(f'{package}.')]
+
+def weights_of(cfg: Any) -> str:
+    from ..models.checkpoints import cached_path
+
+    if not cfg.url and not cfg.origin_url:
+        return '-'
+    if cached_path(cfg).is_file():
+        return 'cached'
+    return 'url' if cfg.url else 'fetch'
 
 
 def count_macs(model: Any, image: Any) -> int:
@@ -73,11 +88,18 @@ def count_macs(model: Any, image: Any) -> int:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    from ..models import SpatialMamba
     from ..ops import use_reference
 
-    flops = {  # of an operation with its inputs' shapes; PyTorch counts two for a multiply-accumulate
-        torch.ops.aten.native_layer_norm: lambda x, *args, **kwargs: 2 * 5 * math.prod(x),
-        torch.ops.aten.mean: lambda x, *args, **kwargs: 2 * math.prod(x),
+    def elementwise(macs: int) -> Callable[..., int]:
+        return lambda x, *args, **kwargs: 2 * macs * math.prod(x)  # PyTorch counts two for a multiply-accumulate
+
+    flops = {  # of an operation with its inputs' shapes
+        torch.ops.aten.native_layer_norm: elementwise(5),
+        torch.ops.aten.native_batch_norm: elementwise(5),
+        torch.ops.aten.native_batch_norm.default: elementwise(5),  # both, or the counter decomposes it
+        # Their authors' counters see VMamba's pooling layer, and not the mean that Spatial-Mamba takes.
+        torch.ops.aten.mean: elementwise(0 if isinstance(model, SpatialMamba) else 1),
     }
     counter = FlopCounterMode(display=False, custom_mapping=flops)
     with torch.no_grad(), use_reference(False), counter:  # the reference is other operations, of another cost
