@@ -19,7 +19,7 @@ from torch import nn
 
 import vssm  # noqa: F401  registers the models
 
-MODELS = ('swin_tiny_patch4_window7_224', 'convnext_tiny', 'vmamba_tiny', 'vmamba2d_tiny')
+MODELS = ('swin_tiny_patch4_window7_224', 'convnext_tiny', 'vmamba_tiny', 'vmamba2d_tiny', 'spatial_mamba_tiny')
 FORMATS = dict(contiguous=torch.contiguous_format, channels_last=torch.channels_last)
 
 

@@ -15,6 +15,7 @@ BENCHMARKS = Path(__file__).parent.parent / 'benchmarks'
     ('script', 'options', 'rows', 'key'),
     [
         ('op_cpu.py', ['--batch-size', '1', '--no-reference'], 4, 'step_scan_2d_ms'),
+        ('fusion_cpu.py', ['--batch-size', '1'], 4, 'step_merged_ms'),
         ('model_cpu.py', ['test_vit', 'test_vmamba2d', '--size', '160', '--batch-size', '1'], 2, 'images_per_s'),
         (
             'model_cpu.py',
@@ -23,7 +24,7 @@ BENCHMARKS = Path(__file__).parent.parent / 'benchmarks'
             'images_per_s',
         ),
     ],
-    ids=['op', 'model', 'model-train'],
+    ids=['op', 'fusion', 'model', 'model-train'],
 )
 def test_script_writes_its_figures(script, options, rows, key, tmp_path):
     file = tmp_path / 'figures.json'
