@@ -7,6 +7,7 @@ Feature maps are channels-last, (batch, height, width, channels).
 
 import re
 import warnings
+from collections import OrderedDict
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type, Union
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from .checkpoints import pretrained_kwargs
 
 __all__ = [
+    'ALIASES',
     'Backbone',
     'NormPoolHead',
     'Stage',
@@ -260,9 +262,10 @@ def rename_checkpoint(
     model: nn.Module,
     renames: Sequence[Tuple[str, Union[str, Callable[[re.Match], str]]]],
 ) -> Dict[str, Tensor]:
-    """Bring a published checkpoint to our names and shapes; our own names and tensors pass unchanged.
+    """Bring a published checkpoint to our names and shapes; the model's own names and tensors pass unchanged.
 
-    Names that no rule knows are kept as they are, so that a strict load reports them.
+    Names that no rule knows, or that would become a name that is there already, are kept as they are, so that a strict
+    load reports them.
 
     Args:
         state_dict: Names and tensors, or what wraps them: state_dict_ema, model_ema, state_dict or model.
@@ -278,11 +281,18 @@ def rename_checkpoint(
             break
 
     own = model.state_dict()
-    out = {}
+    if state_dict.keys() <= own.keys():
+        return state_dict
+    out = OrderedDict()
+    if hasattr(state_dict, '_metadata'):  # the modules' versions, which loading reads
+        out._metadata = state_dict._metadata
     for name, value in state_dict.items():
         ours = name
-        for pattern, replacement in (*renames, *_MIXER_RENAMES):
-            ours = re.sub(pattern, replacement, ours)
+        if name not in own:
+            for pattern, replacement in (*renames, *_MIXER_RENAMES):
+                ours = re.sub(pattern, replacement, ours)
+            if ours in out or ours in state_dict:
+                ours = name
         # The scan's parameters are stacked over the orders, published in one layout or another of the same numbers.
         if ours != name and ours in own and re.search(r'\.mixer\.(x_proj\.weight|dt_weight|dt_bias|A_log|D)$', ours):
             if value.numel() != own[ours].numel():
@@ -323,6 +333,9 @@ def build_backbone(
     )
 
 
+ALIASES: Dict[str, str] = {}  # further names of registered models
+
+
 def register_aliases(module: str, aliases: Dict[str, str]) -> None:
     """Let `timm.create_model` take further names, such as those of the papers' code, for registered models.
 
@@ -332,6 +345,7 @@ def register_aliases(module: str, aliases: Dict[str, str]) -> None:
         module: Name of the file's module, which holds the entrypoints.
         aliases: Further names and the models' own.
     """
+    ALIASES.update(aliases)
     for alias in aliases:
         warnings.filterwarnings('ignore', f'Mapping deprecated model name {re.escape(alias)} ')
     register_model_deprecations(module, aliases)

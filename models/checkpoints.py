@@ -18,6 +18,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
@@ -29,7 +30,7 @@ from urllib.parse import urlsplit
 
 import timm
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.models import PretrainedCfg, resolve_pretrained_cfg
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ __all__ = [
     'convert',
     'download_pretrained',
     'identify',
+    'is_cached',
     'list_models',
     'misfits',
     'pretrained_kwargs',
@@ -129,6 +131,12 @@ _STORAGES = {
 }
 
 
+# The types of numbers that a storage without a type of its own may have: those of one number in whole bytes, no others.
+_DTYPES = (
+    'bfloat16 bool float16 float32 float64 float8_e4m3fn float8_e5m2 int8 int16 int32 int64 uint8 uint16 uint32 uint64'
+).split()
+
+
 class _Unpickler(pickle.Unpickler):
     """Of the structure of a file that `torch.save` wrote: finds what a tensor needs and inert classes, imports nothing.
 
@@ -160,7 +168,7 @@ class _Unpickler(pickle.Unpickler):
             'torch._utils._rebuild_tensor_v3': rebuild_v3,
             'torch.storage.UntypedStorage': torch.uint8,
             **{f'torch.{name}': dtype for name, dtype in _STORAGES.items()},
-            **{f'torch.{name}': dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)},
+            **{f'torch.{name}': getattr(torch, name) for name in _DTYPES},
         }
 
     def find_class(self, module: str, name: str) -> Any:
@@ -228,10 +236,12 @@ def read_checkpoint(path: Union[str, Path], which: str = 'auto') -> Tuple[Dict[s
         with _reading(path):
             checkpoint, load = _open_checkpoint(file)
         weights, kind = _choose(path, checkpoint, which)
+        weights = dict(dict.items(weights))
         for name, value in weights.items():
-            if not isinstance(name, str) or not isinstance(value, (_Stored, Tensor)):
-                got = 'Tensor' if isinstance(value, _Stored) else type(value).__name__
-                raise ValueError(f'checkpoint {path} must map names to tensors, got {name}: {got}.')
+            if not isinstance(name, str):  # and its text may be endless
+                raise ValueError(f'checkpoint {path} must map names to tensors, got a key of {type(name).__name__}.')
+            if not isinstance(value, (_Stored, Tensor)):
+                raise ValueError(f'checkpoint {path} must map names to tensors, got {name}: {type(value).__name__}.')
         with _reading(path):
             tensors = {name: load(value) for name, value in weights.items()}
             for name, value in tensors.items():
@@ -256,6 +266,8 @@ def _open_checkpoint(file: BinaryIO) -> Tuple[Any, Callable[[Any], Tensor]]:
     archive = zipfile.ZipFile(file)
     records = {info.filename.partition('/')[2]: info for info in archive.infolist()}
     # torch.save does not compress, so that a record which unpacks to more than the file is none of its.
+    if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+        raise _Refused('one that is compressed')
     if sum(info.file_size for info in archive.infolist()) > size:
         raise _Refused('one whose records claim more than it holds')
     if 'byteorder' in records and archive.read(records['byteorder']).decode() != sys.byteorder:
@@ -283,11 +295,15 @@ def _choose(path: Path, checkpoint: Any, which: str) -> Tuple[Dict[str, Any], st
         raise ValueError(f'checkpoint {path} must map names to tensors, got {type(checkpoint).__name__}.')
     if not checkpoint:
         raise ValueError(f'checkpoint {path} must map names to tensors, got an empty dict.')
+    checkpoint = dict(dict.items(checkpoint))  # its own methods may be anything
     keys = dict(model_ema=('state_dict_ema', 'model_ema'), model=('state_dict', 'model'))
     if isinstance(checkpoint.get('ema_state_dict'), dict):  # mmengine swaps the two when it saves
         keys = dict(model_ema=('state_dict',), model=('ema_state_dict',))
     found = {
-        kind: checkpoint[key] for kind in keys for key in reversed(keys[kind]) if isinstance(checkpoint.get(key), dict)
+        kind: checkpoint[key]
+        for kind in keys
+        for key in reversed(keys[kind])
+        if isinstance(checkpoint.get(key), dict) and checkpoint[key]
     }
     found = found or {'model': checkpoint}
     kind = next(iter(found)) if which == 'auto' else which
@@ -412,6 +428,8 @@ def identify(state_dict: Dict[str, Tensor], model: Optional[str] = None) -> Tupl
             f'known: {_shorten(list(state_dict))}.'
         )
     _refuse_vanilla(renamed)
+    if len(renamed) > 16 * len(own):  # before a network of as many blocks as there are names is built
+        raise ValueError(f'checkpoint must hold one of our networks, got {len(state_dict)} tensors.')
     try:
         args = _constructor_args(renamed)
     except (LookupError, ZeroDivisionError):
@@ -481,14 +499,16 @@ def convert(
         raise FileNotFoundError(f'convert: the folder of target {target} does not exist.')
     tensors, metadata = read_checkpoint(source, which)
     tensors, left_out = _network(tensors)
-    model = model or metadata.get('model')
+    recorded = metadata.get('model')
+    model = model or recorded
     name, args, twins = identify(tensors, model)
-    if model == metadata.get('model'):
+    if model == recorded:
         # What shapes do not tell: the scan, the pooling, rates. The rest is for the tensors to say.
         untold = inspect.signature(type(_registered(name))).parameters.keys() - _SHAPE_ARGS
-        noted = json.loads(metadata.get('model_args', '{}'))
-        if not isinstance(noted, dict):
-            raise ValueError(f'checkpoint {source} must have a dict as its model_args, got {type(noted).__name__}.')
+        try:
+            noted = dict(json.loads(metadata.get('model_args', '{}')).items())
+        except (AttributeError, RecursionError, ValueError) as error:
+            raise ValueError(f'checkpoint {source} must note its model_args as a JSON object.') from error
         args = {**{key: value for key, value in noted.items() if key in untold}, **args}
     tensors = _fit(tensors, name, args)
     with open(source, 'rb') as file:
@@ -498,13 +518,15 @@ def convert(
     )
     # safetensors takes neither views nor tensors that share their numbers
     tensors = {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix='.vssm-') as folder:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=_UNFINISHED) as folder:
         written = Path(folder, target.name)
         save_file(tensors, written, metadata)
         shutil.copymode(source, written)  # safetensors writes for the owner alone, and a cache may be shared
         os.replace(written, target)
     return Converted(metadata, twins, left_out)
 
+
+_UNFINISHED = '.vssm-'  # what a folder's name begins with, in which a file is written before it is renamed
 
 _SHAPE_ARGS = {'in_chans', 'num_classes', 'depths', 'dims', 'd_state', 'ssm_ratio', 'mlp_ratio', 'device', 'dtype'}
 
@@ -544,10 +566,13 @@ def _fit(state_dict: Dict[str, Tensor], model: str, args: Dict[str, Any]) -> Dic
             own.update((name, value) for name, value in norm.items() if name in state_dict)
     problems = misfits(state_dict, own)
     if problems:
-        args = ', '.join(f'{key}={value}' for key, value in args.items())
+        args = f' with {args}' if args else ''
         raise ValueError(
-            f'checkpoint must hold the {len(own)} tensors of {model}({args}), got {len(state_dict)}: {problems}.'
+            f'checkpoint must hold the {len(own)} tensors of {model}{args}, got {len(state_dict)}: {problems}.'
         )
+    for name, value in state_dict.items():
+        if own[name].is_floating_point() and not value.is_floating_point():
+            raise ValueError(f'checkpoint must hold numbers like {own[name].dtype} as {name}, got {value.dtype}.')
     return state_dict
 
 
@@ -566,6 +591,15 @@ def cached_path(cfg: PretrainedCfg, cache_dir: Union[str, Path, None] = None) ->
     return folder / f'{cfg.architecture}-{digest[:8]}.safetensors'
 
 
+def is_cached(path: Path) -> bool:
+    """Whether a file of the cache is there and whole; a damaged one counts as none, to be replaced."""
+    try:
+        with safe_open(path, framework='pt'):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
 def download_pretrained(
     cfg: PretrainedCfg,
     cache_dir: Union[str, Path, None] = None,
@@ -582,11 +616,14 @@ def download_pretrained(
         RuntimeError: The weights cannot be downloaded, or are not what they should be.
     """
     path = cached_path(cfg, cache_dir)
-    if path.is_file():
+    if is_cached(path):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    for folder in path.parent.glob(f'{_UNFINISHED}*'):
+        if time.time() - folder.stat().st_mtime > 24 * 3600:  # of a process that was killed
+            shutil.rmtree(folder, ignore_errors=True)
     url = cfg.url or cfg.origin_url
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix='.vssm-') as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=_UNFINISHED) as folder:
         suffix = '.safetensors' if urlsplit(url).path.endswith('.safetensors') else '.pth'
         downloaded, converted = Path(folder, f'download{suffix}'), Path(folder, path.name)
         try:
@@ -602,7 +639,8 @@ def download_pretrained(
 def _check_against_cfg(args: Dict[str, Any], cfg: PretrainedCfg) -> None:
     """timm adapts images' channels and classes, from what the configuration says that the weights have."""
     defaults = _constructor_args(_registered(cfg.architecture).state_dict())
-    got = {key: defaults[key] for key in ('in_chans', 'num_classes')} | args
+    got = {key: defaults[key] for key in ('in_chans', 'num_classes')}
+    got |= {key: value for key, value in args.items() if key in _SHAPE_ARGS | {'features_only'}}
     needed = dict(in_chans=cfg.input_size[0], num_classes=cfg.num_classes)
     if got != needed:
         raise ValueError(f'checkpoint must hold {cfg.architecture} with {needed}, got one with {got}.')
@@ -625,7 +663,7 @@ def pretrained_kwargs(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
         path = download_pretrained(cfg, cache_dir)
     elif cfg.origin_url:
         path = cached_path(cfg, cache_dir)
-        if not path.is_file():
+        if not is_cached(path):
             option = f' --cache-dir {cache_dir}' if cache_dir else ''
             raise RuntimeError(
                 f'{variant}: its weights are published where they cannot be loaded from, {cfg.origin_url}: run '

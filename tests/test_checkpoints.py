@@ -8,6 +8,7 @@ import sys
 import pytest
 import timm
 import torch
+from torch import nn
 
 import vssm  # noqa: F401  registers the models
 
@@ -292,6 +293,23 @@ def test_published_checkpoint_computes_the_same(name):
     assert torch.equal(model(x), other(x))
 
 
+@pytest.mark.filterwarnings('ignore:torch.ao.quantization:DeprecationWarning')
+@pytest.mark.parametrize('name', ('test_vmamba2d', 'test_spatial_mamba'))
+def test_a_changed_model_loads_its_own_state(name):
+    """Whatever it was changed into, its names are its own, even those that are published ones elsewhere."""
+    quantised = torch.ao.quantization.quantize_dynamic(create(name, 'cpu'), {nn.Linear}, dtype=torch.qint8)
+    replaced = create(name, 'cpu')
+    replaced.head = nn.Linear(96, 3)
+    extended = create(name, 'cpu')
+    extended.norm = nn.LayerNorm(4)
+    for model in (quantised, replaced, extended):
+        state = model.state_dict()
+        assert not any(model.load_state_dict(state))
+        assert not any(
+            model.load_state_dict({n: t for n, t in state.items() if n.startswith('stages.')}, strict=False)[1]
+        )
+
+
 # ---- what does not fit -----------------------------------------------------------------------------------------------
 
 
@@ -311,6 +329,22 @@ def test_unknown_tensor_is_named(odd):
     (ours,) = checkpoint_filter_fn({odd: torch.zeros(3)}, model)
     with pytest.raises(RuntimeError, match=rf'Unexpected key.*"{re.escape(ours)}"'):
         model.load_state_dict(checkpoint_filter_fn(checkpoint, model), assign=True)
+
+
+def test_two_names_of_one_tensor_are_told():
+    model = create('test_vmamba', 'cpu')
+    both = {**model.state_dict(), 'norm.weight': torch.zeros(96)}
+    for state in (both, dict(reversed(both.items()))):
+        with pytest.raises(RuntimeError, match='Unexpected key.*"norm.weight"'):
+            model.load_state_dict(state)
+
+
+def test_missing_counters_are_told():
+    model = create('test_spatial_mamba', 'cpu')
+    state = model.state_dict()
+    del state['stem.norm1.num_batches_tracked']
+    with pytest.raises(RuntimeError, match='Missing key.*num_batches_tracked'):
+        model.load_state_dict(state)
 
 
 SCAN_TENSORS = ('x_proj_weight', 'dt_projs_weight', 'dt_projs_bias', 'A_logs', 'Ds')

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 from fvcore.nn import FlopCountAnalysis
@@ -81,7 +82,7 @@ def test_info_tells_cached_weights(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     path = checkpoints.cached_path(timm.get_pretrained_cfg('spatial_mamba_tiny'))
     path.parent.mkdir(parents=True)
-    path.touch()
+    safetensors.torch.save_file({}, path)
     assert main(['info', 'spatial_mamba_*']) == 0
     weights = {line.split()[1]: line.split()[-2] for line in capsys.readouterr().out.splitlines() if '│' in line}
     assert weights == dict(spatial_mamba_tiny='cached', spatial_mamba_small='fetch', spatial_mamba_base='fetch')
@@ -95,6 +96,12 @@ def test_accuracies_are_the_published_ones(golden):
         if 'imagenet_top1' in numbers['reported']:
             reported[name] = numbers['reported']['imagenet_top1']
     assert IMAGENET_TOP1 == reported
+
+
+@pytest.mark.parametrize('name', ['2dvmamba_tiny', 'vmamba2d_tiny.in1k'])
+def test_info_knows_aliases_and_tags(name, capsys):
+    assert main(['info', name]) == 0
+    assert 'vmamba2d_tiny' in capsys.readouterr().out
 
 
 def test_info_takes_patterns(capsys):

@@ -241,7 +241,7 @@ DAMAGE = {
         lambda path: rewrite(path, lambda name, data: data.replace(b'X\x01\x00\x00\x000', b'X\x01\x00\x00\x005')),
         r'\(KeyError\)',
     ),
-    'compressed': (lambda path: rewrite(path, compression=zipfile.ZIP_DEFLATED), 'claim more than it holds'),
+    'compressed': (lambda path: rewrite(path, compression=zipfile.ZIP_DEFLATED), 'got one that is compressed'),
     'big-endian': (
         lambda path: rewrite(path, lambda name, data: b'big' if 'byteorder' in name else data),
         'byte order of another machine',
@@ -404,6 +404,13 @@ HOSTILE = {  # programs that pickle would not write
     'another reference': pickled(b'X\x01\x00\x00\x00aQ'),
     'a name that is none': b'\x80\x04\x8c\x02a\x00\x8c\x01b\x93.',
     'a path of names': b'\x80\x04\x8c\x05torch\x8c\x0ehub.get_dir\x93.',
+    'a key of endless text': pickled(
+        b'}(X\x01\x00\x00\x00x)\x85q\x00', *(b'0h\x00h\x00\x86q\x00' for _ in range(60)), b'K\x01u'
+    ),
+    'a method of a dictionary': pickled(
+        b'}X\x05\x00\x00\x00modelccollections\nOrderedDict\n)R}X\x01\x00\x00\x00aK\x01s',
+        b'N}X\x05\x00\x00\x00itemscthird.party\nClass\n)Rs\x86bs',
+    ),
     'nothing': b'',
     'no end': b'\x80\x02}',
 }
@@ -419,6 +426,46 @@ def test_a_hostile_program_does_nothing(program, tmp_path):
     with pytest.raises(ValueError, match='must be a .safetensors file|must map names to tensors'):
         read_checkpoint(bad)
     assert_same(read_checkpoint(good)[0], expected)
+
+
+@pytest.mark.parametrize('dtype', ['quint8', 'qint32', 'quint4x2', 'bits8', 'int4', 'complex64', 'float4_e2m1fn_x2'])
+def test_numbers_of_no_plain_type_are_refused(dtype, tmp_path):
+    path = tmp_path / 'file.pth'
+    torch.save({'x': torch.zeros(4, dtype=torch.uint16)}, path)
+    rewrite(path, lambda name, data: data.replace(b'ctorch\nuint16\n', f'ctorch\n{dtype}\n'.encode()))
+    with pytest.raises(ValueError, match='must be a .safetensors file|must map names to tensors'):
+        read_checkpoint(path)
+
+
+def test_integers_are_no_weights(tmp_path):
+    source = tmp_path / 'integers.pth'
+    torch.save({name: t.int() for name, t in random_state('test_vmamba').items()}, source)
+    with pytest.raises(ValueError, match='must hold numbers like torch.float32 as .*, got torch.int32'):
+        checkpoints.convert(source, tmp_path / 'out.safetensors')
+
+
+def test_an_empty_average_is_none(tmp_path):
+    weights = {'x': torch.zeros(2)}
+    torch.save({'model': weights, 'model_ema': {}}, tmp_path / 'file.pth')
+    tensors, metadata = read_checkpoint(tmp_path / 'file.pth')
+    assert_same(tensors, weights)
+    assert metadata['weights'] == 'model'
+
+
+@pytest.mark.parametrize('args', ['{', '[]', 'null', '[' * 100_000])
+def test_notes_that_are_no_arguments(args, tmp_path):
+    source = tmp_path / 'in.safetensors'
+    save_file(random_state('test_vmamba'), source, dict(model='test_vmamba', model_args=args))
+    with pytest.raises(ValueError, match=f'{source} must note its model_args as a JSON object'):
+        checkpoints.convert(source, tmp_path / 'out.safetensors')
+
+
+def test_a_network_of_endless_depth_is_not_built(tmp_path):
+    state = random_state('test_vmamba')
+    block = {n: t for n, t in state.items() if n.startswith('stages.0.blocks.0.')}
+    state |= {n.replace('blocks.0', f'blocks.{j}'): t for n, t in block.items() for j in range(1, 2000)}
+    with pytest.raises(ValueError, match='must hold one of our networks, got .* tensors'):
+        checkpoints.identify(state)
 
 
 @pytest.mark.parametrize('call', [(copyreg._reconstructor, object, object, None), (getattr, 'text', 'upper')], ids=str)
@@ -855,6 +902,48 @@ def test_a_url_is_downloaded_converted_and_kept(server, publish, published, tmp_
     embedder = timm.create_model('test_vmamba', pretrained=True, cache_dir=cache, num_classes=0)
     assert torch.equal(embedder.state_dict()['head.norm.weight'], expected['head.norm.weight'])
     assert requests == ['/weights.pth']
+
+
+def test_a_damaged_cache_is_replaced(server, publish, published, tmp_path, capsys):
+    address, files, requests = server
+    expected = random_state('test_vmamba')
+    files['weights.pth'] = serve(saved({'model': publish('test_vmamba', expected)}))
+    published('test_vmamba', url=f'{address}/weights.pth')
+    stale = tmp_path / '.vssm-killed'
+    stale.mkdir()
+    os.utime(stale, (0, 0))
+    for command in (None, ['download', 'test_vmamba', '--cache-dir', str(tmp_path)]):
+        if command:
+            assert main(command) == 0 and 'downloaded' in capsys.readouterr().out
+        model = timm.create_model('test_vmamba', pretrained=True, cache_dir=tmp_path)
+        assert_same(model.state_dict(), expected)
+        (file,) = tmp_path.iterdir()  # what a killed process left is gone, too
+        file.write_bytes(file.read_bytes()[:7])
+    assert requests == ['/weights.pth'] * 2
+
+
+def test_a_checkpoint_of_our_own_training_at_a_url(server, tmp_path):
+    address, files, _ = server
+    expected = random_state('test_vmamba')
+    save_file(expected, tmp_path / 'run', dict(model='test_vmamba', model_args='{"drop_path_rate": 0.1}'))
+    files['run.safetensors'] = serve((tmp_path / 'run').read_bytes())
+    overlay = dict(url=f'{address}/run.safetensors')
+    model = timm.create_model('test_vmamba', pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=tmp_path)
+    assert_same(model.state_dict(), expected)
+
+
+@pytest.mark.parametrize(
+    'name, said', [('vmamba_tiny.nope', 'Invalid pretrained tag'), ('vmamba2d_tiny', 'there are none')]
+)
+def test_download_of_what_there_is_not(name, said, tmp_path, capsys):
+    assert main(['download', name, '--cache-dir', str(tmp_path)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_download_into_a_file(tmp_path, capsys):
+    (tmp_path / 'file').touch()
+    assert main(['download', 'vmamba_tiny_s1l8', '--cache-dir', str(tmp_path / 'file')]) == 2
+    assert str(tmp_path / 'file') in capsys.readouterr().err
 
 
 def test_another_url_is_another_file(server, tmp_path):

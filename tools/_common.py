@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, List, Optional, Sequence
 from rich.console import Console
 
 from .. import configs
+from ..models.backbone import ALIASES
+from ..models.checkpoints import list_models
 
 if TYPE_CHECKING:
     from mmengine.runner import Runner
@@ -48,6 +50,18 @@ def find_config(name: str) -> Path:
 def did_you_mean(name: str, names: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1)
     return f' Did you mean {close[0]!r}?' if close else ''
+
+
+def find_model(name: str) -> str:
+    """One of our models by its name, or by that of the paper's code, with or without a tag."""
+    base = name.partition('.')[0]
+    base = ALIASES.get(base, base)
+    names = list_models()
+    if base not in names:
+        raise UsageError(
+            f'NAME must be one of the models that `vssm info` lists, got {name!r}.{did_you_mean(name, names)}'
+        )
+    return base
 
 
 def build_runner(config: str, work_dir: Optional[Path], cfg_options: Sequence[str]) -> 'Runner':

@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 
 from ..models.checkpoints import WEIGHTS, convert
-from ._common import UsageError, console
-from .download import find_model
+from ._common import UsageError, console, find_model
 
 EXAMPLE = 'vssm convert vssm1_tiny_0230s_ckpt_epoch_264.pth vmamba_tiny.safetensors'
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from timm.models import resolve_pretrained_cfg
 
-from ..models.checkpoints import cached_path, download_pretrained, list_models
-from ._common import UsageError, console, did_you_mean
+from ..models.checkpoints import cached_path, download_pretrained, is_cached
+from ._common import UsageError, console, find_model
 
 EXAMPLE = 'vssm download spatial_mamba_tiny'
 
@@ -25,30 +25,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    find_model(args.model)
-    cfg = resolve_pretrained_cfg(args.model)
+    model = find_model(args.model)
+    try:
+        cfg = resolve_pretrained_cfg(model, args.model.partition('.')[2] or None)
+    except RuntimeError as error:  # an unknown tag
+        raise UsageError(str(error)) from error
     if not cfg.url and not cfg.origin_url:
         raise UsageError(f'NAME must be a model with published weights, got {args.model}, of which there are none.')
     path = cached_path(cfg, args.cache_dir)
     said = 'already there'
-    if not path.is_file():
+    if not is_cached(path):
         said = 'downloaded and converted'
         try:
             path = download_pretrained(cfg, args.cache_dir, fetch_url if cfg.url else fetch_drive)
-        except RuntimeError as error:
+        except (OSError, RuntimeError) as error:
             raise UsageError(str(error)) from error
     console.print(f'{path}: {said}', highlight=False, markup=False, soft_wrap=True)
     return 0
-
-
-def find_model(name: str) -> str:
-    """A model of ours by its name, with or without a tag."""
-    models = list_models()
-    if name.partition('.')[0] not in models:
-        raise UsageError(
-            f'NAME must be one of the models that `vssm info` lists, got {name!r}.{did_you_mean(name, models)}'
-        )
-    return name.partition('.')[0]
 
 
 def fetch_url(url: str, path: str) -> None:

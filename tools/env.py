@@ -27,6 +27,7 @@ PACKAGES = (
     'scikit-learn',
     'matplotlib',
     'onnx',
+    'onnxscript',
     'onnxruntime',
     'gdown',
     'huggingface_hub',

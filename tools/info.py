@@ -17,7 +17,8 @@ from typing import Any, Callable
 
 from rich.table import Table
 
-from ._common import UsageError, console, did_you_mean
+from ..models.checkpoints import cached_path, is_cached, list_models
+from ._common import console, find_model
 from .published import IMAGENET_TOP1
 
 EXAMPLE = "vssm info 'vmamba2d_*'"
@@ -31,15 +32,9 @@ def run(args: argparse.Namespace) -> int:
     import timm
     import torch
 
-    from ..models.checkpoints import list_models
-
-    all_names = list_models()
-    names = fnmatch.filter(all_names, args.pattern)
+    names = fnmatch.filter(list_models(), args.pattern)
     if not names:
-        raise UsageError(
-            f'NAME must match one of the models that `vssm info` lists, got {args.pattern!r}.'
-            f'{did_you_mean(args.pattern, all_names)}'
-        )
+        names = [find_model(args.pattern)]
     table = Table()
     numbers = ('params/M', 'GMACs', 'top-1')
     for header in ('model', 'scan', *numbers[:2], 'input', numbers[2], 'weights'):
@@ -67,11 +62,9 @@ def scan_of(model: Any) -> str:
 
 
 def weights_of(cfg: Any) -> str:
-    from ..models.checkpoints import cached_path
-
     if not cfg.url and not cfg.origin_url:
         return '-'
-    if cached_path(cfg).is_file():
+    if is_cached(cached_path(cfg)):
         return 'cached'
     return 'url' if cfg.url else 'fetch'
 
