@@ -9,13 +9,13 @@ from typing import Iterator
 import torch
 from torch import Tensor
 
-_LIBRARY = Path(__file__).with_name('_C.abi3.so')
-if not _LIBRARY.exists():
+LIBRARY = Path(__file__).with_name('_C.abi3.so')
+if not LIBRARY.exists():
     raise ImportError(
-        f'vssm was installed without its compiled kernels ({_LIBRARY.name} is missing beside {__file__}): '
+        f'vssm was installed without its compiled kernels ({LIBRARY.name} is missing beside {__file__}): '
         'run `pip install --no-build-isolation -e .` in a clone, which needs a C++ compiler, or install a wheel.'
     )
-torch.ops.load_library(_LIBRARY)
+torch.ops.load_library(LIBRARY)
 
 _use_reference = os.environ.get('VSSM_REFERENCE', '0') == '1'
 

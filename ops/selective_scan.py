@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .backend import check_device, uses_reference
 from .selective_scan_ref import selective_scan_ref
+from .transforms import is_transformed, make_function, register_vmap
 
 
 def selective_scan(
@@ -67,6 +68,10 @@ def selective_scan(
     if uses_reference():
         return _run_reference(x, dt, A, B, C, D, dt_bias, dt_weight, ndim, orders, softplus)
     check_device('selective_scan', x)
+    if is_transformed():
+        if _autocast_is_on(x):  # here, where the transforms see it
+            x, dt, B, C = _autocast_inputs(x, dt, B, C)
+        return _Scan.apply(x, dt, A, B, C, D, dt_bias, dt_weight, ndim, orders, softplus)
     return torch.ops.vssm.selective_scan(x, dt, A, B, C, D, dt_bias, dt_weight, ndim, orders, softplus)
 
 
@@ -155,7 +160,8 @@ def _setup_context(ctx: Any, inputs: Tuple, output: Tensor) -> None:
 
 def _backward(ctx: Any, grad_y: Tensor) -> Tuple[Optional[Tensor], ...]:
     tensors = ctx.saved_tensors
-    grads = torch.ops.vssm.selective_scan_backward(grad_y, *tensors, ctx.ndim, ctx.orders, ctx.softplus)
+    backward = _ScanBackward.apply if is_transformed() else torch.ops.vssm.selective_scan_backward
+    grads = backward(grad_y, *tensors, ctx.ndim, ctx.orders, ctx.softplus)
     return *(None if t is None else g for t, g in zip(tensors, grads, strict=True)), None, None, None
 
 
@@ -171,6 +177,19 @@ def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
 torch.library.register_autograd('vssm::selective_scan_backward', _no_double_backward)
 
 
+_op = torch.ops.vssm.selective_scan.default
+_op_backward = torch.ops.vssm.selective_scan_backward.default
+_Scan = make_function(_op, _setup_context, _backward)
+_ScanBackward = make_function(_op_backward, lambda ctx, inputs, output: None, _no_double_backward)
+register_vmap(_op, maps=(0, 1, 3, 4))  # x, dt, B and C
+register_vmap(_op_backward)  # whose gradients of the parameters are sums over the batch
+
+
+def _autocast_is_on(x: Tensor) -> bool:
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _autocast_inputs(*tensors: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
@@ -179,11 +198,10 @@ def _autocast_inputs(*tensors: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]
 def _run_reference(x, dt, A, B, C, D, dt_bias, dt_weight, ndim, orders, softplus) -> Tensor:
     """The reference, under autocast with the same inputs cast as for a kernel, and computing as precisely."""
     options = dict(dt_weight=dt_weight, ndim=ndim, orders=orders, softplus=softplus)
-    device = x.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if not _autocast_is_on(x):
         return selective_scan_ref(x, dt, A, B, C, D, dt_bias, **options)
     x, dt, B, C = _autocast_inputs(x, dt, B, C)
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         return selective_scan_ref(x, dt, A, B, C, D, dt_bias, **options)
 
 

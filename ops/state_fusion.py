@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .backend import check_device, uses_reference
 from .state_fusion_ref import state_fusion_ref
+from .transforms import is_transformed, make_function, register_vmap
 
 
 def state_fusion(h: Tensor, weight: Tensor) -> Tensor:
@@ -38,6 +39,8 @@ def state_fusion(h: Tensor, weight: Tensor) -> Tensor:
         with torch.autocast(h.device.type, enabled=False):  # it computes as precisely as a kernel
             return state_fusion_ref(h, weight)
     check_device('state_fusion', h)
+    if is_transformed():
+        return _Fusion.apply(h, weight)
     return torch.ops.vssm.state_fusion(h, weight)
 
 
@@ -75,7 +78,8 @@ def _setup_context(ctx: Any, inputs: Tuple, output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_y: Tensor) -> Tuple[Tensor, Tensor]:
-    return torch.ops.vssm.state_fusion_backward(grad_y, *ctx.saved_tensors)
+    backward = _FusionBackward.apply if is_transformed() else torch.ops.vssm.state_fusion_backward
+    return backward(grad_y, *ctx.saved_tensors)
 
 
 torch.library.register_autograd('vssm::state_fusion', _backward, setup_context=_setup_context)
@@ -88,6 +92,13 @@ def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
 
 
 torch.library.register_autograd('vssm::state_fusion_backward', _no_double_backward)
+
+_op = torch.ops.vssm.state_fusion.default
+_op_backward = torch.ops.vssm.state_fusion_backward.default
+_Fusion = make_function(_op, _setup_context, _backward)
+_FusionBackward = make_function(_op_backward, lambda ctx, inputs, output: None, _no_double_backward)
+register_vmap(_op, maps=(0,))
+register_vmap(_op_backward)  # whose gradient of the weight is a sum over the batch
 
 
 def state_fusion_macs(shape: List[int]) -> int:

@@ -564,7 +564,6 @@ def test_opcheck_backward(case, dtype, cpu_path):
     torch.library.opcheck(torch.ops.vssm.selective_scan_backward.default, (grad_y, *args))
 
 
-@pytest.mark.filterwarnings('ignore:There is a performance drop:UserWarning')
 def test_vmap():
     tensors, options = make_case(rank=2, dtype=torch.float32)
     xs = torch.stack([tensors['x'], 2 * tensors['x'], -tensors['x']])
