@@ -48,6 +48,8 @@ __all__ = [
     'misfits',
     'pretrained_kwargs',
     'read_checkpoint',
+    'rename_fn',
+    'strip_prefixes',
 ]
 
 WEIGHTS = ('auto', 'model', 'model_ema')
@@ -345,7 +347,7 @@ def _shorten(names: Sequence[str], limit: int = 20) -> str:
     return ', '.join([*names[:limit], *(['...'] if len(names) > limit else [])])
 
 
-def _rename(model: str) -> Callable[[Dict[str, Tensor], nn.Module], Dict[str, Tensor]]:
+def rename_fn(model: str) -> Callable[[Dict[str, Tensor], nn.Module], Dict[str, Tensor]]:
     """What brings the published names of a model of ours to our names."""
     return sys.modules[timm.model_entrypoint(model).__module__].checkpoint_filter_fn
 
@@ -415,13 +417,13 @@ def identify(state_dict: Dict[str, Tensor], model: Optional[str] = None) -> Tupl
     if model is not None and model not in list_models():
         raise ValueError(f'model must be one of {", ".join(list_models())}, got {model!r}.')
     candidates = [model] if model else list_models()
-    families = {rename: rename(state_dict, nn.Module()) for rename in set(map(_rename, candidates))}
+    families = {rename: rename(state_dict, nn.Module()) for rename in set(map(rename_fn, candidates))}
 
     def distance(name: str) -> Tuple[int, int]:
-        return len(_sizes(families[_rename(name)]) ^ _sizes(_registered(name).state_dict())), _scan_ndim(name)
+        return len(_sizes(families[rename_fn(name)]) ^ _sizes(_registered(name).state_dict())), _scan_ndim(name)
 
     nearest = min(candidates, key=distance)
-    renamed, own = families[_rename(nearest)], _registered(nearest).state_dict()
+    renamed, own = families[rename_fn(nearest)], _registered(nearest).state_dict()
     if not renamed.keys() & own.keys():
         raise ValueError(
             f'checkpoint must hold {model or "one of our networks"}, got {len(state_dict)} tensors of which no name is '
@@ -433,7 +435,7 @@ def identify(state_dict: Dict[str, Tensor], model: Optional[str] = None) -> Tupl
     try:
         args = _constructor_args(renamed)
     except (LookupError, ZeroDivisionError):
-        renamed = _rename(nearest)(state_dict, _registered(nearest))
+        renamed = rename_fn(nearest)(state_dict, _registered(nearest))
         raise ValueError(
             f'checkpoint must hold {model or "one of our networks"}, got {len(state_dict)} tensors; of {nearest}, the '
             f'nearest, {misfits(renamed, own)}.'
@@ -498,7 +500,7 @@ def convert(
     if not target.parent.is_dir():
         raise FileNotFoundError(f'convert: the folder of target {target} does not exist.')
     tensors, metadata = read_checkpoint(source, which)
-    tensors, left_out = _network(tensors)
+    tensors, left_out = strip_prefixes(tensors)
     recorded = metadata.get('model')
     model = model or recorded
     name, args, twins = identify(tensors, model)
@@ -534,7 +536,7 @@ _SHAPE_ARGS = {'in_chans', 'num_classes', 'depths', 'dims', 'd_state', 'ssm_rati
 _PREFIX = re.compile(r'(?:module\.|_orig_mod\.|model\.)*(backbone\.)?(?:_orig_mod\.|model\.)*')
 
 
-def _network(state_dict: Dict[str, Tensor]) -> Tuple[Dict[str, Tensor], List[str]]:
+def strip_prefixes(state_dict: Dict[str, Tensor]) -> Tuple[Dict[str, Tensor], List[str]]:
     """The tensors of the network alone, without prefixes, and the names of the rest."""
     prefixes = {name: _PREFIX.match(name) for name in state_dict}
     has_backbone = any(prefix[1] for prefix in prefixes.values())
@@ -558,7 +560,7 @@ def _fit(state_dict: Dict[str, Tensor], model: str, args: Dict[str, Any]) -> Dic
     except Exception as error:  # of arguments that a file brought
         raise ValueError(f'checkpoint must hold {model}, got one with {args}: {error}') from error
     network = network.model if args.get('features_only') else network
-    state_dict = _rename(model)(state_dict, network)
+    state_dict = rename_fn(model)(state_dict, network)
     own = network.state_dict()
     if args.get('features_only'):
         for i, info in enumerate(network.feature_info):

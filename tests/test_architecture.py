@@ -37,6 +37,7 @@ ALSO = {  # what single files may besides
         'torchvision',
         'vssm.version',
     },
+    'models/mmcv_ext.py': {'mmengine', 'torchvision'},
 }
 
 

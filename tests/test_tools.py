@@ -2,6 +2,7 @@
 """The command `vssm`: help, what it prints, and how it refuses bad input."""
 
 import importlib
+import re
 import shlex
 import subprocess
 import sys
@@ -164,14 +165,21 @@ def test_env_says_why_a_backend_is_off(variable, value, backend, state, monkeypa
 
 @pytest.mark.parametrize(
     'pattern, shown',
-    [([], {'digits/vmamba2d_test', 'digits/vmamba_test'}), (['*2d_test'], {'digits/vmamba2d_test'})],
-    ids=['all', 'pattern'],
+    [(['digits/*'], {'digits/vmamba2d_test', 'digits/vmamba_test'}), (['*2d_test'], {'digits/vmamba2d_test'})],
+    ids=['folder', 'pattern'],
 )
 def test_configs_lists_names_and_what_they_are(pattern, shown, capsys):
     assert main(['configs', *pattern]) == 0
     out = capsys.readouterr().out
     assert {word for word in out.split() if word.startswith('digits/')} == shown
     assert 'handwritten digits' in out.replace('\n', ' ')
+
+
+def test_configs_lists_all(capsys):
+    assert main(['configs']) == 0
+    names = re.findall(r'^│ (\S+/\S+) ', capsys.readouterr().out, re.MULTILINE)
+    assert len(names) == len(set(names)) == 2 + 9 + 2 * 9
+    assert not [name for name in names if '/_' in name]
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
@@ -239,6 +247,23 @@ def test_a_missing_extra_is_named(missing, argv, extra, capsys, tmp_path, monkey
     assert main([*argv, '--work-dir', str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert f'needs the package {missing}' in error and f'pip install .[{extra}]' in error
+
+
+@pytest.mark.parametrize(
+    'missing, config',
+    [
+        ('mmdet', 'coco/mask-rcnn_vmamba_tiny_fpn_8xb2-1x_coco'),
+        ('mmseg', 'ade20k/upernet_vmamba_tiny_4xb4-160k_ade20k-512x512'),
+    ],
+)
+def test_a_missing_base_is_named(missing, config, capsys, tmp_path, monkeypatch):
+    from mmengine.config import config as module
+
+    monkeypatch.setattr(module, 'check_installed', lambda name: False, raising=False)
+    monkeypatch.setattr(module, 'is_installed', lambda name: False, raising=False)
+    assert main(['train', config, '--work-dir', str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f'needs the package {missing}' in error and 'pip install .[mmlab]' in error
 
 
 def test_a_missing_system_library_is_named(capsys, monkeypatch):

@@ -180,7 +180,7 @@ def test_the_choice_of_weights(tmp_path):
             kind = held[0] if which == 'auto' else which
             if kind in held:
                 tensors, metadata = read_checkpoint(path, which)
-                tensors, _ = checkpoints._network(tensors)
+                tensors, _ = checkpoints.strip_prefixes(tensors)
                 assert metadata == {'weights': kind}
                 assert_same(tensors, averaged if kind == 'model_ema' else plain)
             else:

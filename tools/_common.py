@@ -28,7 +28,7 @@ def config_dir() -> Path:
 
 def list_configs() -> List[str]:
     """Names of the shipped configs, such as 'digits/vmamba2d_test'."""
-    paths = config_dir().glob('*/**/*.py')
+    paths = [path for path in config_dir().glob('*/**/*.py') if not path.name.startswith('_')]  # what configs share
     return sorted(path.relative_to(config_dir()).with_suffix('').as_posix() for path in paths)
 
 
@@ -64,13 +64,14 @@ def find_model(name: str) -> str:
     return base
 
 
-def build_runner(config: str, work_dir: Optional[Path], cfg_options: Sequence[str]) -> 'Runner':
+def build_runner(config: str, work_dir: Optional[Path], cfg_options: Sequence[str], tta: bool = False) -> 'Runner':
     """The runner of a config.
 
     Args:
         config: Path or name.
         work_dir: Where the run writes, work_dirs/ and the config's name unless given.
         cfg_options: Changes to the config, each 'key.key=value', the value a Python literal or else a string.
+        tta: Test on several scales and flips, as the config's tta_model and tta_pipeline say.
     """
     path = find_config(config)
     options = {}
@@ -87,11 +88,24 @@ def build_runner(config: str, work_dir: Optional[Path], cfg_options: Sequence[st
     from mmengine.config import Config
     from mmengine.registry import RUNNERS
 
-    cfg = Config.fromfile(path)
+    try:
+        cfg = Config.fromfile(path)
+    except ModuleNotFoundError as error:
+        if 'pkg_resources' in str(error):
+            raise UsageError("mmengine needs pkg_resources: run `pip install 'setuptools<82'`.") from error
+        for package in ('mmdet', 'mmseg'):  # of a base in them, which mmengine names in its sentence alone
+            if str(error).startswith(package):
+                error.name = package
+        raise
     try:
         cfg.merge_from_dict(options)
     except (KeyError, TypeError) as error:
         raise UsageError(f'--cfg-options must fit {path}, got {" ".join(cfg_options)}: {error}') from error
+    if tta:
+        if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
+            raise UsageError(f'--tta needs a config with tta_model and tta_pipeline, got {path}.')
+        cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+        cfg.model = dict(**cfg.tta_model, module=cfg.model)
     cfg.work_dir = str(work_dir or Path('work_dirs', path.stem if config.endswith('.py') else config))
     load_from = cfg.get('load_from')
     if load_from and not Path(load_from).is_file():

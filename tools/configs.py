@@ -21,7 +21,9 @@ def run(args: argparse.Namespace) -> int:
     names = fnmatch.filter(list_configs(), args.pattern)
     if not names:
         raise UsageError(f'PATTERN must match one of {", ".join(list_configs())}, got {args.pattern!r}.')
-    table = Table('config', 'what it trains')
+    table = Table()
+    table.add_column('config', no_wrap=True)
+    table.add_column('what it trains')
     for name in names:
         table.add_row(name, ast.get_docstring(ast.parse(find_config(name).read_text())))
     console.print(table)

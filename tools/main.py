@@ -12,7 +12,16 @@ from ._common import UsageError
 COMMANDS = ('demo', 'train', 'test', 'info', 'convert', 'download', 'configs', 'env')
 
 # Packages that come with an extra.
-EXTRAS = {'mmengine': 'train', 'sklearn': 'demo', 'matplotlib': 'demo', 'gdown': 'hub', 'huggingface_hub': 'hub'}
+EXTRAS = {
+    'mmengine': 'train',
+    'mmcv': 'mmlab',
+    'mmdet': 'mmlab',
+    'mmseg': 'mmlab',
+    'sklearn': 'demo',
+    'matplotlib': 'demo',
+    'gdown': 'hub',
+    'huggingface_hub': 'hub',
+}
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the ADE20K configs share: UPerNet, 160k iterations with 512x512 crops."""
+
+_base_ = [
+    'mmseg::_base_/models/upernet_swin.py',  # its SyncBN becomes plain BN where there is one process
+    'mmseg::_base_/datasets/ade20k.py',
+    'mmseg::_base_/schedules/schedule_160k.py',
+    'mmseg::_base_/default_runtime.py',  # with tta_model, which `--tta` takes for several scales and both flips
+]
+custom_imports = dict(imports=['vssm.models.mm'], allow_failed_imports=False)
+
+model = dict(
+    data_preprocessor=dict(size=(512, 512)),
+    backbone=dict(_delete_=True, type='TimmFeatures', drop_path_rate=0.2, pretrained=True),
+    decode_head=dict(num_classes=150),
+    auxiliary_head=dict(num_classes=150),
+)
+
+train_dataloader = dict(batch_size=4)  # 4 GPUs x 4 = 16
+auto_scale_lr = dict(enable=False, base_batch_size=16)
+optim_wrapper = dict(
+    _delete_=True,
+    constructor='TimmOptimWrapperConstructor',  # norms, biases, decay rates and skips do not decay
+    optimizer=dict(type='adamw', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
+)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1500),
+    dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=1500, end=160000),
+]

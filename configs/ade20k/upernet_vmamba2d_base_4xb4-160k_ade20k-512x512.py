@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""UPerNet on 2DVMamba-B, ADE20K, 160k iterations."""
+
+_base_ = './_upernet.py'
+
+model = dict(
+    backbone=dict(
+        model_name='vmamba2d_base',
+        drop_path_rate=0.5,
+        pretrained=False,  # none are published: the file is that of one's own training
+        init_cfg=dict(type='Pretrained', checkpoint='work_dirs/imagenet/vmamba2d_base/checkpoint.safetensors'),
+    ),
+    decode_head=dict(in_channels=[128, 256, 512, 1024]),
+    auxiliary_head=dict(in_channels=512),
+)

@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""UPerNet on 2DVMamba-S, ADE20K, 160k iterations."""
+
+_base_ = './_upernet.py'
+
+model = dict(
+    backbone=dict(
+        model_name='vmamba2d_small',
+        drop_path_rate=0.3,
+        pretrained=False,  # none are published: the file is that of one's own training
+        init_cfg=dict(type='Pretrained', checkpoint='work_dirs/imagenet/vmamba2d_small/checkpoint.safetensors'),
+    ),
+)

@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mask R-CNN on VMamba-S, COCO, 12 epochs; published: 48.7 / 43.7 box / mask AP."""
+
+_base_ = './_mask-rcnn_1x.py'
+
+model = dict(
+    backbone=dict(model_name='vmamba_small'),
+)
