@@ -202,11 +202,12 @@ def test_published_backbone_names_load(keys):
         backbone.load_state_dict(state, strict=True, assign=True)
 
 
-@pytest.mark.parametrize('naming', NAMINGS)
-def test_what_is_published_here_has_the_published_names(keys, naming):
+@pytest.mark.parametrize(
+    'variant, naming', [(v, n) for v in VARIANTS for n in NAMINGS if (n == 'spatial') == ('spatial' in v)]
+)
+def test_what_is_published_here_has_the_published_names(golden, variant, naming):
     """The tables of this file, from which the tests below are made, against the golden files."""
-    if (naming == 'spatial') != ('spatial' in keys['variant']):
-        return  # a naming of the other family
+    keys = golden(f'keys_{variant}.json')
     published = {n: list(t.shape) for n, t in publish(create(VARIANTS[keys['variant']]).state_dict(), naming).items()}
     if naming in ('current', 'spatial'):
         assert published == keys['state_dict']
