@@ -471,7 +471,7 @@ def test_drop_path_rates_grow_linearly(name):
         for stage in model.stages
         for block in stage.blocks
     ]
-    assert rates == [[pytest.approx(0.1 * i)] * 2 for i in range(5)]
+    assert rates == [[pytest.approx(0.4 * i / (len(rates) - 1))] * 2 for i in range(len(rates))]
 
 
 @every_test_model
