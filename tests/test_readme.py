@@ -13,7 +13,12 @@ BLOCKS = re.findall(r'^```python\n(.*?)^```', README, flags=re.DOTALL | re.MULTI
 
 
 # What PyTorch says of itself.
-IGNORED = ('ignore:torch.ao.quantization:DeprecationWarning', 'ignore::FutureWarning', 'ignore::UserWarning')
+IGNORED = (
+    'ignore:torch.ao.quantization:DeprecationWarning',
+    'ignore:`torch.jit.script_method` is deprecated:DeprecationWarning',
+    'ignore::FutureWarning',
+    'ignore::UserWarning',
+)
 
 
 def param(i, code):
