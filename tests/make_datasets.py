@@ -3,8 +3,9 @@
 
     python tests/make_datasets.py FOLDER
 
-writes FOLDER/ADEChallengeData2016 and FOLDER/coco, which take the places of data/ade/ADEChallengeData2016 and data/coco
-in the configs. The labels say which patch of a photograph is bright, or blue; they mean nothing.
+writes FOLDER/imagenet, FOLDER/ADEChallengeData2016 and FOLDER/coco, which take the places of data/imagenet,
+data/ade/ADEChallengeData2016 and data/coco in the configs. The labels say which photograph an image is cut from, or
+which patch of it is bright, or blue; they mean nothing more.
 """
 
 import json
@@ -25,6 +26,15 @@ def photographs(first):
     for i, (width, height) in enumerate(SIZES):
         left, top = 40 * (first + i), 30 * (first + i)
         yield sources[i % 2].crop((left, top, left + 2 * width, top + 2 * height)).resize((width, height))
+
+
+def make_imagenet(root):
+    """SPLIT/CLASS/NAME.JPEG, a class for each of the two photographs, named as ImageNet's are."""
+    for first, split in enumerate(('train', 'val')):
+        for i, image in enumerate(photographs(first)):
+            path = Path(root, split, f'n{i % 2 + 1:08d}', f'{split}_{i + 1:08d}.JPEG')
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
 
 
 def make_ade20k(root):
@@ -76,6 +86,7 @@ def main(folder):
     mmcv_ext.install()
     from mmdet.datasets import CocoDataset
 
+    make_imagenet(Path(folder, 'imagenet'))
     make_ade20k(Path(folder, 'ADEChallengeData2016'))
     make_coco(Path(folder, 'coco'), CocoDataset.METAINFO['classes'])
 

@@ -6,11 +6,9 @@ import functools
 import importlib
 import importlib.util
 import math
-import runpy
 import subprocess
 import sys
 import uuid
-from pathlib import Path
 
 import mmengine.config.config
 import pytest
@@ -38,7 +36,6 @@ ADE20K = [name for name in list_configs() if name.startswith('ade20k/upernet')]
 COCO_1X = [name for name in list_configs() if name.startswith('coco/mask-rcnn') and '-1x_' in name]
 COCO_3X = [name for name in list_configs() if name.startswith('coco/mask-rcnn') and '-3x_' in name]
 SIZES = [f'{family}_{size}' for family in ('spatial_mamba', 'vmamba2d', 'vmamba') for size in ('base', 'small', 'tiny')]
-TEST_DIMS = [32, 48, 64, 96]  # of every test model
 FAMILIES = {
     '2dvmamba_micro': 'vmamba2d_tiny',
     'vmamba_micro': 'vmamba_tiny',
@@ -445,14 +442,6 @@ def test_it_is_found_from_every_registry_and_takes_any_model(registry, name):
 # ---- configs ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope='session')
-def data(tmp_path_factory):
-    """Miniature data sets in the real layout, see make_datasets.py."""
-    root = tmp_path_factory.mktemp('data')
-    runpy.run_path(str(Path(__file__).with_name('make_datasets.py')))['main'](root)
-    return root
-
-
 @pytest.fixture(scope='module', autouse=True)
 def _quick_configs():
     """Spare what takes mmengine seconds: looking for a base in all metafiles first, and setting a config's text."""
@@ -653,52 +642,23 @@ def test_published_cost(name):
 # ---- a step of each task ---------------------------------------------------------------------------------------------
 
 
-def small_run(task, data, work_dir, model_name, **options):
-    """A config with a test model, small images, and two steps."""
-    options['param_scheduler.0.start_factor'] = 1.0  # a warm-up's first steps are too small to be seen
-    model = {'model.backbone.model_name': model_name, 'model.backbone.pretrained': False}
-    if task == 'ade20k':
-        name = ADE20K[-1]
-        options = {
-            **model,
-            'model.decode_head': dict(in_channels=TEST_DIMS, channels=32),
-            'model.auxiliary_head': dict(in_channels=TEST_DIMS[2], channels=16),
-            'model.data_preprocessor.size': (64, 64),
-            'train_cfg': dict(max_iters=2, val_interval=2),
-            'train_dataloader.batch_size': 2,
-            'train_dataloader.dataset.pipeline.2.scale': (256, 64),
-            'train_dataloader.dataset.pipeline.3.crop_size': (64, 64),
-            'val_dataloader.dataset.pipeline.1.scale': (256, 64),
-            'test_dataloader.dataset.pipeline.1.scale': (256, 64),
-            'default_hooks.checkpoint.interval': 2,
-            **options,
-        }
-    else:
-        name = COCO_1X[-1]
-        options = {
-            **model,
-            'model.neck': dict(in_channels=TEST_DIMS, out_channels=32),
-            'model.rpn_head': dict(in_channels=32, feat_channels=32),
-            'model.roi_head.bbox_roi_extractor.out_channels': 32,
-            'model.roi_head.mask_roi_extractor.out_channels': 32,
-            'model.roi_head.bbox_head': dict(in_channels=32, fc_out_channels=32),
-            'model.roi_head.mask_head': dict(in_channels=32, conv_out_channels=16),
-            'model.test_cfg.rcnn.score_thr': 0.0,  # two steps make no confident detector
-            'train_cfg.max_epochs': 1,
-            'train_dataloader.dataset.pipeline.2.scale': (128, 96),
-            'val_dataloader.dataset.pipeline.1.scale': (128, 96),
-            'test_dataloader.dataset.pipeline.1.scale': (128, 96),
-            **options,
-        }
-    return load_config(name, data, work_dir, **options)
+@pytest.fixture
+def small_run(small_config, data, tmp_path):
+    """A config with a test model, small images, and two steps, on the miniature data."""
+
+    def small_run(task, model_name):
+        name, options = small_config(task, model_name)
+        return load_config(name, data, tmp_path, **options)
+
+    return small_run
 
 
 METRICS = dict(ade20k={'mIoU', 'aAcc', 'mAcc'}, coco={'coco/bbox_mAP', 'coco/segm_mAP'})
 
 
 @pytest.mark.parametrize('task, model_name', [('ade20k', 'test_spatial_mamba'), ('coco', 'test_vmamba2d')])
-def test_a_run_trains_evaluates_and_its_checkpoint_starts_another(task, model_name, data, tmp_path):
-    runner = Runner.from_cfg(small_run(task, data, tmp_path, model_name))
+def test_a_run_trains_evaluates_and_its_checkpoint_starts_another(task, model_name, small_run, tmp_path):
+    runner = Runner.from_cfg(small_run(task, model_name))
     before = {name: value.detach().clone() for name, value in runner.model.named_parameters()}
     runner.train()
     still = {name for name, value in runner.model.named_parameters() if torch.equal(value, before[name])}
@@ -726,9 +686,9 @@ def test_a_run_trains_evaluates_and_its_checkpoint_starts_another(task, model_na
         assert torch.equal(instances.bboxes, again.pred_instances.bboxes)
 
 
-def test_several_scales_and_flips_are_merged(data, tmp_path):
+def test_several_scales_and_flips_are_merged(small_run):
     """As `--tta` of mmseg's test script: the mean of the softmax of every version."""
-    cfg = small_run('ade20k', data, tmp_path, 'test_vmamba')
+    cfg = small_run('ade20k', 'test_vmamba')
     cfg.tta_pipeline[1].transforms[0] = [dict(type='Resize', scale_factor=r, keep_ratio=True) for r in (1.0, 1.5)]
     cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
     cfg.model = dict(**cfg.tta_model, module=cfg.model)

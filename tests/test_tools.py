@@ -178,18 +178,34 @@ def test_configs_lists_names_and_what_they_are(pattern, shown, capsys):
 def test_configs_lists_all(capsys):
     assert main(['configs']) == 0
     names = re.findall(r'^│ (\S+/\S+) ', capsys.readouterr().out, re.MULTILINE)
-    assert len(names) == len(set(names)) == 2 + 9 + 2 * 9
+    assert len(names) == len(set(names)) == 2 + 9 + 9 + 2 * 9 + 2
     assert not [name for name in names if '/_' in name]
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 
-def test_config_that_cannot_be_built_gives_one_sentence(capsys, tmp_path):
-    options = ['--work-dir', str(tmp_path), '--cfg-options', 'model.model_name=nope']
-    assert main(['train', 'digits/vmamba_test', *options]) == 2
+@pytest.mark.parametrize(
+    'config, options, said',
+    [
+        ('digits/vmamba_test', ['--cfg-options', 'model.model_name=nope'], ('vmamba_test.py cannot be built', 'nope')),
+        ('digits/vmamba_test', ['--cfg-options', 'unreadable=mend'], ("'stop' or 'skip', got 'mend'",)),
+        (
+            'digits/vmamba_test',
+            ['--cfg-options', 'default_hooks.checkpoint.max_keep_ckpts=1'],
+            ('max_keep_ckpts must be at least 2, or -1 for all, got 1',),
+        ),
+        (
+            'imagenet/vmamba_tiny_8xb128-300e_in1k',
+            ['--data-root', 'nowhere', '--cfg-options', 'model.model_name=test_vmamba'],
+            ('data_root must be a folder, got nowhere, which does not exist', '--data-root'),
+        ),
+    ],
+)
+def test_config_that_cannot_run_gives_one_sentence(config, options, said, capsys, tmp_path):
+    assert main(['train', config, '--work-dir', str(tmp_path), *options]) == 2
     message = capsys.readouterr().err
-    assert 'vmamba_test.py cannot be built' in message and 'nope' in message and message.count('\n') == 1
+    assert all(part in message for part in said) and message.count('\n') == 1
 
 
 @pytest.mark.parametrize(
@@ -206,7 +222,16 @@ def test_config_that_cannot_be_built_gives_one_sentence(capsys, tmp_path):
             ['train', 'digits/vmamba_test', '--cfg-options', 'load_from=no.pth'],
             ('load_from must be a checkpoint', 'got no.pth'),
         ),
-        (['train', 'digits/vmamba_test', '--cfg-options', 'resume=True'], ('resume must be False', 'load_from=FILE')),
+        (['train', 'digits/vmamba_test', '--resume', 'no.pth'], ('must be a checkpoint', 'got no.pth')),
+        (
+            ['train', 'digits/vmamba_test', '--data-root', 'there'],
+            ('--data-root needs a config whose data sets share',),
+        ),
+        (['train', 'digits/vmamba_test', '--auto-scale-lr'], ('--auto-scale-lr needs a config with auto_scale_lr',)),
+        (
+            ['train', 'digits/vmamba_test', '--amp', '--cfg-options', 'optim_wrapper.type=AmpOptimWrapper'],
+            ('--amp needs a config whose optim_wrapper is an OptimWrapper, got AmpOptimWrapper',),
+        ),
         (['test', 'digits/vmamba_test', 'no.pth'], ('no.pth does not exist', 'vssm train digits/vmamba_test')),
         (['info', 'vmamba2d_tny'], ("got 'vmamba2d_tny'", "Did you mean 'vmamba2d_tiny'?")),
         (['info', 'resnet50'], ("got 'resnet50'",)),

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the subcommands share: the console, the error for bad input, and configs by name."""
 
+import argparse
 import ast
 import difflib
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, List, Optional, Sequence
+from typing import TYPE_CHECKING, List, Sequence
 
 from rich.console import Console
 
@@ -13,6 +15,7 @@ from ..models.backbone import ALIASES
 from ..models.checkpoints import list_models
 
 if TYPE_CHECKING:
+    from mmengine.config import Config
     from mmengine.runner import Runner
 
 console = Console()
@@ -64,18 +67,30 @@ def find_model(name: str) -> str:
     return base
 
 
-def build_runner(config: str, work_dir: Optional[Path], cfg_options: Sequence[str], tta: bool = False) -> 'Runner':
-    """The runner of a config.
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that a training and a test share."""
+    parser.add_argument('--work-dir', metavar='DIR', type=Path, help='where to write (default: work_dirs/CONFIG)')
+    parser.add_argument('--data-root', metavar='DIR', help='folder of the data, in place of the one in the config')
+    parser.add_argument(
+        '--cfg-options', metavar='KEY=VALUE', nargs='+', default=[], help='changes to the config; values as in Python'
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=('none', 'pytorch', 'slurm', 'mpi'),
+        default='none',
+        help='what started this process as one of several: torchrun is pytorch',
+    )
 
-    Args:
-        config: Path or name.
-        work_dir: Where the run writes, work_dirs/ and the config's name unless given.
-        cfg_options: Changes to the config, each 'key.key=value', the value a Python literal or else a string.
-        tta: Test on several scales and flips, as the config's tta_model and tta_pipeline say.
+
+def read_config(args: argparse.Namespace) -> 'Config':
+    """The config that the arguments of `add_run_arguments` and `args.config` describe.
+
+    Raises:
+        UsageError: There is no such config, or an option does not fit it.
     """
-    path = find_config(config)
+    path = find_config(args.config)
     options = {}
-    for option in cfg_options:
+    for option in args.cfg_options:
         key, equals, value = option.partition('=')
         if not key or not equals:
             raise UsageError(f'--cfg-options must be KEY=VALUE, such as train_cfg.max_epochs=2, got {option!r}.')
@@ -84,9 +99,9 @@ def build_runner(config: str, work_dir: Optional[Path], cfg_options: Sequence[st
         except (SyntaxError, ValueError):
             options[key] = value
 
+    warnings.filterwarnings('ignore', '.*(pkg_resources is|be) deprecated', UserWarning)  # of the packages' own affairs
     import mmengine.runner  # first: where a config imports it in vain, mmengine hides the reason  # noqa: F401
     from mmengine.config import Config
-    from mmengine.registry import RUNNERS
 
     try:
         cfg = Config.fromfile(path)
@@ -97,25 +112,41 @@ def build_runner(config: str, work_dir: Optional[Path], cfg_options: Sequence[st
             if str(error).startswith(package):
                 error.name = package
         raise
+    if args.data_root is not None:
+        _move_data(cfg, args.data_root)
     try:
         cfg.merge_from_dict(options)
     except (KeyError, TypeError) as error:
-        raise UsageError(f'--cfg-options must fit {path}, got {" ".join(cfg_options)}: {error}') from error
-    if tta:
-        if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
-            raise UsageError(f'--tta needs a config with tta_model and tta_pipeline, got {path}.')
-        cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
-        cfg.model = dict(**cfg.tta_model, module=cfg.model)
-    cfg.work_dir = str(work_dir or Path('work_dirs', path.stem if config.endswith('.py') else config))
-    load_from = cfg.get('load_from')
-    if load_from and not Path(load_from).is_file():
-        raise UsageError(f'load_from must be a checkpoint, got {load_from}, which does not exist.')
+        raise UsageError(f'--cfg-options must fit {path}, got {" ".join(args.cfg_options)}: {error}') from error
+    cfg.work_dir = str(args.work_dir or Path('work_dirs', path.stem if args.config.endswith('.py') else args.config))
+    cfg.launcher = args.launcher
+    return cfg
+
+
+def _move_data(cfg: 'Config', root: str) -> None:
+    """Let all data sets and metrics look for their files in another folder."""
+    roots = {loader.dataset.get('data_root') for loader in (cfg.train_dataloader, cfg.val_dataloader)}
+    if len(roots) != 1 or None in roots:
+        raise UsageError(f'--data-root needs a config whose data sets share a data_root, got {roots}.')
+    (before,) = roots
+    for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        cfg[name].dataset.data_root = root
+    for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
+        if str(evaluator.get('ann_file', '')).startswith(before):
+            evaluator.ann_file = str(Path(root, Path(evaluator.ann_file).relative_to(before)))
+
+
+def build_runner(cfg: 'Config') -> 'Runner':
+    """The runner of a config.
+
+    Raises:
+        UsageError: A value in the config is not as its part needs it.
+    """
+    from mmengine.registry import RUNNERS
+
+    if cfg.get('load_from') and not Path(cfg.load_from).is_file():
+        raise UsageError(f'load_from must be a checkpoint, got {cfg.load_from}, which does not exist.')
     try:
         return RUNNERS.build(cfg)
-    except (
-        KeyError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:  # which mmengine prefixes with what it was building
-        raise UsageError(f'config {path} cannot be built: {error}') from error
+    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:  # mmengine names what it was building
+        raise UsageError(f'config {cfg.filename} cannot be built: {error}') from error

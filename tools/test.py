@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from ._common import UsageError, build_runner, console
+from ._common import UsageError, add_run_arguments, build_runner, console, read_config
 
 EXAMPLE = 'vssm test digits/vmamba2d_test work_dirs/digits/vmamba2d_test/checkpoint.safetensors'
 
@@ -18,24 +18,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--tta', action='store_true', help='test on several scales and flips, where the config has them'
     )
-    parser.add_argument('--work-dir', metavar='DIR', type=Path, help='where the log goes (default: work_dirs/CONFIG)')
-    parser.add_argument(
-        '--cfg-options', metavar='KEY=VALUE', nargs='+', default=[], help='changes to the config; values as in Python'
-    )
+    add_run_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     if not args.checkpoint.is_file():
         raise UsageError(f'checkpoint {args.checkpoint} does not exist; `vssm train {args.config}` makes one.')
-    runner = build_runner(args.config, args.work_dir, args.cfg_options, args.tta)
+    cfg = read_config(args)
+    if args.tta:
+        if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
+            raise UsageError(f'--tta needs a config with tta_model and tta_pipeline, got {args.config}.')
+        cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+        cfg.model = dict(**cfg.tta_model, module=cfg.model)
+    cfg.load_from = str(args.checkpoint)
+    cfg.resume = False
+    runner = build_runner(cfg)
+    from ..models.mm import RunError
+
     try:
-        runner.load_checkpoint(args.checkpoint)
-    except ValueError as error:
+        metrics = runner.test()
+    except RunError as error:
         raise UsageError(str(error)) from error
-    table = Table('metric', 'value')
-    for name, value in runner.test().items():
-        table.add_row(name, f'{value:.2f}')
-    console.print(table)
+    if runner.rank == 0:
+        table = Table('metric', 'value')
+        for name, value in metrics.items():
+            table.add_row(name, f'{value:.2f}')
+        console.print(table)
     return 0
 
 

@@ -1,31 +1,68 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train what a config describes.
 
-The work dir receives the config as it ran, a log, the curves as lines of JSON, and the checkpoints.
+The work dir receives the config as it ran, a log, the curves as lines of JSON and for TensorBoard, and the checkpoints.
 """
 
 import argparse
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ._common import build_runner, console
+from ._common import UsageError, add_run_arguments, build_runner, console, read_config
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
 
 EXAMPLE = 'vssm train digits/vmamba2d_test --cfg-options train_cfg.max_epochs=5 optim_wrapper.optimizer.lr=1e-3'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('config', metavar='CONFIG', help='name, as in `vssm configs`, or path of a config')
-    parser.add_argument('--work-dir', metavar='DIR', type=Path, help='where to write (default: work_dirs/CONFIG)')
+    add_run_arguments(parser)
     parser.add_argument(
-        '--cfg-options', metavar='KEY=VALUE', nargs='+', default=[], help='changes to the config; values as in Python'
+        '--resume',
+        metavar='FILE',
+        nargs='?',
+        const=True,
+        help='go on from a checkpoint of a training; without FILE from the last one in the work dir, if there is one',
+    )
+    parser.add_argument('--amp', action='store_true', help='compute in bfloat16 by autocast')
+    parser.add_argument(
+        '--auto-scale-lr', action='store_true', help='scale the learning rate to the images of a step, linearly'
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    runner = build_runner(args.config, args.work_dir, args.cfg_options)
-    runner.train()
-    console.print(f'Written to {runner.work_dir}', highlight=False, soft_wrap=True)
+    cfg = read_config(args)
+    if args.resume is not None:
+        cfg.resume = True
+        if args.resume is not True:
+            cfg.load_from = args.resume
+        elif cfg.get('load_from'):
+            cfg.load_from = None  # where this run started from; it goes on from its own checkpoints
+    if args.amp:
+        _use_bfloat16(cfg)
+    if args.auto_scale_lr:
+        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+            raise UsageError(f'--auto-scale-lr needs a config with auto_scale_lr.base_batch_size, got {args.config}.')
+        cfg.auto_scale_lr.enable = True
+    runner = build_runner(cfg)
+    from ..models.mm import RunError
+
+    try:
+        runner.train()
+    except RunError as error:
+        raise UsageError(str(error)) from error
+    if runner.rank == 0:
+        console.print(f'Written to {runner.work_dir}', highlight=False, soft_wrap=True)
     return 0
+
+
+def _use_bfloat16(cfg: 'Config') -> None:
+    wrapper = cfg.optim_wrapper
+    if wrapper.get('type', 'OptimWrapper') not in ('OptimWrapper', 'BFloat16OptimWrapper'):
+        raise UsageError(f'--amp needs a config whose optim_wrapper is an OptimWrapper, got {wrapper.type}.')
+    wrapper.type = 'BFloat16OptimWrapper'
 
 
 if __name__ == '__main__':

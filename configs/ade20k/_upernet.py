@@ -8,6 +8,7 @@ _base_ = [
     'mmseg::_base_/default_runtime.py',  # with tta_model, which `--tta` takes for several scales and both flips
 ]
 custom_imports = dict(imports=['vssm.models.mm'], allow_failed_imports=False)
+runner_type = 'TimmRunner'
 
 model = dict(
     data_preprocessor=dict(size=(512, 512)),
@@ -17,6 +18,7 @@ model = dict(
 )
 
 train_dataloader = dict(batch_size=4)  # 4 GPUs x 4 = 16
+default_hooks = dict(checkpoint=dict(interval=4000, max_keep_ckpts=3))
 auto_scale_lr = dict(enable=False, base_batch_size=16)
 optim_wrapper = dict(
     _delete_=True,
@@ -27,3 +29,4 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1500),
     dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=1500, end=160000),
 ]
+randomness = dict(seed=0)

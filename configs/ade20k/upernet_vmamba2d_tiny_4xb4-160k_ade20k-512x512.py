@@ -7,6 +7,8 @@ model = dict(
     backbone=dict(
         model_name='vmamba2d_tiny',
         pretrained=False,  # none are published: the file is that of one's own training
-        init_cfg=dict(type='Pretrained', checkpoint='work_dirs/imagenet/vmamba2d_tiny/checkpoint.safetensors'),
+        init_cfg=dict(
+            type='Pretrained', checkpoint='work_dirs/imagenet/vmamba2d_tiny_8xb128-300e_in1k/checkpoint.safetensors'
+        ),
     ),
 )

@@ -8,7 +8,9 @@ model = dict(
         model_name='vmamba2d_base',
         drop_path_rate=0.6,
         pretrained=False,  # none are published: the file is that of one's own training
-        init_cfg=dict(type='Pretrained', checkpoint='work_dirs/imagenet/vmamba2d_base/checkpoint.safetensors'),
+        init_cfg=dict(
+            type='Pretrained', checkpoint='work_dirs/imagenet/vmamba2d_base_8xb128-300e_in1k/checkpoint.safetensors'
+        ),
     ),
     neck=dict(in_channels=[128, 256, 512, 1024]),
 )

@@ -47,7 +47,7 @@ test_cfg = dict()
 
 default_hooks = dict(
     logger=dict(type='LoggerHook', interval=1000),  # longer than an epoch: once at its end
-    progress=dict(type='ProgressHook'),
-    checkpoint=dict(type='SafetensorsHook'),
+    checkpoint=dict(type='CheckpointHook', interval=5, max_keep_ckpts=2),  # to resume from
 )
+custom_hooks = [dict(type='SafetensorsHook')]  # for timm
 log_processor = dict(custom_cfg=[dict(data_src='loss', method_name='mean', window_size='epoch')])

@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VMamba-S, ImageNet-1K, 300 epochs; published: 83.6 top-1."""
+
+_base_ = './_8xb128-300e.py'
+
+model = dict(model_name='vmamba_small', drop_path_rate=0.3)

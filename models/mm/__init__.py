@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters for mmengine, mmdetection and mmsegmentation, under the names that our configs use.
+
+The one room of the package's models that needs mmengine. A config loads it:
+`custom_imports = dict(imports=['vssm.models.mm'], allow_failed_imports=False)`.
+"""
+
+from .. import mmcv_ext
+
+mmcv_ext.install()  # before the first config imports mmdet's or mmseg's models
+
+from .classification import Accuracy, ImageClassifier, ImagePreprocessor, load_weights  # noqa: E402
+from .data import Digits, GuardedDataset, ImageFolder, SeededSampler  # noqa: E402
+from .features import Float32RoIExtractor, TimmFeatures  # noqa: E402
+from .hooks import (  # noqa: E402
+    FiniteLossHook,
+    MESAHook,
+    ProgressHook,
+    SafetensorsHook,
+    SeedHook,
+    UnreadableImagesHook,
+    progress_bar,
+)
+from .optim import BFloat16OptimWrapper, TimmOptimWrapperConstructor  # noqa: E402
+from .runner import TimmRunner  # noqa: E402
+from .utils import RunError  # noqa: E402
+
+__all__ = [
+    'Accuracy',
+    'BFloat16OptimWrapper',
+    'Digits',
+    'FiniteLossHook',
+    'Float32RoIExtractor',
+    'GuardedDataset',
+    'ImageClassifier',
+    'ImageFolder',
+    'ImagePreprocessor',
+    'MESAHook',
+    'ProgressHook',
+    'RunError',
+    'SafetensorsHook',
+    'SeedHook',
+    'SeededSampler',
+    'TimmFeatures',
+    'TimmOptimWrapperConstructor',
+    'TimmRunner',
+    'UnreadableImagesHook',
+    'load_weights',
+    'progress_bar',
+]

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Classification of images: the model with its losses, what happens to a batch on its way in, and accuracy."""
+
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Union
+
+import timm
+import torch
+import torch.nn.functional as F
+from mmengine.evaluator import BaseMetric
+from mmengine.model import BaseDataPreprocessor, BaseModel
+from mmengine.registry import METRICS, MODELS
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor, nn
+
+from ..checkpoints import list_models, misfits, read_checkpoint, rename_fn
+from .utils import check_init
+
+__all__ = ['Accuracy', 'ImageClassifier', 'ImagePreprocessor', 'load_weights']
+
+
+@MODELS.register_module()
+class ImagePreprocessor(BaseDataPreprocessor):
+    """Moves a batch of uint8 images to the device, normalises them, and in training erases and mixes.
+
+    Args:
+        mean: Of each channel, where white is 1.
+        std: Likewise.
+        random_erasing: Keyword arguments of timm's RandomErasing, such as probability and mode; None for no erasing.
+        mixup: Keyword arguments of timm's Mixup, which does cutmix too and makes the labels probabilities, smoothed or
+            not; num_classes among them. None for no mixing.
+        channels_last: Memory format of the images.
+        non_blocking: Do not wait for a copy from pinned memory.
+    """
+
+    def __init__(
+        self,
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        std: Sequence[float] = IMAGENET_DEFAULT_STD,
+        random_erasing: Optional[Dict[str, Any]] = None,
+        mixup: Optional[Dict[str, Any]] = None,
+        channels_last: bool = False,
+        non_blocking: bool = True,
+    ) -> None:
+        super().__init__(non_blocking)
+        self.register_buffer('mean', 255 * torch.tensor(mean).reshape(1, -1, 1, 1), persistent=False)
+        self.register_buffer('std', 255 * torch.tensor(std).reshape(1, -1, 1, 1), persistent=False)
+        self.random_erasing = RandomErasing(**random_erasing) if random_erasing is not None else None
+        self.mixup = Mixup(**mixup) if mixup is not None else None
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def forward(self, data: Dict[str, Tensor], training: bool = False) -> Dict[str, Tensor]:
+        """dict(inputs, data_samples): (batch, C, H, W) uint8, (batch,) -> float32, (batch,) or (batch, num_classes).
+
+        Raises:
+            ValueError: A batch to be mixed holds an odd number of images.
+        """
+        data = self.cast_data(data)
+        images, labels = data['inputs'], data['data_samples']
+        images = ((images - self.mean) / self.std).contiguous(memory_format=self.memory_format)
+        if training and self.random_erasing is not None:
+            self.random_erasing.device = images.device
+            images = self.random_erasing(images)
+        if training and self.mixup is not None:
+            if len(images) % 2:
+                raise ValueError(
+                    f'ImagePreprocessor: a batch to be mixed must hold an even number of images, got {len(images)}: '
+                    'set train_dataloader.batch_size to an even number and drop_last=True.'
+                )
+            images, labels = self.mixup(images, labels)
+        return dict(inputs=images, data_samples=labels)
+
+
+@MODELS.register_module()
+class ImageClassifier(BaseModel):
+    """A timm model with a cross-entropy loss.
+
+    Weights are read by `init_weights`, which a training calls and a test does not; a head of another size is left out.
+
+    Args:
+        model_name: Name for `timm.create_model`.
+        data_preprocessor: What moves a batch to the device, mmengine's BaseDataPreprocessor unless given.
+        label_smoothing: Of labels that are numbers; mixed ones are smoothed by the mixing.
+        with_cp: Gradient checkpointing.
+        pretrained: Start from timm's pretrained weights.
+        init_cfg: dict(type='Pretrained', checkpoint=FILE) starts from what `read_checkpoint` reads.
+        model_args: Further keyword arguments of `timm.create_model`, such as num_classes and drop_path_rate.
+
+    Raises:
+        ValueError: An argument is not as said above.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        data_preprocessor: Union[Dict[str, Any], nn.Module, None] = None,
+        label_smoothing: float = 0.0,
+        with_cp: bool = False,
+        pretrained: bool = False,
+        init_cfg: Optional[Dict[str, Any]] = None,
+        **model_args: Any,
+    ) -> None:
+        super().__init__(data_preprocessor, init_cfg)
+        check_init(type(self).__name__, pretrained, init_cfg)
+        self.model_name = model_name
+        self.model_args = model_args
+        self.label_smoothing = label_smoothing
+        self.pretrained = pretrained
+        self.model = timm.create_model(model_name, **model_args)
+        self.model.set_grad_checkpointing(with_cp)
+        self._teacher = ()
+
+    def init_weights(self) -> None:
+        """Read the weights that `pretrained` or `init_cfg` ask for; timm models initialise themselves otherwise.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            RuntimeError: timm has no pretrained weights, or no way to them from here.
+            ValueError: The file cannot be read safely, or does not fit.
+        """
+        if self.pretrained:
+            whole = timm.create_model(self.model_name, pretrained=True, **self.model_args)
+            self.model.load_state_dict(whole.state_dict())
+        elif self.init_cfg is not None:
+            load_weights(self, self.init_cfg['checkpoint'], any_head=True)
+
+    def learn_from(self, teacher: nn.Module, weight: float) -> None:
+        """From now on the loss has a part that draws the outputs to those of another network, which stays as it is.
+
+        Args:
+            teacher: Images, (batch, in_chans, H, W) -> logits, (batch, num_classes).
+            weight: Of that part of the loss.
+        """
+        self._teacher = (teacher, weight)  # inside a tuple, for its weights are not this model's
+
+    def forward(
+        self,
+        inputs: Tensor,
+        data_samples: Optional[Tensor] = None,
+        mode: str = 'tensor',
+    ) -> Union[Tensor, Dict[str, Tensor], List[Dict[str, Tensor]]]:
+        """Logits, the loss, or one prediction per image.
+
+        Args:
+            inputs: Images, (batch, in_chans, H, W).
+            data_samples: Labels, (batch,), or for the loss also probabilities, (batch, num_classes).
+            mode: 'tensor', 'loss' or 'predict'.
+
+        Returns:
+            Logits, (batch, num_classes); or the parts of the loss; or for each image dict(pred_score, gt_label),
+            (num_classes,) and ().
+        """
+        logits = self.model(inputs)
+        if mode == 'tensor':
+            return logits
+        if mode == 'loss':
+            smoothing = self.label_smoothing if data_samples.ndim == 1 else 0.0
+            losses = dict(loss_cls=F.cross_entropy(logits, data_samples, label_smoothing=smoothing))
+            if self._teacher:
+                teacher, weight = self._teacher
+                with torch.no_grad():
+                    probabilities = teacher(inputs).softmax(-1)
+                losses['loss_mesa'] = weight * F.cross_entropy(logits, probabilities)
+            return losses
+        if mode == 'predict':
+            scores = logits.float().softmax(-1)
+            return [dict(pred_score=score, gt_label=label) for score, label in zip(scores, data_samples, strict=True)]
+        raise ValueError(f"ImageClassifier: mode must be 'tensor', 'loss' or 'predict', got {mode!r}.")
+
+
+def load_weights(classifier: ImageClassifier, path: Union[str, Path], any_head: bool = False) -> None:
+    """Load a checkpoint whose names and shapes fit exactly, under published names or ours.
+
+    Args:
+        classifier: What to load into.
+        path: What `read_checkpoint` reads; averaged weights where there are any.
+        any_head: A head for other classes is left out, and the model's own stays.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file cannot be read safely, or it belongs to another model.
+    """
+    state_dict, metadata = read_checkpoint(path)
+    architecture = classifier.model.pretrained_cfg['architecture']  # whatever alias model_name is
+    if metadata.get('model', architecture) not in (architecture, classifier.model_name):
+        raise ValueError(f'checkpoint {path} must hold {classifier.model_name}, got {metadata["model"]}.')
+    state_dict = {name.removeprefix('model.'): value for name, value in state_dict.items()}  # as ImageClassifier saves
+    if architecture in list_models():
+        state_dict = rename_fn(architecture)(state_dict, classifier.model)
+    own = classifier.model.state_dict()
+    if any_head:
+        head = [name for name in own if name.startswith(f'{classifier.model.pretrained_cfg["classifier"]}.')]
+        if any(name in state_dict and state_dict[name].shape != own[name].shape for name in head):
+            for name in head:
+                state_dict[name] = own[name]
+    problems = misfits(state_dict, own)
+    if problems:
+        raise ValueError(
+            f'checkpoint {path} must hold the {len(own)} tensors of {classifier.model_name}, got {len(state_dict)}: '
+            f'{problems}.'
+        )
+    classifier.model.load_state_dict(state_dict)
+
+
+@METRICS.register_module()
+class Accuracy(BaseMetric):
+    """Per cent of the images whose label is among the k best scores, 'accuracy/top{k}'.
+
+    Args:
+        topk: Which k.
+        kwargs: Keyword arguments of mmengine's BaseMetric.
+    """
+
+    default_prefix = 'accuracy'
+
+    def __init__(self, topk: Sequence[int] = (1,), **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.topk = topk
+
+    def process(self, data_batch: Any, data_samples: Sequence[Dict[str, Tensor]]) -> None:
+        for sample in data_samples:
+            classes = len(sample['pred_score'])
+            if max(self.topk) > classes:
+                raise ValueError(f'Accuracy: topk must be at most the number of classes, {classes}, got {self.topk}.')
+            best = sample['pred_score'].topk(max(self.topk)).indices
+            self.results.append(best == sample['gt_label'])  # [max(topk)]
+
+    def compute_metrics(self, results: List[Tensor]) -> Dict[str, float]:
+        hits = torch.stack(results)  # [images, max(topk)]
+        return {f'top{k}': 100 * hits[:, :k].any(1).sum().item() / len(hits) for k in self.topk}

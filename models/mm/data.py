@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images of folders, handwritten digits, and what makes any data set safe to train on for days."""
+
+import random
+from itertools import islice
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Sequence
+
+import torch
+from mmengine.dist import get_dist_info
+from mmengine.registry import DATA_SAMPLERS, DATASETS
+from PIL import Image
+from timm.data import create_transform
+from torch.utils.data import Dataset, Sampler
+from torchvision import transforms
+from torchvision.datasets import folder
+
+from .utils import RunError, mix_seeds, seed_everything
+
+__all__ = ['Digits', 'GuardedDataset', 'ImageFolder', 'SeededSampler']
+
+
+@DATASETS.register_module()
+class ImageFolder(Dataset):
+    """Images in one folder per class, DATA_ROOT/SPLIT/CLASS/..., as ImageNet-1K is unpacked.
+
+    Gives dict(inputs, data_samples): an image, (3, H, W), uint8, and the number of its class.
+
+    Args:
+        data_root: The folder with the splits.
+        split: Which one, such as 'train' or 'val'.
+        transform: Keyword arguments of timm's `create_transform`.
+        class_split: The split whose folders, sorted, number the classes, so that all splits agree.
+
+    Raises:
+        RunError: A folder is missing or holds no image, or the split has a class that `class_split` has not.
+    """
+
+    def __init__(
+        self,
+        data_root: str,
+        split: str,
+        transform: Optional[Dict[str, Any]] = None,
+        class_split: str = 'train',
+    ) -> None:
+        root, class_root = Path(data_root, split), Path(data_root, class_split)
+        for path in (class_root, root):
+            if not path.is_dir():
+                raise RunError(f'ImageFolder: {path} must be a folder with one folder of images per class.')
+        classes = _subfolders(class_root)
+        strangers = set(_subfolders(root)) - set(classes)
+        if not classes or strangers:
+            raise RunError(
+                f'ImageFolder: {root} must hold classes of the {len(classes)} in {class_root}, got '
+                f'{sorted(strangers)[:5] or "no folder"}.'
+            )
+        numbers = {name: number for number, name in enumerate(classes)}
+        self.metainfo = dict(classes=tuple(classes))
+        self.images = folder.make_dataset(str(root), numbers, folder.IMG_EXTENSIONS, allow_empty=True)
+        if not self.images:
+            raise RunError(f'ImageFolder: {root} must hold images ({" ".join(folder.IMG_EXTENSIONS)}), got none.')
+        # The prefetcher's kind of transform ends in uint8: a quarter of the bytes for whoever moves it to a GPU.
+        self.transform = create_transform(**{'use_prefetcher': True, **(transform or {})})
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Dict[str, Any]:
+        path, label = self.images[index]
+        with Image.open(path) as image:
+            return dict(inputs=torch.as_tensor(self.transform(image.convert('RGB'))), data_samples=label)
+
+    def get_data_info(self, index: int) -> Dict[str, Any]:
+        """dict(img_path), as mmengine's data sets have it."""
+        return dict(img_path=self.images[index][0])
+
+
+def _subfolders(root: Path) -> List[str]:
+    return sorted(path.name for path in root.iterdir() if path.is_dir())
+
+
+@DATASETS.register_module()
+class Digits(Dataset):
+    """scikit-learn's 1,797 scans of handwritten digits, 8x8 in 17 grey levels, a third of them held out.
+
+    Gives dict(inputs, data_samples): an image, (1, img_size, img_size), in [-1, 1], and its label.
+
+    Args:
+        split: 'train' or 'heldout'; the division is fixed and keeps the share of every digit.
+        img_size: Height and width that the scans are enlarged to.
+        affine: Keyword arguments of torchvision's RandomAffine, None for no augmentation.
+    """
+
+    metainfo = dict(classes=tuple('0123456789'))
+
+    def __init__(self, split: str, img_size: int = 32, affine: Optional[Dict[str, Any]] = None) -> None:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        scans, labels = load_digits(return_X_y=True)
+        indices = train_test_split(range(len(labels)), test_size=1 / 3, stratify=labels, random_state=0)
+        if split not in ('train', 'heldout'):
+            raise ValueError(f"Digits: split must be 'train' or 'heldout', got {split!r}.")
+        self.indices = sorted(indices[split == 'heldout'])
+        self.labels = [int(labels[i]) for i in self.indices]
+        grey = (scans.reshape(-1, 8, 8) * (255 / 16)).round().astype('uint8')
+        self.images = [Image.fromarray(grey[i]).resize((img_size, img_size), Image.BICUBIC) for i in self.indices]
+
+        steps = [transforms.ToTensor(), transforms.Normalize(0.5, 0.5)]
+        if affine is not None:
+            steps.insert(0, transforms.RandomAffine(interpolation=transforms.InterpolationMode.BILINEAR, **affine))
+        self.transform = transforms.Compose(steps)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Dict[str, Any]:
+        return dict(inputs=self.transform(self.images[index]), data_samples=self.labels[index])
+
+
+class _Draw(int):
+    """An index into a data set, with the seed of what is random about the sample in this epoch."""
+
+    seed: int
+
+
+@DATA_SAMPLERS.register_module()
+class SeededSampler(Sampler):
+    """Gives every index that another sampler draws a seed of its own.
+
+    The seed depends on the sampler's seed, the epoch (or, where the sampler knows none, the position in its sequence)
+    and the index, not on who computes the sample: neither workers nor processes nor a resumption change it.
+
+    Args:
+        dataset: What to draw from.
+        sampler: Config of the other sampler.
+        seed: Its seed.
+        skip: How many indices of this process a resumed run has used already.
+    """
+
+    def __init__(self, dataset: Dataset, sampler: Dict[str, Any], seed: Optional[int] = None, skip: int = 0) -> None:
+        self.dataset = dataset
+        self.sampler = DATA_SAMPLERS.build(sampler, default_args=dict(dataset=dataset, seed=seed))
+        self.position = skip
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[_Draw]:
+        rank, world_size = get_dist_info()
+        epoch = getattr(self.sampler, 'epoch', None)
+        for index in islice(self.sampler, self.position, None):
+            draw = _Draw(index)
+            when = rank + self.position * world_size if epoch is None else epoch
+            draw.seed = mix_seeds(self.sampler.seed, when, index)
+            self.position += epoch is None
+            yield draw
+
+    def set_epoch(self, epoch: int) -> None:
+        self.sampler.set_epoch(epoch)
+
+
+class GuardedDataset(Dataset):
+    """Seeds every sample as its index says, and knows an image that cannot be read from an error of the pipeline.
+
+    A JPEG or PNG file that lacks its end counts as unreadable, although some decoders would fill the rest with grey.
+
+    Args:
+        dataset: Gives the samples; the paths of sample i are in `dataset.get_data_info(i)`, where it has that.
+        skip: An unreadable image is replaced by another one, which its seed decides; else it stops the run.
+    """
+
+    def __init__(self, dataset: Dataset, skip: bool = False) -> None:
+        self.dataset = dataset
+        self.skip = skip
+        # In memory that the workers share, so that their finds are seen.
+        self.unreadable = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == 'dataset':  # not yet there while a worker unpickles
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    def __getitem__(self, index: int) -> Any:
+        if isinstance(index, _Draw):
+            seed_everything(index.seed)
+        index = int(index)
+        for _ in range(10):
+            problem = next(filter(None, map(_truncated, self.paths(index))), None)
+            if problem is None:
+                try:
+                    return self.dataset[index]
+                except Exception:
+                    problem = next(filter(None, map(_unreadable, self.paths(index))), None)
+                    if problem is None:
+                        raise
+            if not self.skip:
+                raise RunError(f'{problem}; unreadable=skip in the config replaces such images in training.')
+            self.unreadable[index] = True
+            index = random.randrange(len(self))
+        raise RunError(f'ten images in a row cannot be read, the last: {problem}.')
+
+    def paths(self, index: int) -> List[str]:
+        """The files of a sample, as far as the data set names them."""
+        if not hasattr(self.dataset, 'get_data_info'):
+            return []
+        info = self.dataset.get_data_info(index)
+        return [info[key] for key in ('img_path', 'seg_map_path') if info.get(key)]
+
+
+# How files begin and end.
+_SIGNATURES: Sequence = ((b'\xff\xd8\xff', b'\xff\xd9'), (b'\x89PNG', b'IEND\xaeB`\x82'))
+
+
+def _truncated(path: str) -> Optional[str]:
+    """What is wrong with a JPEG or PNG file that does not end as it should, if something is."""
+    try:
+        with open(path, 'rb') as file:
+            start = file.read(4)
+            file.seek(-min(8, file.seek(0, 2)), 2)
+            end = file.read()
+    except OSError:
+        return None  # not a local file; whoever reads it will say
+    if any(start.startswith(first) and not end.endswith(last) for first, last in _SIGNATURES):
+        return _unreadable(path)  # or it ends in something harmless
+    return None
+
+
+def _unreadable(path: str) -> Optional[str]:
+    """Why an image cannot be decoded, None if it can."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except Exception as error:  # of any kind: decoders meet whatever the bytes mean to them
+        return f'the image {path} cannot be read ({error})'
+    return None

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""timm models as backbones of mmdetection and mmsegmentation."""
+
+import functools
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+
+import timm
+import torch
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+
+from ..checkpoints import list_models, misfits, read_checkpoint, rename_fn, strip_prefixes
+from .utils import check_init
+
+__all__ = ['Float32RoIExtractor', 'TimmFeatures']
+
+
+@MODELS.register_module()
+class TimmFeatures(BaseModule):
+    """A timm model as the backbone of a detector or segmentor: one map per level, (batch, C, H, W).
+
+    Weights are read by `init_weights`, which a training calls and a test does not. Of a classifier, a detector, a
+    segmentor or a backbone alone, under published names or ours, it takes what belongs to this backbone.
+
+    Args:
+        model_name: Name for `timm.create_model`.
+        out_indices: Which levels.
+        out_norm: A layer norm over the channels of each level, `outnorm{i}` as in the published detectors.
+        frozen_stages: How many stages keep their weights and statistics, the stem too; 0 for the stem alone, -1 for
+            none.
+        norm_eval: Batch norms keep their statistics.
+        with_cp: Gradient checkpointing.
+        pretrained: Start from timm's pretrained weights.
+        init_cfg: dict(type='Pretrained', checkpoint=FILE) starts from what `read_checkpoint` reads.
+        model_args: Further keyword arguments of `timm.create_model`, such as drop_path_rate.
+
+    Raises:
+        ValueError: An argument is not as said above.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        out_norm: bool = True,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        pretrained: bool = False,
+        init_cfg: Optional[Dict[str, Any]] = None,
+        **model_args: Any,
+    ) -> None:
+        super().__init__(init_cfg)
+        check_init(type(self).__name__, pretrained, init_cfg)
+        self._whole = functools.partial(timm.create_model, model_name, **model_args)
+        # The getter gives (batch, C, H, W) of every model and leaves its names as they are.
+        self._features = functools.partial(
+            self._whole, features_only=True, feature_cls='getter', out_indices=tuple(out_indices)
+        )
+        self.model = self._features()
+        self.architecture = self.model.pretrained_cfg['architecture']  # whatever alias model_name is
+        self.pretrained = pretrained
+        self.norm_eval = norm_eval
+        self.levels = tuple(self.model.out_indices)
+        self.out_norm = out_norm
+        if out_norm:
+            for level, channels in zip(self.levels, self.model.feature_info.channels(), strict=True):
+                self.add_module(f'outnorm{level}', LayerNorm2d(channels, eps=1e-5))
+        self.frozen_stages = frozen_stages
+        for module in self._frozen():
+            module.requires_grad_(False)
+        self.model.model.set_grad_checkpointing(with_cp)
+        self.register_load_state_dict_pre_hook(_take_other_names)
+
+    def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
+        """Images, (batch, in_chans, H, W) -> a map per level, (batch, C, H/4, W/4), (batch, C', H/8, W/8), ..."""
+        features = self.model(x)
+        if self.out_norm:
+            features = [getattr(self, f'outnorm{i}')(f) for i, f in zip(self.levels, features, strict=True)]
+        return tuple(f.contiguous() for f in features)  # compiled operators of mmcv take no other layout
+
+    def train(self, mode: bool = True) -> 'TimmFeatures':
+        super().train(mode)
+        for module in self._frozen():
+            module.eval()
+        if self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
+
+    def _frozen(self) -> List[nn.Module]:
+        if self.frozen_stages == -1:
+            return []
+        stages = getattr(self.model.model, 'stages', ())
+        if not hasattr(self.model.model, 'stem') or self.frozen_stages not in range(len(stages) + 1):
+            raise ValueError(
+                f'TimmFeatures: frozen_stages must be -1, or 0 to {len(stages)} of a model with a stem and stages, got '
+                f'{self.frozen_stages!r} for {self.architecture}.'
+            )
+        return [self.model.model.stem, *stages[: self.frozen_stages]]
+
+    def init_weights(self) -> None:
+        """Read the weights that `pretrained` or `init_cfg` ask for; timm models initialise themselves otherwise.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            RuntimeError: timm has no pretrained weights, or no way to them from here.
+            ValueError: The file cannot be read safely, or does not fit.
+        """
+        if self.pretrained:
+            self.model.load_state_dict(self._features(pretrained=True).state_dict())
+        elif self.init_cfg is not None:
+            self._load(self.init_cfg['checkpoint'])
+
+    def _load(self, path: Union[str, Path]) -> None:
+        tensors, metadata = read_checkpoint(path)
+        if metadata.get('model', self.architecture) != self.architecture:
+            raise ValueError(f'checkpoint {path} must hold {self.architecture}, got {metadata["model"]}.')
+        tensors = self.rename(strip_prefixes(tensors)[0])
+        own = {name.removeprefix(_INNER): value for name, value in self.state_dict().items()}
+        with torch.device('meta'):
+            whole = self._whole()
+        elsewhere = set(whole.state_dict())  # the head, stages after the last level; and norms of levels left out
+        if self.out_norm:
+            levels = range(len(whole.feature_info))
+            elsewhere.update(f'outnorm{i}.{kind}' for i in levels for kind in ('weight', 'bias'))
+        tensors = {name: value for name, value in tensors.items() if name in own or name not in elsewhere}
+        if not any(name.startswith('outnorm') for name in tensors):  # a classifier's: here the norms begin anew
+            own = {name: value for name, value in own.items() if not name.startswith('outnorm')}
+        problems = misfits(tensors, own)
+        if problems:
+            raise ValueError(
+                f'checkpoint {path} must hold the {len(own)} tensors of the backbone {self.architecture}, got '
+                f'{len(tensors)}: {problems}.'
+            )
+        for name, value in tensors.items():
+            own[name].copy_(value)
+
+    def rename(self, state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        """Published names of this backbone become timm's; all others stay as they are."""
+        if self.architecture not in list_models():
+            return state_dict
+        return rename_fn(self.architecture)(state_dict, self.model.model)
+
+
+_INNER = 'model.model.'  # where the network is in a TimmFeatures, below timm's getter
+
+
+def _take_other_names(
+    backbone: TimmFeatures, state_dict: Dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
+) -> None:
+    """Lets a detector that was published load as a whole: its backbone's names become ours, in place."""
+    tensors = {}
+    for name in [name for name in state_dict if name.startswith(prefix)]:
+        tensors[name.removeprefix(prefix).removeprefix(_INNER)] = state_dict.pop(name)
+    for name, value in backbone.rename(tensors).items():
+        state_dict[f'{prefix}{"" if name.startswith("outnorm") else _INNER}{name}'] = value
+
+
+@MODELS.register_module()
+class Float32RoIExtractor(nn.Module):
+    """mmdetection's SingleRoIExtractor, which would round the boxes to the dtype of the maps, on float32 maps.
+
+    bfloat16 has eight bits: it knows no coordinates between 512 and 516.
+
+    Args:
+        kwargs: Keyword arguments of SingleRoIExtractor.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()
+        self.extractor = MODELS.build(dict(type='mmdet.SingleRoIExtractor', **kwargs))
+        self.num_inputs = self.extractor.num_inputs
+
+    def forward(self, feats: Sequence[Tensor], rois: Tensor, roi_scale_factor: Optional[float] = None) -> Tensor:
+        """Maps, (batch, C, H, W) each, and boxes, (regions, 5) -> (regions, C, size, size)."""
+        with torch.autocast(rois.device.type, enabled=False):
+            return self.extractor([f.float() for f in feats], rois.float(), roi_scale_factor)

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens around the iterations: progress, seeds, weights for timm, a second loss, and when to stop."""
+
+import atexit
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any, Dict, Optional
+
+from mmengine.dist import get_rank, master_only
+from mmengine.hooks import EMAHook, Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import save_file
+
+from ...version import __version__
+from .utils import RunError, mix_seeds, replacing, seed_everything, unwrap
+
+__all__ = [
+    'FiniteLossHook',
+    'MESAHook',
+    'ProgressHook',
+    'SafetensorsHook',
+    'SeedHook',
+    'UnreadableImagesHook',
+    'console',
+    'progress_bar',
+]
+
+console = Console()  # one for the progress bar and the warnings, so that neither writes over the other
+
+
+@HOOKS.register_module()
+class SeedHook(Hook):
+    """Seeds every training iteration by the run's seed, the process and the iteration's number.
+
+    So a resumed run drops the same paths and mixes the same images as an unbroken one, without any generator's state.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def before_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        seed_everything(mix_seeds(runner.seed, get_rank(), runner.iter))
+
+
+@HOOKS.register_module()
+class FiniteLossHook(Hook):
+    """Stops a run whose loss is not a number or infinite, before anything of it is saved.
+
+    Raises:
+        RunError: With the iteration and the last checkpoint.
+    """
+
+    priority = 'HIGH'  # after the loss has come from the device for the log, before averages and checkpoints
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Optional[Dict[str, Any]] = None
+    ) -> None:
+        loss = outputs['loss'].detach().item()
+        if not math.isfinite(loss):
+            last = runner.message_hub.runtime_info.get('last_ckpt', 'none was written')
+            raise RunError(f'the loss is {loss} at iteration {runner.iter + 1}; last good checkpoint: {last}.')
+
+
+@HOOKS.register_module()
+class UnreadableImagesHook(Hook):
+    """Names and counts the training images that cannot be read and were replaced by others.
+
+    Args:
+        interval: Iterations between two looks.
+    """
+
+    priority = 'LOW'
+
+    def __init__(self, interval: int = 100) -> None:
+        self.interval = interval
+        self.known = set()
+
+    def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        if self.every_n_train_iters(runner, self.interval) or self.is_last_train_iter(runner):
+            self._report(runner)
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        self._report(runner)
+
+    def _report(self, runner: Runner) -> None:
+        dataset = runner.train_dataloader.dataset
+        found = set(dataset.unreadable.nonzero().flatten().tolist())
+        for index in sorted(found - self.known):
+            runner.logger.warning(f'Unreadable, replaced by another image: {" or ".join(dataset.paths(index))}')
+        if found != self.known:
+            runner.logger.warning(f'{len(found)} of {len(dataset)} images are unreadable.')
+        self.known = found
+
+
+@HOOKS.register_module()
+class MESAHook(Hook):
+    """Lets an ImageClassifier learn from its own moving average too (Du et al., Sharpness-Aware Training for Free).
+
+    The loss gets weight x cross-entropy against the probabilities that the average of an EMAHook gives to the same
+    batch, as in the published training of Spatial-Mamba.
+
+    Args:
+        weight: Of this part of the loss.
+        begin: Share of the epochs after which it begins.
+    """
+
+    def __init__(self, weight: float, begin: float = 0.25) -> None:
+        self.weight = weight
+        self.begin = begin
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        if runner.epoch >= self.begin * runner.max_epochs:
+            average = averaged(runner)
+            if average is None:
+                raise ValueError('MESAHook needs an EMAHook in custom_hooks, got none.')
+            unwrap(runner.model).learn_from(average.model.eval(), self.weight)
+
+
+def averaged(runner: Runner) -> Any:
+    """The moving average of a run's model, None if it has none."""
+    return next((hook.ema_model.module for hook in runner.hooks if isinstance(hook, EMAHook)), None)
+
+
+@HOOKS.register_module()
+class SafetensorsHook(Hook):
+    """Writes an ImageClassifier's timm model to WORK_DIR/checkpoint.safetensors; its moving average, if there is one.
+
+    `timm.create_model(model, checkpoint_path=..., **model_args)` loads the file; its metadata hold these two, the epoch
+    and our version. It is replaced as a whole, so that a reader never finds half of one.
+
+    Args:
+        interval: Epochs between two writes; the last epoch is always written.
+    """
+
+    priority = 'VERY_LOW'
+
+    def __init__(self, interval: int = 1) -> None:
+        self.interval = interval
+
+    @master_only
+    def after_train_epoch(self, runner: Runner) -> None:
+        if not self.every_n_epochs(runner, self.interval) and not self.is_last_train_epoch(runner):
+            return
+        classifier = unwrap(runner.model)
+        metadata = dict(
+            model=classifier.model_name,
+            model_args=json.dumps(classifier.model_args),
+            epoch=str(runner.epoch + 1),
+            vssm=__version__,
+        )
+        network = (averaged(runner) or classifier).model
+        state_dict = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+        path = Path(runner.work_dir, 'checkpoint.safetensors')
+        with replacing(path) as temporary:
+            save_file(state_dict, temporary, metadata)
+        runner.logger.info(f'Wrote {path}.')
+
+
+def progress_bar(console: Console) -> Progress:
+    """Bar, count, a field `status` and the time that is left; nothing where there is no terminal."""
+    return Progress(
+        TextColumn('{task.description}'),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn('{task.fields[status]}'),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+@HOOKS.register_module()
+class ProgressHook(Hook):
+    """A progress bar with the time that is left on a terminal, elsewhere a line after each evaluation and now and then.
+
+    Args:
+        seconds: Time between two lines where there is no terminal.
+    """
+
+    priority = 'LOW'  # after the runtime information of the iteration has been noted
+
+    def __init__(self, seconds: float = 60.0) -> None:
+        self.seconds = seconds
+        self.progress: Optional[Progress] = None
+        self.metrics = ''
+        self.said = math.inf
+
+    def _start(self, description: str, total: int) -> None:
+        self.progress = progress_bar(console)
+        self.task = self.progress.add_task(description, total=total, status='')
+        self.progress.start()
+        self.said = time.monotonic()
+        atexit.register(self._stop)  # an exception would else leave the terminal without its cursor
+
+    @master_only
+    def before_train(self, runner: Runner) -> None:
+        self._start('train', runner.max_iters)
+        self.progress.update(self.task, completed=runner.iter)
+
+    @master_only
+    def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        self.progress.update(self.task, completed=runner.iter + 1, status=self._status(runner))
+        if time.monotonic() - self.said > self.seconds:
+            self._say(runner, runner.iter + 1)
+
+    @master_only
+    def after_val_iter(self, runner: Runner, batch_idx: int, *args: Any, **kwargs: Any) -> None:
+        if self.progress is not None:
+            status = f'{self._status(runner)}  evaluating {batch_idx + 1}/{len(runner.val_dataloader)}'
+            self.progress.update(self.task, status=status)
+
+    @master_only
+    def after_val_epoch(self, runner: Runner, metrics: Optional[Dict[str, float]] = None) -> None:
+        self.metrics = '  '.join(
+            f'{name} {value:.2f}' for name, value in metrics.items() if isinstance(value, (int, float))
+        )
+        if self.progress is not None:  # else an evaluation without training
+            self.progress.update(self.task, status=self._status(runner))
+            self._say(runner, runner.iter)
+
+    @master_only
+    def after_train(self, runner: Runner) -> None:
+        self._stop()
+
+    @master_only
+    def before_test_epoch(self, runner: Runner) -> None:
+        self._start('test', len(runner.test_dataloader))
+
+    @master_only
+    def after_test_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        self.progress.advance(self.task)
+
+    @master_only
+    def after_test_epoch(self, runner: Runner, metrics: Optional[Dict[str, float]] = None) -> None:
+        self._stop()
+
+    def _status(self, runner: Runner) -> str:
+        return f'loss {runner.message_hub.get_scalar("train/loss").current():.3f}  {self.metrics}'
+
+    def _say(self, runner: Runner, done: int) -> None:
+        if not console.is_terminal:
+            seconds = self.progress.tasks[self.task].time_remaining or 0
+            console.print(
+                f'iteration {done}/{runner.max_iters}  {self._status(runner)}  {seconds:.0f} s left',
+                highlight=False,
+                soft_wrap=True,
+            )
+        self.said = time.monotonic()
+
+    def _stop(self) -> None:
+        self.progress.stop()

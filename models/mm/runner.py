@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+"""mmengine's Runner, made safe to kill and to leave alone."""
+
+import copy
+import importlib.util
+import itertools
+import logging
+import pickle
+import re
+import shutil
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple, Union
+
+import numpy as np
+import torch
+from mmengine.device import get_device
+from mmengine.dist import is_distributed, is_main_process
+from mmengine.hooks import EMAHook
+from mmengine.logging import HistoryBuffer, MMLogger
+from mmengine.model import MMDistributedDataParallel, is_model_wrapper, revert_sync_batchnorm
+from mmengine.registry import DATASETS, RUNNERS
+from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
+from mmengine.visualization import Visualizer
+from rich.logging import RichHandler
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from ..checkpoints import read_checkpoint
+from .classification import ImageClassifier, load_weights
+from .data import GuardedDataset
+from .hooks import console
+from .utils import RunError, replacing, unwrap
+
+__all__ = ['TimmRunner', 'read_run']
+
+
+_OWN_WARNINGS = re.compile('FileClient|HardDiskBackend|Advance dataloader')
+
+
+@RUNNERS.register_module()
+class TimmRunner(Runner):
+    """mmengine's Runner with a quiet console, and runs that can be killed at any moment.
+
+    Checkpoints appear under their name when they are complete. A resumed run continues from the last complete one with
+    its seed, optimizer, schedule, averages and position in the data, and to the same losses as an unbroken one. Files
+    are read with `weights_only`. Of data, disk and loss it says what is wrong in a sentence (RunError).
+
+    Further keys of the config:
+        device: Where to compute, mmengine's choice unless given.
+        num_threads: Of the CPU, PyTorch's choice unless given.
+        unreadable: 'stop' (the default) or 'skip', what a training does at an image that cannot be read.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._resumed: Optional[Tuple[Path, Dict[str, Any]]] = None
+        super().__init__(*args, **kwargs)
+        if self.cfg.get('unreadable', 'stop') not in ('stop', 'skip'):
+            raise ValueError(f"unreadable must be 'stop' or 'skip', got {self.cfg.unreadable!r}.")
+
+    # ---- surroundings ------------------------------------------------------------------------------------------------
+
+    def setup_env(self, env_cfg: Dict[str, Any]) -> None:
+        if self.distributed and not is_distributed() and not torch.cuda.is_available():
+            if self.launcher != 'pytorch':
+                raise RunError(f"without a GPU, launcher must be 'pytorch' (torchrun), got {self.launcher!r}.")
+            torch.distributed.init_process_group('gloo')  # mmengine would look for GPUs
+        super().setup_env(env_cfg)
+        if 'num_threads' in self.cfg:
+            torch.set_num_threads(self.cfg.num_threads)
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
+        """The log file gets everything; the console, which shows the progress, warnings only."""
+        logger = super().build_logger(*args, **kwargs)
+        level = max(logger.handlers[0].level, logging.WARNING)
+        logger.handlers[0] = RichHandler(level, console, show_path=False)
+        # mmengine warns of its own old names, and of data that it skips: here both are as they should be.
+        logger.handlers[0].addFilter(lambda record: not _OWN_WARNINGS.search(record.getMessage()))
+        return logger
+
+    def build_visualizer(self, visualizer: Union[Visualizer, Dict[str, Any], None] = None) -> Visualizer:
+        """With TensorBoard's files where TensorBoard is installed."""
+        if not isinstance(visualizer, Visualizer) and importlib.util.find_spec('tensorboard') is not None:
+            visualizer = copy.deepcopy(visualizer) if visualizer is not None else dict(type='Visualizer')
+            backends = visualizer.setdefault('vis_backends', [dict(type='LocalVisBackend')])
+            if not any(backend['type'] == 'TensorboardVisBackend' for backend in backends):
+                backends.append(dict(type='TensorboardVisBackend'))
+        return super().build_visualizer(visualizer)
+
+    def register_default_hooks(self, hooks: Optional[Dict[str, Any]] = None) -> None:
+        ours = dict(
+            seed=dict(type='SeedHook'), finite_loss=dict(type='FiniteLossHook'), progress=dict(type='ProgressHook')
+        )
+        if self.cfg.get('unreadable') == 'skip':
+            ours['unreadable'] = dict(type='UnreadableImagesHook')
+        hooks = {**ours, **(hooks or {})}
+        if (hooks.get('checkpoint') or {}).get('max_keep_ckpts') == 1:
+            raise ValueError(
+                'default_hooks.checkpoint.max_keep_ckpts must be at least 2, or -1 for all, got 1: mmengine removes '
+                'the old checkpoint before the new one is complete.'
+            )
+        super().register_default_hooks({name: hook for name, hook in hooks.items() if hook or name not in ours})
+
+    # ---- model and data ----------------------------------------------------------------------------------------------
+
+    def wrap_model(self, model_wrapper_cfg: Optional[Dict[str, Any]], model: nn.Module) -> nn.Module:
+        device = torch.device(self.cfg.get('device', get_device()))
+        if is_model_wrapper(model) or device.type != 'cpu':
+            return super().wrap_model(model_wrapper_cfg, model)
+        model = revert_sync_batchnorm(model.to(device))  # which GPUs alone have
+        if not self.distributed or model_wrapper_cfg is not None:
+            return model if not self.distributed else super().wrap_model(model_wrapper_cfg, model)
+        find_unused = self.cfg.get('find_unused_parameters', False)
+        return MMDistributedDataParallel(module=model, broadcast_buffers=False, find_unused_parameters=find_unused)
+
+    def scale_lr(self, optim_wrapper: Any, auto_scale_lr: Optional[Dict[str, Any]] = None) -> None:
+        """By the images of one step of the optimizer, so with accumulated gradients by those of all of its batches."""
+        if auto_scale_lr is not None and 'base_batch_size' in auto_scale_lr:
+            steps = getattr(optim_wrapper, '_accumulative_counts', 1)
+            auto_scale_lr = dict(auto_scale_lr, base_batch_size=auto_scale_lr['base_batch_size'] / steps)
+        super().scale_lr(optim_wrapper, auto_scale_lr)
+
+    def build_dataloader(
+        self, dataloader: Union[DataLoader, Dict[str, Any]], seed: Optional[int] = None, diff_rank_seed: bool = False
+    ) -> DataLoader:
+        """With a GuardedDataset; in training with a SeededSampler, which begins where a resumed run stopped.
+
+        Raises:
+            RunError: The data are not there, or the classes are not as many as the model's.
+        """
+        if isinstance(dataloader, DataLoader):
+            return dataloader
+        training = dataloader is self._train_dataloader
+        cfg = copy.deepcopy(dataloader)
+        root = cfg['dataset'].get('data_root')
+        if root and not Path(root).is_dir():
+            raise RunError(f'data_root must be a folder, got {root}, which does not exist; --data-root names another.')
+        try:
+            dataset = DATASETS.build(cfg['dataset'])
+            if hasattr(dataset, 'full_init'):
+                dataset.full_init()
+        except FileNotFoundError as error:
+            raise RunError(f'the data are not complete: {error}') from error
+        self._check_classes(dataset)
+        cfg['dataset'] = GuardedDataset(dataset, skip=training and self.cfg.get('unreadable') == 'skip')
+        if training:
+            skip = 0
+            if self._skips_iterations(cfg):
+                skip = self._resumed_iterations * cfg['batch_size']
+            cfg['sampler'] = dict(type='SeededSampler', sampler=cfg['sampler'], skip=skip)
+        if not torch.cuda.is_available():
+            cfg['pin_memory'] = False  # of which PyTorch would warn at every epoch
+        return Runner.build_dataloader(cfg, seed, diff_rank_seed)
+
+    def _check_classes(self, dataset: Dataset) -> None:
+        if not len(dataset):
+            raise RunError(f'the data must hold images, got none: {self.cfg.get("data_root", dataset)}.')
+        model = unwrap(self.model)
+        classes = (getattr(dataset, 'metainfo', None) or {}).get('classes')
+        if isinstance(model, ImageClassifier) and classes and len(classes) != model.model.num_classes:
+            raise RunError(
+                f'model.num_classes must be {len(classes)}, the number of classes in the data, got '
+                f'{model.model.num_classes}: --cfg-options model.num_classes={len(classes)}'
+            )
+
+    def build_train_loop(self, loop: Union[BaseLoop, Dict[str, Any]]) -> BaseLoop:
+        loop = super().build_train_loop(loop)
+        if isinstance(loop, IterBasedTrainLoop) and self._skips_iterations(self._train_dataloader):
+            # mmengine would load and throw away the data of all iterations that were done: here they cost nothing.
+            nothing = itertools.repeat(None, self._resumed_iterations)
+            loop.dataloader_iterator = itertools.chain(nothing, loop.dataloader_iterator)
+        return loop
+
+    @property
+    def _resumed_iterations(self) -> int:
+        return 0 if self._resumed is None else self._resumed[1]['meta']['iter']
+
+    def _skips_iterations(self, dataloader: Union[DataLoader, Dict[str, Any]]) -> bool:
+        """Whether the sampler's position follows from the number of iterations."""
+        return (
+            not isinstance(dataloader, DataLoader)
+            and dataloader['sampler']['type'] == 'InfiniteSampler'
+            and 'batch_sampler' not in dataloader
+        )
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def train(self) -> nn.Module:
+        """Train, from the last complete checkpoint where the run resumes.
+
+        Raises:
+            RunError: Data, disk or checkpoint are not as needed, or the loss is not finite.
+        """
+        if self._resume:
+            self._resumed = self._find_run()
+        if self._resumed is not None:  # before the data are built, whose order it decides
+            seed = self._resumed[1]['meta']['seed']
+            if self._randomness_cfg.get('seed') not in (None, seed):
+                self.logger.warning(f'The run goes on with its seed {seed}, not with {self._randomness_cfg["seed"]}.')
+            self._randomness_cfg = dict(self._randomness_cfg, seed=seed)
+            self.set_randomness(**self._randomness_cfg)
+        self._check_disk()
+        return super().train()
+
+    def _check_disk(self) -> None:
+        if not is_main_process():
+            return
+        weights = sum(value.numel() * value.element_size() for value in unwrap(self.model).state_dict().values())
+        copies = 3 + any(isinstance(hook, EMAHook) for hook in self.hooks)  # with the two moments of Adam's kind
+        need, free = 2 * copies * weights, shutil.disk_usage(self.work_dir).free  # a new checkpoint beside the old one
+        if free < need:
+            raise RunError(
+                f'{self.work_dir} must have room for two checkpoints, about {need / 1e9:.2f} GB, got {free / 1e9:.2f} '
+                'GB: --work-dir names another.'
+            )
+
+    def _find_run(self) -> Optional[Tuple[Path, Dict[str, Any]]]:
+        """The checkpoint to resume from, and what it holds; None where there is none yet."""
+        if self._load_from is not None:
+            try:
+                return Path(self._load_from), read_run(self._load_from)
+            except (FileNotFoundError, ValueError) as error:
+                raise RunError(str(error)) from error
+        numbered = [(re.fullmatch(r'(epoch|iter)_(\d+)\.pth', p.name), p) for p in Path(self.work_dir).iterdir()]
+        paths = [path for _, path in sorted((int(match[2]), path) for match, path in numbered if match)]
+        for path in reversed(paths):
+            try:
+                return path, read_run(path)
+            except ValueError as error:
+                self.logger.warning(f'{error} The one before it is tried.')
+        if paths:
+            raise RunError(f'none of the {len(paths)} checkpoints in {self.work_dir} can be read.')
+        self.logger.warning(f'{self.work_dir} holds no checkpoint: the training starts from its beginning.')
+        return None
+
+    def _init_model_weights(self) -> None:
+        if self._resumed is not None:  # whose weights come from its checkpoint
+            return
+        try:
+            super()._init_model_weights()
+        except (FileNotFoundError, RuntimeError, ValueError) as error:
+            raise RunError(f'the weights to start from cannot be had: {error}') from error
+
+    def load_or_resume(self) -> None:
+        if self._has_loaded:
+            return
+        try:
+            if self._resumed is not None:
+                self.resume(str(self._resumed[0]))
+            elif self._load_from is not None and not self._resume:
+                self.load_checkpoint(self._load_from)
+        except (FileNotFoundError, ValueError) as error:
+            raise RunError(str(error)) from error
+
+    def load_checkpoint(self, filename: Union[str, Path], *args: Any, **kwargs: Any) -> Dict[str, Any]:
+        """Load weights that fit exactly, of whatever file `read_checkpoint` reads; in a resumption, everything.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file cannot be read safely, or it belongs to another model.
+        """
+        model = unwrap(self.model)
+        if self._resumed is not None:
+            checkpoint = self._resumed[1]
+            self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
+            _load_exactly(model, checkpoint['state_dict'], filename)
+        else:
+            if isinstance(model, ImageClassifier):
+                load_weights(model, filename)
+            else:
+                _load_exactly(model, read_checkpoint(filename)[0], filename)
+            checkpoint = dict(state_dict=model.state_dict())
+            self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
+        self._has_loaded = True
+        self.logger.info(f'Loaded {filename}.')
+        return checkpoint
+
+    def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
+        """Write a checkpoint under another name first, so that one with its own name is complete.
+
+        Raises:
+            RunError: It cannot be written; those before it stay.
+        """
+        if not is_main_process():
+            return
+        with replacing(Path(out_dir, filename)) as temporary:
+            super().save_checkpoint(out_dir, temporary.name, *args, **kwargs)
+
+
+def _load_exactly(model: nn.Module, tensors: Dict[str, torch.Tensor], path: Union[str, Path]) -> None:
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f'checkpoint {path} must hold the weights of this model: {error}') from error
+
+
+def _history_method(owner: Any, name: str) -> Any:
+    """All that a file may get of any object: what mmengine's histories note of their own methods."""
+    if owner is not HistoryBuffer or name.startswith('_'):
+        raise pickle.UnpicklingError(f'getattr of {owner!r}, {name!r}')
+    return getattr(HistoryBuffer, name)
+
+
+def _safe_globals() -> List[Any]:
+    """What a training checkpoint of mmengine holds beside tensors and plain values: histories and numbers of NumPy."""
+    multiarray = np._core.multiarray
+    numbers = [type(np.dtype(kind)) for kind in ('f8', 'f4', 'i8', 'i4', 'b1')]
+    allowed = [HistoryBuffer, (_history_method, 'builtins.getattr'), np.ndarray, np.dtype, *numbers]
+    for module in ('numpy._core.multiarray', 'numpy.core.multiarray'):  # the latter of NumPy before 2
+        allowed += [(multiarray._reconstruct, f'{module}._reconstruct'), (multiarray.scalar, f'{module}.scalar')]
+    return allowed
+
+
+def read_run(path: Union[str, Path]) -> Dict[str, Any]:
+    """The training checkpoint that `save_checkpoint` of this or of mmengine's Runner wrote.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, holds anything else, or would run code.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'checkpoint {path} does not exist.')
+    try:
+        with torch.serialization.safe_globals(_safe_globals()):
+            run = torch.load(path, map_location='cpu', weights_only=True)
+        missing = [key for key in ('meta', 'state_dict', 'message_hub', 'optimizer') if key not in run]
+    except Exception as error:  # of many kinds, by where a file is damaged
+        raise ValueError(f'checkpoint {path} cannot be read: {str(error).splitlines()[0]}') from error
+    if missing:
+        raise ValueError(f'checkpoint {path} must be one of a training, with {", ".join(missing)}.')
+    run['meta'].pop('config', None)  # older Runners noted Python here, and mmengine would run it
+    return run
