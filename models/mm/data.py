@@ -4,7 +4,7 @@
 import random
 from itertools import islice
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Union
 
 import torch
 from mmengine.dist import get_dist_info
@@ -160,17 +160,23 @@ class SeededSampler(Sampler):
         self.sampler.set_epoch(epoch)
 
 
+@DATASETS.register_module()
 class GuardedDataset(Dataset):
     """Seeds every sample as its index says, and knows an image that cannot be read from an error of the pipeline.
 
     A JPEG or PNG file that lacks its end counts as unreadable, although some decoders would fill the rest with grey.
 
     Args:
-        dataset: Gives the samples; the paths of sample i are in `dataset.get_data_info(i)`, where it has that.
+        dataset: Gives the samples, or its config; the paths of sample i are in `dataset.get_data_info(i)`, where it has
+            that.
         skip: An unreadable image is replaced by another one, which its seed decides; else it stops the run.
     """
 
-    def __init__(self, dataset: Dataset, skip: bool = False) -> None:
+    def __init__(self, dataset: Union[Dataset, Dict[str, Any]], skip: bool = False) -> None:
+        if isinstance(dataset, dict):
+            dataset = DATASETS.build(dataset)
+            if hasattr(dataset, 'full_init'):
+                dataset.full_init()
         self.dataset = dataset
         self.skip = skip
         # In memory that the workers share, so that their finds are seen.

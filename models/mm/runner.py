@@ -18,16 +18,15 @@ from mmengine.dist import is_distributed, is_main_process
 from mmengine.hooks import EMAHook
 from mmengine.logging import HistoryBuffer, MMLogger
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper, revert_sync_batchnorm
-from mmengine.registry import DATASETS, RUNNERS
+from mmengine.registry import RUNNERS
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 from mmengine.visualization import Visualizer
 from rich.logging import RichHandler
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..checkpoints import read_checkpoint
+from ..checkpoints import misfits, read_checkpoint
 from .classification import ImageClassifier, load_weights
-from .data import GuardedDataset
 from .hooks import console
 from .utils import RunError, replacing, unwrap
 
@@ -134,22 +133,19 @@ class TimmRunner(Runner):
         root = cfg['dataset'].get('data_root')
         if root and not Path(root).is_dir():
             raise RunError(f'data_root must be a folder, got {root}, which does not exist; --data-root names another.')
-        try:
-            dataset = DATASETS.build(cfg['dataset'])
-            if hasattr(dataset, 'full_init'):
-                dataset.full_init()
-        except FileNotFoundError as error:
-            raise RunError(f'the data are not complete: {error}') from error
-        self._check_classes(dataset)
-        cfg['dataset'] = GuardedDataset(dataset, skip=training and self.cfg.get('unreadable') == 'skip')
+        skip = training and self.cfg.get('unreadable') == 'skip'
+        cfg['dataset'] = dict(type='GuardedDataset', dataset=cfg['dataset'], skip=skip)
         if training:
-            skip = 0
-            if self._skips_iterations(cfg):
-                skip = self._resumed_iterations * cfg['batch_size']
-            cfg['sampler'] = dict(type='SeededSampler', sampler=cfg['sampler'], skip=skip)
+            done = self._resumed_iterations * cfg['batch_size'] if self._skips_iterations(cfg) else 0
+            cfg['sampler'] = dict(type='SeededSampler', sampler=cfg['sampler'], skip=done)
         if not torch.cuda.is_available():
             cfg['pin_memory'] = False  # of which PyTorch would warn at every epoch
-        return Runner.build_dataloader(cfg, seed, diff_rank_seed)
+        try:
+            loader = Runner.build_dataloader(cfg, seed, diff_rank_seed)
+        except FileNotFoundError as error:
+            raise RunError(f'the data are not complete: {error}') from error
+        self._check_classes(loader.dataset)
+        return loader
 
     def _check_classes(self, dataset: Dataset) -> None:
         if not len(dataset):
@@ -261,13 +257,16 @@ class TimmRunner(Runner):
         model = unwrap(self.model)
         if self._resumed is not None:
             checkpoint = self._resumed[1]
+            problems = misfits(checkpoint['state_dict'], model.state_dict())
+            if problems:
+                raise ValueError(f'checkpoint {filename} must be one of this model, got {problems}.')
             self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
-            _load_exactly(model, checkpoint['state_dict'], filename)
+            model.load_state_dict(checkpoint['state_dict'])
         else:
             if isinstance(model, ImageClassifier):
                 load_weights(model, filename)
             else:
-                _load_exactly(model, read_checkpoint(filename)[0], filename)
+                _load_exactly(model, filename)
             checkpoint = dict(state_dict=model.state_dict())
             self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
         self._has_loaded = True
@@ -286,11 +285,16 @@ class TimmRunner(Runner):
             super().save_checkpoint(out_dir, temporary.name, *args, **kwargs)
 
 
-def _load_exactly(model: nn.Module, tensors: Dict[str, torch.Tensor], path: Union[str, Path]) -> None:
+def _load_exactly(model: nn.Module, path: Union[str, Path]) -> None:
+    tensors, _ = read_checkpoint(path)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise ValueError(f'checkpoint {path} must hold the weights of this model: {error}') from error
+        problems = [line.strip() for line in str(error).splitlines()[1:]]
+        more = f' and {len(problems) - 3} more' if len(problems) > 3 else ''
+        raise ValueError(
+            f'checkpoint {path} must hold the weights of this model, got {" ".join(problems[:3])}{more}.'
+        ) from error
 
 
 def _history_method(owner: Any, name: str) -> Any:
