@@ -30,7 +30,8 @@ ALSO = {  # what single files may besides
     'models/mm/features.py': {'mmengine'},
     'models/mm/hooks.py': {'mmengine', 'rich', 'safetensors', 'vssm.version'},
     'models/mm/optim.py': {'mmengine'},
-    'models/mm/runner.py': {'mmengine', 'numpy', 'rich'},
+    'models/mm/runner.py': {'mmengine', 'rich'},
+    'models/mm/saved.py': {'mmengine', 'numpy'},
     'models/mm/utils.py': {'mmengine', 'numpy'},
     'models/mmcv_ext.py': {'mmengine', 'torchvision'},
 }

@@ -5,10 +5,13 @@ import copy
 import functools
 import importlib
 import importlib.util
+import json
 import math
+import runpy
 import subprocess
 import sys
 import uuid
+from pathlib import Path
 
 import mmengine.config.config
 import pytest
@@ -699,18 +702,27 @@ def test_several_scales_and_flips_are_merged(small_run):
     assert len(batch['inputs']) == 4
 
 
-def test_scripts_of_the_packages_run_without_a_compiled_mmcv(tmp_path):
-    """They import mmcv's operators before they read a config."""
-    script = tmp_path / 'script.py'
-    script.write_text(
-        'import sys\n'
-        'import mmdet.models, mmseg.models\n'
-        'from mmcv.ops import nms\n'
-        'print(__name__, sys.argv[0] == __file__, sys.argv[1:])\n'
-    )
-    command = [sys.executable, '-W', 'ignore', '-m', 'vssm.tools.mm', str(script), 'CONFIG', '--launcher=none']
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "__main__ True ['CONFIG', '--launcher=none']"
-    done = subprocess.run(command[:-3] + ['none.py'], capture_output=True, text=True)
-    assert done.returncode == 1 and "SCRIPT must be a Python file, got 'none.py'" in done.stderr
+@pytest.mark.parametrize('package, task', [('mmseg', 'ade20k'), pytest.param('mmdet', 'coco', marks=pytest.mark.slow)])
+def test_scripts_of_the_packages_train_and_test(package, task, small_run, tmp_path):
+    """Their own, with our configs, on the stand-in, as they import mmcv's operators before they read a config."""
+    config = tmp_path / 'config.py'
+    small_run(task, 'test_vmamba').dump(config)
+    scripts = Path(importlib.import_module(package).__file__).parent / '.mim' / 'tools'
+
+    def run(script, *arguments):
+        command = ['-W', 'ignore', '-m', 'vssm.tools.mm', scripts / script, config, *arguments]
+        done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run('train.py', '--work-dir', tmp_path / 'work')
+    checkpoint = next((tmp_path / 'work').glob('*_[12].pth'))
+    run('test.py', checkpoint, '--work-dir', tmp_path / 'test')
+    metrics = json.loads(next((tmp_path / 'test').glob('*/*.json')).read_text())
+    assert METRICS[task] <= metrics.keys()
+
+
+def test_a_script_that_is_none(monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['mm', 'none.py'])
+    with pytest.raises(SystemExit, match="SCRIPT must be a Python file, got 'none.py'"):
+        runpy.run_module('vssm.tools.mm', run_name='__main__')

@@ -99,7 +99,8 @@ def read_config(args: argparse.Namespace) -> 'Config':
         except (SyntaxError, ValueError):
             options[key] = value
 
-    warnings.filterwarnings('ignore', '.*(pkg_resources is|be) deprecated', UserWarning)  # of the packages' own affairs
+    about = 'pkg_resources is deprecated|.* be deprecated|Default ``avg_non_ignore``|The draw is False'
+    warnings.filterwarnings('ignore', about, UserWarning)  # the packages' own affairs
     import mmengine.runner  # first: where a config imports it in vain, mmengine hides the reason  # noqa: F401
     from mmengine.config import Config
 

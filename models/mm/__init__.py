@@ -23,7 +23,10 @@ from .hooks import (  # noqa: E402
 )
 from .optim import BFloat16OptimWrapper, TimmOptimWrapperConstructor  # noqa: E402
 from .runner import TimmRunner  # noqa: E402
+from .saved import allow_histories, read_run  # noqa: E402
 from .utils import RunError  # noqa: E402
+
+allow_histories()
 
 __all__ = [
     'Accuracy',
@@ -47,4 +50,5 @@ __all__ = [
     'UnreadableImagesHook',
     'load_weights',
     'progress_bar',
+    'read_run',
 ]

@@ -10,7 +10,7 @@ import torch
 from mmengine.dist import get_dist_info
 from mmengine.registry import DATA_SAMPLERS, DATASETS
 from PIL import Image
-from timm.data import create_transform
+from timm.data import auto_augment, create_transform
 from torch.utils.data import Dataset, Sampler
 from torchvision import transforms
 from torchvision.datasets import folder
@@ -61,6 +61,10 @@ class ImageFolder(Dataset):
             raise RunError(f'ImageFolder: {root} must hold images ({" ".join(folder.IMG_EXTENSIONS)}), got none.')
         # The prefetcher's kind of transform ends in uint8: a quarter of the bytes for whoever moves it to a GPU.
         self.transform = create_transform(**{'use_prefetcher': True, **(transform or {})})
+        for step in self.transform.transforms:
+            for operation in getattr(step, 'ops', ()):  # of RandAugment and AugMix
+                if operation.aug_fn is auto_augment.posterize:
+                    operation.aug_fn = _posterize
 
     def __len__(self) -> int:
         return len(self.images)
@@ -73,6 +77,11 @@ class ImageFolder(Dataset):
     def get_data_info(self, index: int) -> Dict[str, Any]:
         """dict(img_path), as mmengine's data sets have it."""
         return dict(img_path=self.images[index][0])
+
+
+def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
+    """timm's, which at its full strength keeps no bit, which Pillow from 13 on refuses."""
+    return image.point(lambda value: 0) if bits < 1 else auto_augment.posterize(image, bits, **kwargs)
 
 
 def _subfolders(root: Path) -> List[str]:

@@ -5,6 +5,7 @@ import atexit
 import json
 import math
 import time
+from numbers import Real
 from pathlib import Path
 from typing import Any, Dict, Optional
 
@@ -215,9 +216,8 @@ class ProgressHook(Hook):
 
     @master_only
     def after_val_epoch(self, runner: Runner, metrics: Optional[Dict[str, float]] = None) -> None:
-        self.metrics = '  '.join(
-            f'{name} {value:.2f}' for name, value in metrics.items() if isinstance(value, (int, float))
-        )
+        numbers = [(name, value) for name, value in metrics.items() if isinstance(value, Real)]
+        self.metrics = '  '.join(f'{name} {value:.2f}' for name, value in numbers[:3])  # the first are those one quotes
         if self.progress is not None:  # else an evaluation without training
             self.progress.update(self.task, status=self._status(runner))
             self._say(runner, runner.iter)

@@ -5,18 +5,16 @@ import copy
 import importlib.util
 import itertools
 import logging
-import pickle
 import re
 import shutil
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, Optional, Tuple, Union
 
-import numpy as np
 import torch
 from mmengine.device import get_device
 from mmengine.dist import is_distributed, is_main_process
 from mmengine.hooks import EMAHook
-from mmengine.logging import HistoryBuffer, MMLogger
+from mmengine.logging import MMLogger
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper, revert_sync_batchnorm
 from mmengine.registry import RUNNERS
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
@@ -28,12 +26,13 @@ from torch.utils.data import DataLoader, Dataset
 from ..checkpoints import misfits, read_checkpoint
 from .classification import ImageClassifier, load_weights
 from .hooks import console
+from .saved import read_run
 from .utils import RunError, replacing, unwrap
 
-__all__ = ['TimmRunner', 'read_run']
+__all__ = ['TimmRunner']
 
 
-_OWN_WARNINGS = re.compile('FileClient|HardDiskBackend|Advance dataloader')
+_OWN_WARNINGS = re.compile('FileClient|HardDiskBackend|Advance dataloader|The prefix is not set')
 
 
 @RUNNERS.register_module()
@@ -72,7 +71,7 @@ class TimmRunner(Runner):
         logger = super().build_logger(*args, **kwargs)
         level = max(logger.handlers[0].level, logging.WARNING)
         logger.handlers[0] = RichHandler(level, console, show_path=False)
-        # mmengine warns of its own old names, and of data that it skips: here both are as they should be.
+        # mmengine warns of its own old names, of data that it skips, of names of metrics: all as they should be.
         logger.handlers[0].addFilter(lambda record: not _OWN_WARNINGS.search(record.getMessage()))
         return logger
 
@@ -295,41 +294,3 @@ def _load_exactly(model: nn.Module, path: Union[str, Path]) -> None:
         raise ValueError(
             f'checkpoint {path} must hold the weights of this model, got {" ".join(problems[:3])}{more}.'
         ) from error
-
-
-def _history_method(owner: Any, name: str) -> Any:
-    """All that a file may get of any object: what mmengine's histories note of their own methods."""
-    if owner is not HistoryBuffer or name.startswith('_'):
-        raise pickle.UnpicklingError(f'getattr of {owner!r}, {name!r}')
-    return getattr(HistoryBuffer, name)
-
-
-def _safe_globals() -> List[Any]:
-    """What a training checkpoint of mmengine holds beside tensors and plain values: histories and numbers of NumPy."""
-    multiarray = np._core.multiarray
-    numbers = [type(np.dtype(kind)) for kind in ('f8', 'f4', 'i8', 'i4', 'b1')]
-    allowed = [HistoryBuffer, (_history_method, 'builtins.getattr'), np.ndarray, np.dtype, *numbers]
-    for module in ('numpy._core.multiarray', 'numpy.core.multiarray'):  # the latter of NumPy before 2
-        allowed += [(multiarray._reconstruct, f'{module}._reconstruct'), (multiarray.scalar, f'{module}.scalar')]
-    return allowed
-
-
-def read_run(path: Union[str, Path]) -> Dict[str, Any]:
-    """The training checkpoint that `save_checkpoint` of this or of mmengine's Runner wrote.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, holds anything else, or would run code.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f'checkpoint {path} does not exist.')
-    try:
-        with torch.serialization.safe_globals(_safe_globals()):
-            run = torch.load(path, map_location='cpu', weights_only=True)
-        missing = [key for key in ('meta', 'state_dict', 'message_hub', 'optimizer') if key not in run]
-    except Exception as error:  # of many kinds, by where a file is damaged
-        raise ValueError(f'checkpoint {path} cannot be read: {str(error).splitlines()[0]}') from error
-    if missing:
-        raise ValueError(f'checkpoint {path} must be one of a training, with {", ".join(missing)}.')
-    run['meta'].pop('config', None)  # older Runners noted Python here, and mmengine would run it
-    return run

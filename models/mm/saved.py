@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training checkpoints, read without running what they may hold."""
+
+import pickle
+from pathlib import Path
+from typing import Any, Dict, Union
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+
+__all__ = ['allow_histories', 'read_run']
+
+
+def _history_method(owner: Any, name: str) -> Any:
+    """All that a file may get of any object: what mmengine's histories note of their own methods."""
+    if owner is not HistoryBuffer or name.startswith('_'):
+        raise pickle.UnpicklingError(f'getattr of {owner!r}, {name!r}')
+    return getattr(HistoryBuffer, name)
+
+
+def allow_histories() -> None:
+    """Let `weights_only` pass what mmengine's training checkpoints hold beside tensors and plain values.
+
+    Histories of what was logged, and numbers of NumPy's. For the whole process: the packages' own scripts read their
+    files themselves.
+    """
+    multiarray = np._core.multiarray
+    numbers = [type(np.dtype(kind)) for kind in ('f8', 'f4', 'i8', 'i4', 'b1')]
+    allowed = [HistoryBuffer, (_history_method, 'builtins.getattr'), np.ndarray, np.dtype, *numbers]
+    for module in ('numpy._core.multiarray', 'numpy.core.multiarray'):  # the latter of NumPy before 2
+        allowed += [(multiarray._reconstruct, f'{module}._reconstruct'), (multiarray.scalar, f'{module}.scalar')]
+    torch.serialization.add_safe_globals(allowed)
+
+
+def read_run(path: Union[str, Path]) -> Dict[str, Any]:
+    """The training checkpoint that `save_checkpoint` of this or of mmengine's Runner wrote.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, holds anything else, or would run code.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'checkpoint {path} does not exist.')
+    try:
+        run = torch.load(path, map_location='cpu', weights_only=True)
+        missing = [key for key in ('meta', 'state_dict', 'message_hub', 'optimizer') if key not in run]
+    except Exception as error:  # of many kinds, by where a file is damaged
+        raise ValueError(f'checkpoint {path} cannot be read: {str(error).splitlines()[0]}') from error
+    if missing:
+        raise ValueError(f'checkpoint {path} must be one of a training, with {", ".join(missing)}.')
+    run['meta'].pop('config', None)  # older Runners noted Python here, and mmengine would run it
+    return run
