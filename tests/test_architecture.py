@@ -12,7 +12,7 @@ import pytest
 import vssm
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ('benchmarks', 'configs', 'models', 'ops', 'src', 'tests', 'tools')
+FOLDERS = ('benchmarks', 'configs', 'examples', 'models', 'ops', 'src', 'tests', 'tools')
 PACKAGES = {'configs': 'vssm.configs', 'models': 'vssm.models', 'ops': 'vssm.ops', 'tools': 'vssm.tools'}
 STDLIB = set(sys.stdlib_module_names)
 

@@ -322,7 +322,13 @@ def test_the_average_is_evaluated_and_written(build, tmp_path):
     assert any(not torch.equal(written[name], value) for name, value in trained.items())
     reported = runner.message_hub.get_scalar('val/accuracy/top1').current()
     for file in ('checkpoint.safetensors', 'epoch_1.pth'):
+        assert (tmp_path / file).stat().st_mode & 0o777 == 0o666 & ~umask()
         assert build(load_from=str(tmp_path / file)).test()['accuracy/top1'] == reported
+
+
+def umask():
+    os.umask(before := os.umask(0))
+    return before
 
 
 def clone(module):
@@ -482,6 +488,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(value, build, tmp_path):
     ):
         runner.train()
     assert sorted(path.name for path in tmp_path.glob('*.pth')) == ['epoch_1.pth']
+
+
+def test_weights_that_are_not_finite_are_not_saved(build, tmp_path):
+    """An infinite gradient makes them so while the loss still is what it was."""
+    runner = build(**{'train_cfg.max_epochs': 2, 'optim_wrapper.clip_grad': None})
+    bias = runner.model.model.head.fc.bias
+    bias.register_hook(lambda grad: torch.full_like(grad, math.inf) if runner.iter == 3 else grad)
+    with pytest.raises(mm.RunError, match=r'head\.fc\.bias is not finite .*: epoch_2\.pth is not written'):
+        runner.train()
+    assert sorted(path.name for path in tmp_path.glob('*.pth*')) == ['epoch_1.pth']
 
 
 def test_a_disk_that_is_too_small_stops_before_the_first_iteration(build, monkeypatch):

@@ -236,7 +236,7 @@ def detection(family, root, work_dir):
     ids=['classification', 'segmentation', 'detection'],
 )
 def test_eight_images_are_learnt(task, metric, least, family, tmp_path):
-    """In 3 to 10 s, and 22 to 50 s, on one core; to a mIoU of 99 and a box AP of 0.95, at a rate of zero to 11 and 0.00.
+    """On one core in 3 to 10 s, and 22 to 50 s; to a mIoU of 99 and a box AP of 0.95, at a rate of zero 11 and 0.00.
 
     The dense heads learn the images even on a backbone that stays random (98.5, and 0.92): that every weight of the
     backbone moves is for test_dense.py to say.

@@ -3,6 +3,7 @@
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -117,6 +118,29 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(task, model_name, comma
         'vssm.tools.test', arguments[0], killed / checkpoint, *arguments[1:], '--work-dir', tmp_path / 'test'
     )
     assert metric in finish(tested)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment(tmp_path):
+    """Six times, while it trains, evaluates or writes; each time it goes on from its last complete checkpoint."""
+    whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+    changes = {'default_hooks.checkpoint.interval': 1, 'train_cfg.max_epochs': 20, 'default_hooks.logger.interval': 1}
+    arguments = ['vssm.tools.train', 'digits/vmamba2d_test', *options(**changes)]
+    finish(start(*arguments, '--work-dir', whole))
+    moments = random.Random(0)
+    for _ in range(6):
+        before = sorted(killed.glob('epoch_*.pth'))
+        process = start(*arguments, '--work-dir', killed, '--resume')
+        end = time.monotonic() + 60
+        while sorted(killed.glob('epoch_*.pth')) == before and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.8))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (killed / 'epoch_20.pth').exists()
+    finish(start(*arguments, '--work-dir', killed, '--resume'))
+    (expected, _), (weights, metadata) = (read_checkpoint(f / 'checkpoint.safetensors') for f in (whole, killed))
+    assert metadata['epoch'] == '20' and all(torch.equal(value, expected[name]) for name, value in weights.items())
 
 
 def free_port():

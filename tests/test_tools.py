@@ -222,6 +222,10 @@ def test_config_that_cannot_run_gives_one_sentence(config, options, said, capsys
             ['train', 'digits/vmamba_test', '--cfg-options', 'load_from=no.pth'],
             ('load_from must be a checkpoint', 'got no.pth'),
         ),
+        (
+            ['train', 'digits/vmamba_test', '--cfg-options', 'custom_hooks=[dict(type="EMAHook")]'],
+            ('must be Python literals', 'custom_hooks=[dict('),
+        ),
         (['train', 'digits/vmamba_test', '--resume', 'no.pth'], ('must be a checkpoint', 'got no.pth')),
         (
             ['train', 'digits/vmamba_test', '--data-root', 'there'],

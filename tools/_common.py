@@ -97,6 +97,8 @@ def read_config(args: argparse.Namespace) -> 'Config':
         try:
             options[key] = ast.literal_eval(value)
         except (SyntaxError, ValueError):
+            if value.startswith(('[', '{', '(')):
+                raise UsageError(f'--cfg-options values in brackets must be Python literals, got {option!r}.') from None
             options[key] = value
 
     about = 'pkg_resources is deprecated|.* be deprecated|Default ``avg_non_ignore``|The draw is False'

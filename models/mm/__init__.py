@@ -20,6 +20,7 @@ from .hooks import (  # noqa: E402
     SeedHook,
     UnreadableImagesHook,
     progress_bar,
+    save_for_timm,
 )
 from .optim import BFloat16OptimWrapper, TimmOptimWrapperConstructor  # noqa: E402
 from .runner import TimmRunner  # noqa: E402
@@ -51,4 +52,5 @@ __all__ = [
     'load_weights',
     'progress_bar',
     'read_run',
+    'save_for_timm',
 ]

@@ -9,15 +9,17 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Dict, Optional
 
-from mmengine.dist import get_rank, master_only
+from mmengine.dist import all_reduce, get_rank, master_only
 from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ...version import __version__
+from .classification import ImageClassifier
 from .utils import RunError, mix_seeds, replacing, seed_everything, unwrap
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     'UnreadableImagesHook',
     'console',
     'progress_bar',
+    'save_for_timm',
 ]
 
 console = Console()  # one for the progress bar and the warnings, so that neither writes over the other
@@ -49,7 +52,7 @@ class SeedHook(Hook):
 
 @HOOKS.register_module()
 class FiniteLossHook(Hook):
-    """Stops a run whose loss is not a number or infinite, before anything of it is saved.
+    """Stops a run whose loss is not a number or infinite, in every process at the same iteration.
 
     Raises:
         RunError: With the iteration and the last checkpoint.
@@ -60,10 +63,15 @@ class FiniteLossHook(Hook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Optional[Dict[str, Any]] = None
     ) -> None:
-        loss = outputs['loss'].detach().item()
-        if not math.isfinite(loss):
-            last = runner.message_hub.runtime_info.get('last_ckpt', 'none was written')
-            raise RunError(f'the loss is {loss} at iteration {runner.iter + 1}; last good checkpoint: {last}.')
+        loss = outputs['loss'].detach().clone()
+        all_reduce(loss, 'mean')
+        if not loss.isfinite():
+            raise RunError(f'the loss is {loss.item()} at iteration {runner.iter + 1}; {last_checkpoint(runner)}.')
+
+
+def last_checkpoint(runner: Runner) -> str:
+    last = runner.message_hub.runtime_info.get('last_ckpt')
+    return f'last good checkpoint: {last}' if last else 'no checkpoint was written'
 
 
 @HOOKS.register_module()
@@ -147,18 +155,27 @@ class SafetensorsHook(Hook):
         if not self.every_n_epochs(runner, self.interval) and not self.is_last_train_epoch(runner):
             return
         classifier = unwrap(runner.model)
-        metadata = dict(
-            model=classifier.model_name,
-            model_args=json.dumps(classifier.model_args),
-            epoch=str(runner.epoch + 1),
-            vssm=__version__,
-        )
         network = (averaged(runner) or classifier).model
-        state_dict = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-        path = Path(runner.work_dir, 'checkpoint.safetensors')
-        with replacing(path) as temporary:
-            save_file(state_dict, temporary, metadata)
-        runner.logger.info(f'Wrote {path}.')
+        save_for_timm(
+            Path(runner.work_dir, 'checkpoint.safetensors'), classifier, network.state_dict(), runner.epoch + 1
+        )
+
+
+def save_for_timm(path: Path, classifier: ImageClassifier, state_dict: Dict[str, Tensor], epoch: int) -> None:
+    """Write the weights of a classifier's timm model, or their average, with what `timm.create_model` needs to know.
+
+    Raises:
+        RunError: The file cannot be written; one of that name stays as it was.
+    """
+    metadata = dict(
+        model=classifier.model_name,
+        model_args=json.dumps(classifier.model_args),
+        epoch=str(epoch),
+        vssm=__version__,
+    )
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata)
 
 
 def progress_bar(console: Console) -> Progress:

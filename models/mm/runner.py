@@ -276,10 +276,13 @@ class TimmRunner(Runner):
         """Write a checkpoint under another name first, so that one with its own name is complete.
 
         Raises:
-            RunError: It cannot be written; those before it stay.
+            RunError: A weight is not finite, or the file cannot be written; the checkpoints before it stay.
         """
         if not is_main_process():
             return
+        for name, value in unwrap(self.model).state_dict().items():
+            if value.is_floating_point() and not value.isfinite().all():  # of a gradient that was not, at a finite loss
+                raise RunError(f'{name} is not finite after iteration {self.iter + 1}: {filename} is not written.')
         with replacing(Path(out_dir, filename)) as temporary:
             super().save_checkpoint(out_dir, temporary.name, *args, **kwargs)
 

@@ -69,6 +69,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, 'rb') as file:
             os.fsync(file.fileno())
+        os.umask(umask := os.umask(0))
+        os.chmod(temporary, 0o666 & ~umask)  # safetensors writes for the owner alone
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
