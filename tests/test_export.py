@@ -386,8 +386,8 @@ def test_grad_under_autocast(assert_close):
     with torch.autocast('cpu', torch.bfloat16):
         grads = grad(lambda params: loss(model, params, x[0], target[0]))(parameters_of(model))
         F.cross_entropy(model(x), target).backward()
-    for n, p in model.named_parameters():
-        assert_close(grads[n], p.grad, 2e-2, n)
+    for n, p in model.named_parameters():  # bfloat16 rounds by 4e-3, in another order of operations
+        assert_close(grads[n], p.grad, 5e-2, n)
 
 
 def dual(f, x):
