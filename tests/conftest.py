@@ -268,6 +268,15 @@ def _two_threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def one_thread():
+    """For maps this small: threads would wait for one another more than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -45,14 +45,7 @@ FAMILIES = {
     'spatialmamba_micro': 'spatial_mamba_tiny',
 }
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """On maps this small threads wait for one another more than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 # ---- the stand-in ----------------------------------------------------------------------------------------------------

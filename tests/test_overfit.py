@@ -13,7 +13,6 @@ import uuid
 
 import numpy as np
 import pytest
-import torch
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from PIL import Image, ImageDraw
@@ -32,14 +31,7 @@ ADE20K = ('building', 'flower', 'ball', 'box', 'tent')  # the photographs and th
 COCO = ('sports ball', 'book', 'kite')  # the shapes, by names that COCO has
 TEST_DIMS = [32, 48, 64, 96]  # of every test model
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """On maps this small threads wait for one another more than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 # ---- the images ------------------------------------------------------------------------------------------------------

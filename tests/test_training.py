@@ -22,14 +22,7 @@ from vssm.tools.main import main
 CONFIGS = ('digits/vmamba2d_test', 'digits/vmamba_test')
 AFFINE = dict(degrees=10, translate=(0.1, 0.1), scale=(0.9, 1.1))
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """As the configs have it: on maps this small threads wait for one another more than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.fixture
