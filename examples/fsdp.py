@@ -9,7 +9,8 @@ gradients and of the optimizer's moments, and gathers the weights of a block whe
 Samples, losses, rates and steps are those of `vssm train` on as many processes. Left out are the evaluation, which
 `vssm test` does on the weights that are written after every epoch, and the custom_hooks: mmengine's moving average
 (EMAHook, which MESAHook needs) deep-copies the model, and a sharded one cannot be. So a recipe with EMA, such as
-ImageNet's, ends in its last weights, not in their average. --resume goes on from the work dir's resume.pt.
+ImageNet's, ends in its last weights, not in their average. --resume goes on from the work dir's resume.pt; gradients
+accumulated at an epoch's end are lost to it.
 
 Tried on CPUs only, by gloo with two processes, as the config digits/vmamba2d_test has it; not run on a GPU.
 """

@@ -26,13 +26,13 @@ ALSO = {  # what single files may besides
     'ops/selective_scan_triton.py': {'triton'},
     'models/checkpoints.py': {'safetensors', 'vssm.version'},
     'models/mm/classification.py': {'mmengine'},
-    'models/mm/data.py': {'PIL', 'mmengine', 'sklearn', 'torchvision'},
+    'models/mm/data.py': {'PIL', 'mmengine', 'numpy', 'sklearn', 'torchvision'},
     'models/mm/features.py': {'mmengine'},
     'models/mm/hooks.py': {'mmengine', 'rich', 'safetensors', 'vssm.version'},
     'models/mm/optim.py': {'mmengine'},
     'models/mm/runner.py': {'mmengine', 'rich'},
     'models/mm/saved.py': {'mmengine', 'numpy'},
-    'models/mm/utils.py': {'mmengine', 'numpy'},
+    'models/mm/utils.py': {'mmengine', 'numpy', 'safetensors'},
     'models/mmcv_ext.py': {'mmengine', 'torchvision'},
 }
 

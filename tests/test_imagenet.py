@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """ImageNet-1K and folders of images: configs, data, preprocessing, losses, averages, rates; and what guards a run."""
 
+import itertools
 import math
 import os
 import random
+import resource
 import shutil
 import uuid
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from mmengine.config import Config
 from mmengine.hooks import EMAHook
 from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, PARAM_SCHEDULERS, RUNNERS, init_default_scope
+from mmengine.runner import Runner
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -94,8 +97,21 @@ def test_a_config_builds_its_whole_run(name, data, tmp_path, monkeypatch):
 
 
 def test_the_recipe():
-    """Swin's, which VMamba and both others use."""
+    """VMamba's, which is Swin's; the others use it too."""
     cfg = Config.fromfile(find_config(IMAGENET[0]))
+    optimizer = cfg.optim_wrapper.optimizer
+    assert (optimizer.type, optimizer.lr, optimizer.weight_decay, optimizer.eps) == ('adamw', 1e-3, 0.05, 1e-8)
+    assert optimizer.betas == (0.9, 0.999) and cfg.optim_wrapper.clip_grad == dict(max_norm=5.0)
+    assert (cfg.train_dataloader.batch_size, cfg.auto_scale_lr.base_batch_size) == (128, 1024)
+    assert cfg.train_dataloader.dataset.transform.auto_augment == 'rand-m9-mstd0.5-inc1'
+    assert cfg.val_dataloader.dataset.transform.crop_pct == 0.875
+    assert {loader.dataset.transform.interpolation for loader in (cfg.train_dataloader, cfg.val_dataloader)} == {
+        'bicubic'
+    }
+    erasing = MODELS.build(cfg.model.data_preprocessor).random_erasing
+    assert (erasing.probability, erasing.rand_color, erasing.per_pixel) == (0.25, False, True)
+    assert [hook.momentum for hook in cfg.custom_hooks if hook.type == 'EMAHook'] == [1e-4]
+    assert mm.MESAHook(1.0).begin == 0.25
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.AdamW([parameter], lr=cfg.optim_wrapper.optimizer.lr)
     schedulers = [
@@ -156,7 +172,7 @@ def test_a_split_without_a_class_keeps_the_numbers(folder):
     for path in (folder / 'val' / 'a').iterdir():
         path.unlink()
     (folder / 'val' / 'a').rmdir()
-    assert {label for _, label in mm.ImageFolder(folder, 'val').images} == {1}
+    assert mm.ImageFolder(folder, 'val').labels.tolist() == [1, 1]
 
 
 def test_augmentations_at_full_strength(folder):
@@ -401,9 +417,8 @@ def test_layer_decay_applies(make):
     for name, (rate, weight_decay) in rates.items():
         part = next((p for p in ('stem', 'stages.0', 'stages.3', 'head', 'outnorm') if p in name), 'other')
         by_part.setdefault(part, set()).add(rate)
-        assert weight_decay == (
-            0.0 if names and model.get_parameter(name).ndim == 1 or 'A_log' in name else weight_decay
-        )
+        exempt = model.get_parameter(name).ndim == 1 or name.endswith(('.A_log', '.D', '.dt_bias'))
+        assert weight_decay == (0.0 if exempt else 0.05), name
     assert {rate for name, (rate, _) in rates.items() if name.endswith(('head.fc.weight', 'head.weight'))} == {0.01}
     assert max(by_part['stem']) < min(by_part['stages.0']) < min(by_part['stages.3']) <= 0.01
     ratios = {math.log2(0.01 / rate) for rates in by_part.values() for rate in rates}
@@ -451,6 +466,54 @@ def test_accumulated_gradients_make_a_larger_batch(build, tmp_path):
         torch.testing.assert_close(states[1][name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
+def test_a_run_resumes_in_the_middle_of_a_step(build, tmp_path):
+    """After one epoch of two iterations, of the three whose gradients are accumulated."""
+    options = {'optim_wrapper.accumulative_counts': 3, 'train_cfg.max_epochs': 3}
+    whole = build(work_dir=tmp_path / 'whole', **options)
+    whole.train()
+    (tmp_path / 'resumed').mkdir()
+    shutil.copy(tmp_path / 'whole' / 'epoch_1.pth', tmp_path / 'resumed')
+    assert mm.read_run(tmp_path / 'resumed' / 'epoch_1.pth')['gradients']
+    resumed = build(work_dir=tmp_path / 'resumed', resume=True, **options)
+    resumed.train()
+    expected = clone(whole.model)
+    assert all(torch.equal(value, expected[name]) for name, value in clone(resumed.model).items())
+    assert not mm.read_run(tmp_path / 'whole' / 'epoch_3.pth')['gradients']
+
+
+def test_averages_follow_the_steps(build):
+    runner = build(
+        **{'optim_wrapper.accumulative_counts': 2, 'train_cfg.max_epochs': 4, 'custom_hooks.0.momentum': 0.5}
+    )
+    seen = []
+    hook = next(h for h in runner.hooks if isinstance(h, EMAHook))
+    after_train_iter = hook.after_train_iter
+
+    def follow(*args, **kwargs):
+        after_train_iter(*args, **kwargs)
+        seen.append(hook.ema_model.module.model.head.fc.weight.clone())
+
+    hook.after_train_iter = follow
+    runner.train()
+    changes = [not torch.equal(a, b) for a, b in itertools.pairwise(seen)]
+    assert changes == [False, True, False, True, False, True, False]
+
+
+def test_a_run_that_was_killed_after_its_last_epoch_is_evaluated(build, tmp_path):
+    build().train()
+    runner = build(resume=True)
+    runner.train()
+    assert math.isfinite(runner.message_hub.get_scalar('val/accuracy/top1').current())
+
+
+def test_another_schedule_is_named(build, tmp_path):
+    scheduler = dict(type='CosineAnnealingLR', convert_to_iter_based=True)
+    build(param_scheduler=[dict(scheduler, T_max=1, end=1)]).train()
+    build(resume=True, param_scheduler=[dict(scheduler, T_max=2, end=2)], **{'train_cfg.max_epochs': 2}).train()
+    log = ''.join(path.read_text() for path in tmp_path.glob('*/*.log'))
+    assert 'CosineAnnealingLR goes on as it was saved, with T_max 2, not with 4' in log
+
+
 def test_the_rate_scales_with_all_images_of_a_step(build):
     runner = build(**{'optim_wrapper.accumulative_counts': 4, 'auto_scale_lr.enable': True})
     wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
@@ -484,14 +547,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(value, build, tmp_path):
     assert sorted(path.name for path in tmp_path.glob('*.pth')) == ['epoch_1.pth']
 
 
-def test_weights_that_are_not_finite_are_not_saved(build, tmp_path):
-    """An infinite gradient makes them so while the loss still is what it was."""
-    runner = build(**{'train_cfg.max_epochs': 2, 'optim_wrapper.clip_grad': None})
+@pytest.mark.parametrize('interval', [1, 5])
+def test_weights_that_are_not_finite_are_not_saved(interval, build, tmp_path):
+    """An infinite gradient makes them so while the loss still is what it was; with and without a checkpoint due."""
+    options = {'optim_wrapper.clip_grad': None, 'default_hooks.checkpoint.interval': interval, 'custom_hooks': []}
+    runner = build(**{'train_cfg.max_epochs': 2, **options, 'custom_hooks': [dict(type='SafetensorsHook')]})
     bias = runner.model.model.head.fc.bias
     bias.register_hook(lambda grad: torch.full_like(grad, math.inf) if runner.iter == 3 else grad)
-    with pytest.raises(mm.RunError, match=r'head\.fc\.bias is not finite .*: epoch_2\.pth is not written'):
+    with pytest.raises(mm.RunError, match=r'head\.fc\.bias is not finite: .*checkpoint\.safetensors is not written'):
         runner.train()
-    assert sorted(path.name for path in tmp_path.glob('*.pth*')) == ['epoch_1.pth']
+    assert all(value.isfinite().all() for value in load_file(tmp_path / 'checkpoint.safetensors').values())
+    assert [path.name for path in tmp_path.glob('*.pth*')] == ['epoch_1.pth'] * (interval == 1)
+
+    runner.hooks[:] = [hook for hook in runner.hooks if not isinstance(hook, mm.SafetensorsHook)]
+    with pytest.raises(mm.RunError, match=r'epoch_2\.pth is not written; (last good checkpoint: |no check)'):
+        runner.save_checkpoint(str(tmp_path), 'epoch_2.pth')
 
 
 def test_a_disk_that_is_too_small_stops_before_the_first_iteration(build, monkeypatch):
@@ -506,25 +576,22 @@ def test_a_disk_that_is_too_small_stops_before_the_first_iteration(build, monkey
     build().train()
 
 
-def test_a_disk_that_fills_up_leaves_the_last_checkpoint(build, tmp_path, monkeypatch):
-    runner = build(**{'train_cfg.max_epochs': 2})
-    fsync, calls = os.fsync, []
-
-    def full(descriptor):
-        calls.append(descriptor)
-        if len(calls) > 2:  # checkpoint and safetensors of the first epoch
-            raise OSError(28, 'No space left on device')
-        fsync(descriptor)
-
-    monkeypatch.setattr('vssm.models.mm.utils.os.fsync', full)
-    with pytest.raises(mm.RunError, match=r'epoch_2\.pth cannot be written: .*No space left'):
-        runner.train()
-    assert sorted(path.name for path in tmp_path.glob('*.*') if path.is_file()) == [
-        'checkpoint.safetensors',
-        'epoch_1.pth',
-        'vmamba_tiny_8xb128-300e_in1k.py',
-    ]
-    mm.read_run(tmp_path / 'epoch_1.pth')
+@pytest.mark.parametrize('file, size', [('checkpoint.safetensors', 100_000), ('epoch_2.pth', 3_000_000)])
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint(file, size, build, tmp_path):
+    """For which a limit on the size of files stands in, that one of the two exceeds."""
+    build(**{'train_cfg.max_epochs': 1}).train()
+    before = (tmp_path / 'checkpoint.safetensors').read_bytes()
+    runner = build(resume=True, **{'train_cfg.max_epochs': 2})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        with pytest.raises(mm.RunError, match=rf'{file} cannot be written: .*File too large'):
+            runner.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.glob('*.tmp')) and not (tmp_path / 'epoch_2.pth').exists()
+    assert ((tmp_path / 'checkpoint.safetensors').read_bytes() == before) == (file == 'checkpoint.safetensors')
+    assert mm.read_run(tmp_path / 'epoch_1.pth')['meta']['epoch'] == 1
 
 
 def damaged(path, how):
@@ -535,14 +602,14 @@ def damaged(path, how):
 @pytest.mark.parametrize('how', ['truncated', 'empty', 'text'])
 @pytest.mark.parametrize('kind', ['jpg', 'png'])
 def test_an_unreadable_image_is_named(how, kind, folder):
-    dataset = mm.ImageFolder(folder, 'train', dict(input_size=8))
+    (folder / 'train' / 'b' / '1.png').unlink()
     path = folder / 'train' / 'b' / f'1.{kind}'
     noise = np.random.randint(0, 256, (30, 40, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path)
-    dataset.images[5] = (str(path), 1)
+    dataset = mm.ImageFolder(folder, 'train', dict(input_size=8))
     assert mm.GuardedDataset(dataset)[5]['data_samples'] == 1
     damaged(path, how)
-    with pytest.raises(mm.RunError, match=rf'the image .*1\.{kind} cannot be read \(.*unreadable=skip'):
+    with pytest.raises(mm.RunError, match=rf'the image .*1\.{kind} cannot be read \(.*\)\.$'):
         mm.GuardedDataset(dataset)[5]
     skipping = mm.GuardedDataset(dataset, skip=True)
     assert skipping[5]['inputs'].shape == (3, 8, 8)
@@ -621,6 +688,25 @@ def test_a_run_with_an_unreadable_image(policy, workers, build, folder, tmp_path
     assert log.count('b/1.png') == 1 and '1 of 8 images are unreadable' in log
 
 
+@pytest.mark.parametrize('task, folder', [('coco', 'val2017'), ('ade20k', 'annotations/validation')])
+def test_missing_images_stop_before_the_first_iteration(task, folder, small_config, data, tmp_path):
+    source = data / dict(coco='coco', ade20k='ADEChallengeData2016')[task]
+    shutil.copytree(source, tmp_path / 'data')
+    shutil.rmtree(tmp_path / 'data' / folder)
+    name, changes = small_config(task, 'test_vmamba')
+    cfg = Config.fromfile(find_config(name))
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        loader.update(num_workers=0, persistent_workers=False)
+        loader.dataset.data_root = f'{tmp_path / "data"}/'
+    cfg.val_evaluator.ann_file = f'{tmp_path}/data/annotations/instances_val2017.json'
+    cfg.merge_from_dict(changes)
+    cfg.work_dir, cfg.experiment_name = str(tmp_path / 'run'), uuid.uuid4().hex
+    runner = RUNNERS.build(cfg)
+    with pytest.raises(mm.RunError, match=rf'the data are not complete: .*{folder}.* does not exist'):
+        runner.train()
+    assert runner.iter == 0
+
+
 def test_an_unreadable_image_stops_an_evaluation(build, folder):
     """Where a replacement would change the result."""
     damaged(folder / 'val' / 'b' / '1.png', 'truncated')
@@ -680,8 +766,7 @@ def test_the_last_complete_checkpoint_is_found(build, tmp_path):
 
 def test_a_checkpoint_of_mmengines_own_runner_resumes(build, tmp_path):
     """It holds histories, which pickle `getattr`."""
-    runner = build()
-    runner.train()
+    Runner.from_cfg(build().cfg).train()
     file = torch.load(tmp_path / 'epoch_1.pth', weights_only=False)
     assert type(next(iter(file['message_hub']['log_scalars'].values()))).__name__ == 'HistoryBuffer'
     resumed = build(resume=True, **{'train_cfg.max_epochs': 2})
@@ -711,7 +796,9 @@ def test_a_checkpoint_with_code_is_refused(evil, tmp_path, capsys):
 
 
 def test_a_config_inside_a_checkpoint_is_not_run(tmp_path):
-    run = dict(meta=dict(config='raise SystemExit'), state_dict={}, message_hub={}, optimizer={})
+    run = dict(
+        meta=dict(config='raise SystemExit', epoch=1, iter=2, seed=0), state_dict={}, message_hub={}, optimizer={}
+    )
     torch.save(run, tmp_path / 'epoch_1.pth')
     assert 'config' not in mm.read_run(tmp_path / 'epoch_1.pth')['meta']
 

@@ -4,6 +4,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -181,3 +182,47 @@ def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path):
     for name, value in weights.items():
         assert not torch.equal(value, first[f'model.{name}']) or name.endswith('stages.3.blocks.0.mixer.A_log'), name
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_resume_what_each_knows_alone(command, tmp_path):
+    """Statistics of batch norms, averages that teach, accumulated gradients: bit for bit."""
+
+    def train(work_dir, *arguments):
+        port = free_port()
+        launcher = ('-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', str(port))
+        changes = {
+            'train_dataloader.batch_size': 2,
+            'optim_wrapper.accumulative_counts': 2,
+            'train_cfg.max_epochs': 7,
+            'default_hooks.checkpoint.max_keep_ckpts': -1,
+        }
+        name, *rest = command('imagenet', 'test_spatial_mamba', **changes)
+        return start(
+            *('vssm.tools.train', name, '--work-dir', work_dir, '--launcher', 'pytorch', *arguments, *rest),
+            launcher=launcher,
+        )
+
+    whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
+    finish(train(whole))
+    resumed.mkdir()
+    shutil.copy(whole / 'epoch_3.pth', resumed)
+    finish(train(resumed, '--resume'))
+    expected = losses(whole)
+    assert len(expected) == 7 and losses(resumed) == {step: expected[step] for step in range(4, 8)}
+    (expected, _), (weights, _) = (read_checkpoint(f / 'epoch_7.pth') for f in (whole, resumed))
+    assert all(torch.equal(value, expected[name]) for name, value in weights.items())
+
+
+@pytest.mark.slow
+def test_an_unreadable_image_of_any_process_is_named(command, tmp_path):
+    data = tmp_path / 'data'
+    name, _, root, *rest = command('imagenet', 'test_vmamba', unreadable='skip')
+    shutil.copytree(root, data)
+    for path in sorted((data / 'train').glob('*/*'))[:2]:  # of four, so that each process meets one or more
+        path.write_bytes(path.read_bytes()[:500])
+    launcher = ('-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', str(free_port()))
+    arguments = ('--data-root', data, '--work-dir', tmp_path / 'run', '--launcher', 'pytorch', *rest)
+    finish(start('vssm.tools.train', name, *arguments, launcher=launcher))
+    log = next((tmp_path / 'run').glob('*/*.log')).read_text()
+    assert '2 of 4 images are unreadable' in log and log.count('Unreadable, replaced by another image') == 2

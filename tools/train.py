@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar='FILE',
         nargs='?',
         const=True,
-        help='go on from a checkpoint of a training; without FILE from the last one in the work dir, if there is one',
+        help='after CONFIG: go on from a checkpoint of a training; without FILE from the last in the work dir, if any',
     )
     parser.add_argument('--amp', action='store_true', help='compute in bfloat16 by autocast')
     parser.add_argument(
@@ -34,12 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     cfg = read_config(args)
+    from ..models.mm import RunError, numbered_checkpoints
+
     if args.resume is not None:
         cfg.resume = True
         if args.resume is not True:
             cfg.load_from = args.resume
-        elif cfg.get('load_from'):
+        elif numbered_checkpoints(cfg.work_dir):
             cfg.load_from = None  # where this run started from; it goes on from its own checkpoints
+        elif cfg.get('load_from'):
+            cfg.resume = False  # not yet
     if args.amp:
         _use_bfloat16(cfg)
     if args.auto_scale_lr:
@@ -47,8 +51,6 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(f'--auto-scale-lr needs a config with auto_scale_lr.base_batch_size, got {args.config}.')
         cfg.auto_scale_lr.enable = True
     runner = build_runner(cfg)
-    from ..models.mm import RunError
-
     try:
         runner.train()
     except RunError as error:

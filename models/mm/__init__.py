@@ -15,16 +15,18 @@ from .features import Float32RoIExtractor, TimmFeatures  # noqa: E402
 from .hooks import (  # noqa: E402
     FiniteLossHook,
     MESAHook,
+    PendingGradientsHook,
     ProgressHook,
     SafetensorsHook,
     SeedHook,
+    SharedBuffersHook,
     UnreadableImagesHook,
     progress_bar,
     save_for_timm,
 )
 from .optim import BFloat16OptimWrapper, TimmOptimWrapperConstructor  # noqa: E402
 from .runner import TimmRunner  # noqa: E402
-from .saved import allow_histories, read_run  # noqa: E402
+from .saved import allow_histories, numbered_checkpoints, read_run  # noqa: E402
 from .utils import RunError  # noqa: E402
 
 allow_histories()
@@ -40,16 +42,19 @@ __all__ = [
     'ImageFolder',
     'ImagePreprocessor',
     'MESAHook',
+    'PendingGradientsHook',
     'ProgressHook',
     'RunError',
     'SafetensorsHook',
     'SeedHook',
+    'SharedBuffersHook',
     'SeededSampler',
     'TimmFeatures',
     'TimmOptimWrapperConstructor',
     'TimmRunner',
     'UnreadableImagesHook',
     'load_weights',
+    'numbered_checkpoints',
     'progress_bar',
     'read_run',
     'save_for_timm',

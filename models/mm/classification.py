@@ -160,7 +160,7 @@ class ImageClassifier(BaseModel):
             if self._teacher:
                 teacher, weight = self._teacher
                 with torch.no_grad():
-                    probabilities = teacher(inputs).softmax(-1)
+                    probabilities = teacher(inputs).float().softmax(-1)
                 losses['loss_mesa'] = weight * F.cross_entropy(logits, probabilities)
             return losses
         if mode == 'predict':
@@ -219,13 +219,14 @@ class Accuracy(BaseMetric):
         self.topk = topk
 
     def process(self, data_batch: Any, data_samples: Sequence[Dict[str, Tensor]]) -> None:
-        for sample in data_samples:
-            classes = len(sample['pred_score'])
-            if max(self.topk) > classes:
-                raise ValueError(f'Accuracy: topk must be at most the number of classes, {classes}, got {self.topk}.')
-            best = sample['pred_score'].topk(max(self.topk)).indices
-            self.results.append(best == sample['gt_label'])  # [max(topk)]
+        scores = torch.stack([sample['pred_score'] for sample in data_samples])  # [batch, classes]
+        labels = torch.stack([sample['gt_label'] for sample in data_samples])
+        classes = scores.shape[1]
+        if max(self.topk) > classes:
+            raise ValueError(f'Accuracy: topk must be at most the number of classes, {classes}, got {self.topk}.')
+        best = scores.topk(max(self.topk)).indices
+        self.results.extend((best == labels[:, None]).tolist())  # plain values: they will travel between processes
 
-    def compute_metrics(self, results: List[Tensor]) -> Dict[str, float]:
-        hits = torch.stack(results)  # [images, max(topk)]
+    def compute_metrics(self, results: List[List[bool]]) -> Dict[str, float]:
+        hits = torch.tensor(results)  # [images, max(topk)]
         return {f'top{k}': 100 * hits[:, :k].any(1).sum().item() / len(hits) for k in self.topk}

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images of folders, handwritten digits, and what makes any data set safe to train on for days."""
 
+import os
 import random
 from itertools import islice
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Union
 
+import numpy as np
 import torch
 from mmengine.dist import get_dist_info
 from mmengine.registry import DATA_SAMPLERS, DATASETS
@@ -36,6 +38,8 @@ class ImageFolder(Dataset):
         RunError: A folder is missing or holds no image, or the split has a class that `class_split` has not.
     """
 
+    strict_decoder = True  # Pillow's says itself that a file lacks its end
+
     def __init__(
         self,
         data_root: str,
@@ -56,9 +60,12 @@ class ImageFolder(Dataset):
             )
         numbers = {name: number for number, name in enumerate(classes)}
         self.metainfo = dict(classes=tuple(classes))
-        self.images = folder.make_dataset(str(root), numbers, folder.IMG_EXTENSIONS, allow_empty=True)
-        if not self.images:
+        images = folder.make_dataset(str(root), numbers, folder.IMG_EXTENSIONS, allow_empty=True)
+        if not images:
             raise RunError(f'ImageFolder: {root} must hold images ({" ".join(folder.IMG_EXTENSIONS)}), got none.')
+        # Arrays: of a list of a million objects every worker would come to have a copy, by counting references.
+        self.paths = np.array([os.fsencode(path) for path, _ in images])
+        self.labels = np.array([label for _, label in images])
         # The prefetcher's kind of transform ends in uint8: a quarter of the bytes for whoever moves it to a GPU.
         self.transform = create_transform(**{'use_prefetcher': True, **(transform or {})})
         for step in self.transform.transforms:
@@ -67,16 +74,16 @@ class ImageFolder(Dataset):
                     operation.aug_fn = _posterize
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> Dict[str, Any]:
-        path, label = self.images[index]
-        with Image.open(path) as image:
-            return dict(inputs=torch.as_tensor(self.transform(image.convert('RGB'))), data_samples=label)
+        with Image.open(os.fsdecode(self.paths[index])) as image:
+            inputs = torch.as_tensor(self.transform(image.convert('RGB')))
+        return dict(inputs=inputs, data_samples=int(self.labels[index]))
 
     def get_data_info(self, index: int) -> Dict[str, Any]:
         """dict(img_path), as mmengine's data sets have it."""
-        return dict(img_path=self.images[index][0])
+        return dict(img_path=os.fsdecode(self.paths[index]))
 
 
 def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
@@ -137,8 +144,8 @@ class _Draw(int):
 class SeededSampler(Sampler):
     """Gives every index that another sampler draws a seed of its own.
 
-    The seed depends on the sampler's seed, the epoch (or, where the sampler knows none, the position in its sequence)
-    and the index, not on who computes the sample: neither workers nor processes nor a resumption change it.
+    The seed depends on the sampler's seed, the epoch, the position in the sequence of all processes and the index, not
+    on who computes the sample: neither workers nor a resumption change it.
 
     Args:
         dataset: What to draw from.
@@ -150,19 +157,17 @@ class SeededSampler(Sampler):
     def __init__(self, dataset: Dataset, sampler: Dict[str, Any], seed: Optional[int] = None, skip: int = 0) -> None:
         self.dataset = dataset
         self.sampler = DATA_SAMPLERS.build(sampler, default_args=dict(dataset=dataset, seed=seed))
-        self.position = skip
+        self.skip = skip
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[_Draw]:
         rank, world_size = get_dist_info()
-        epoch = getattr(self.sampler, 'epoch', None)
-        for index in islice(self.sampler, self.position, None):
+        epoch = getattr(self.sampler, 'epoch', 0)
+        for i, index in enumerate(islice(self.sampler, self.skip, None), self.skip):
             draw = _Draw(index)
-            when = rank + self.position * world_size if epoch is None else epoch
-            draw.seed = mix_seeds(self.sampler.seed, when, index)
-            self.position += epoch is None
+            draw.seed = mix_seeds(self.sampler.seed, epoch, rank + i * world_size, index)
             yield draw
 
     def set_epoch(self, epoch: int) -> None:
@@ -173,7 +178,8 @@ class SeededSampler(Sampler):
 class GuardedDataset(Dataset):
     """Seeds every sample as its index says, and knows an image that cannot be read from an error of the pipeline.
 
-    A JPEG or PNG file that lacks its end counts as unreadable, although some decoders would fill the rest with grey.
+    A JPEG or PNG file that lacks its end counts as unreadable, although some decoders would fill the rest with grey. Of
+    a sample made of several images only the first is looked after.
 
     Args:
         dataset: Gives the samples, or its config; the paths of sample i are in `dataset.get_data_info(i)`, where it has
@@ -200,11 +206,12 @@ class GuardedDataset(Dataset):
         return getattr(self.dataset, name)
 
     def __getitem__(self, index: int) -> Any:
-        if isinstance(index, _Draw):
-            seed_everything(index.seed)
-        index = int(index)
+        drawn, index = index, int(index)
+        if isinstance(drawn, _Draw):
+            seed_everything(drawn.seed)
         for _ in range(10):
-            problem = next(filter(None, map(_truncated, self.paths(index))), None)
+            paths = () if getattr(self.dataset, 'strict_decoder', False) else self.paths(index)
+            problem = next(filter(None, map(_truncated, paths)), None)
             if problem is None:
                 try:
                     return self.dataset[index]
@@ -213,7 +220,8 @@ class GuardedDataset(Dataset):
                     if problem is None:
                         raise
             if not self.skip:
-                raise RunError(f'{problem}; unreadable=skip in the config replaces such images in training.')
+                hint = '; unreadable=skip in the config replaces such images' if isinstance(drawn, _Draw) else ''
+                raise RunError(f'{problem}{hint}.')
             self.unreadable[index] = True
             index = random.randrange(len(self))
         raise RunError(f'ten images in a row cannot be read, the last: {problem}.')

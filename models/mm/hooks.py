@@ -9,7 +9,8 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Dict, Optional
 
-from mmengine.dist import all_reduce, get_rank, master_only
+import torch
+from mmengine.dist import all_reduce, get_rank, is_main_process, master_only
 from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -20,14 +21,16 @@ from torch import Tensor
 
 from ...version import __version__
 from .classification import ImageClassifier
-from .utils import RunError, mix_seeds, replacing, seed_everything, unwrap
+from .utils import RunError, check_finite, mix_seeds, replacing, seed_everything, share_buffers, unwrap
 
 __all__ = [
     'FiniteLossHook',
     'MESAHook',
+    'PendingGradientsHook',
     'ProgressHook',
     'SafetensorsHook',
     'SeedHook',
+    'SharedBuffersHook',
     'UnreadableImagesHook',
     'console',
     'progress_bar',
@@ -66,12 +69,32 @@ class FiniteLossHook(Hook):
         loss = outputs['loss'].detach().clone()
         all_reduce(loss, 'mean')
         if not loss.isfinite():
-            raise RunError(f'the loss is {loss.item()} at iteration {runner.iter + 1}; {last_checkpoint(runner)}.')
+            raise RunError(f'the loss is {loss.item()} at iteration {runner.iter + 1}; {runner.last_checkpoint()}.')
 
 
-def last_checkpoint(runner: Runner) -> str:
-    last = runner.message_hub.runtime_info.get('last_ckpt')
-    return f'last good checkpoint: {last}' if last else 'no checkpoint was written'
+@HOOKS.register_module()
+class SharedBuffersHook(Hook):
+    """Lets every process evaluate one network: batch norms take the average of all processes' statistics."""
+
+    priority = 'VERY_HIGH'
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        share_buffers(unwrap(runner.model))
+
+
+@HOOKS.register_module()
+class PendingGradientsHook(Hook):
+    """Keeps in a checkpoint the accumulated gradients that no step of the optimizer has used yet."""
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: Dict[str, Any]) -> None:
+        parameters = unwrap(runner.model).named_parameters()
+        checkpoint['gradients'] = {name: p.grad.cpu() for name, p in parameters if p.grad is not None}
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: Dict[str, Any]) -> None:
+        gradients = checkpoint.get('gradients', {})
+        for name, parameter in unwrap(runner.model).named_parameters():
+            if name in gradients:
+                parameter.grad = gradients[name].to(parameter.device)
 
 
 @HOOKS.register_module()
@@ -89,7 +112,7 @@ class UnreadableImagesHook(Hook):
         self.known = set()
 
     def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
-        if self.every_n_train_iters(runner, self.interval) or self.is_last_train_iter(runner):
+        if self.every_n_train_iters(runner, self.interval):
             self._report(runner)
 
     def after_train_epoch(self, runner: Runner) -> None:
@@ -97,7 +120,9 @@ class UnreadableImagesHook(Hook):
 
     def _report(self, runner: Runner) -> None:
         dataset = runner.train_dataloader.dataset
-        found = set(dataset.unreadable.nonzero().flatten().tolist())
+        unreadable = dataset.unreadable.to(torch.uint8)
+        all_reduce(unreadable, 'max')  # each process knows its own
+        found = set(unreadable.nonzero().flatten().tolist())
         for index in sorted(found - self.known):
             runner.logger.warning(f'Unreadable, replaced by another image: {" or ".join(dataset.paths(index))}')
         if found != self.known:
@@ -114,19 +139,22 @@ class MESAHook(Hook):
 
     Args:
         weight: Of this part of the loss.
-        begin: Share of the epochs after which it begins.
+        begin: Share of the training after which it begins.
     """
 
     def __init__(self, weight: float, begin: float = 0.25) -> None:
         self.weight = weight
         self.begin = begin
 
-    def before_train_epoch(self, runner: Runner) -> None:
-        if runner.epoch >= self.begin * runner.max_epochs:
-            average = averaged(runner)
-            if average is None:
-                raise ValueError('MESAHook needs an EMAHook in custom_hooks, got none.')
-            unwrap(runner.model).learn_from(average.model.eval(), self.weight)
+    def before_train(self, runner: Runner) -> None:
+        if averaged(runner) is None:
+            raise ValueError('MESAHook needs an EMAHook in custom_hooks, got none.')
+        self.begun = False
+
+    def before_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        if not self.begun and runner.iter >= self.begin * runner.max_iters:
+            unwrap(runner.model).learn_from(averaged(runner).model.eval(), self.weight)
+            self.begun = True
 
 
 def averaged(runner: Runner) -> Any:
@@ -145,20 +173,22 @@ class SafetensorsHook(Hook):
         interval: Epochs between two writes; the last epoch is always written.
     """
 
-    priority = 'VERY_LOW'
+    priority = 'LOW'  # before CheckpointHook: who resumes after the last epoch finds this file too
 
     def __init__(self, interval: int = 1) -> None:
         self.interval = interval
 
-    @master_only
     def after_train_epoch(self, runner: Runner) -> None:
         if not self.every_n_epochs(runner, self.interval) and not self.is_last_train_epoch(runner):
             return
         classifier = unwrap(runner.model)
-        network = (averaged(runner) or classifier).model
-        save_for_timm(
-            Path(runner.work_dir, 'checkpoint.safetensors'), classifier, network.state_dict(), runner.epoch + 1
-        )
+        source = averaged(runner) or classifier
+        share_buffers(source)
+        path = Path(runner.work_dir, 'checkpoint.safetensors')
+        check_finite(source, path)
+        if is_main_process():
+            save_for_timm(path, classifier, source.model.state_dict(), runner.epoch + 1)
+            runner.logger.info(f'Wrote {path}.')
 
 
 def save_for_timm(path: Path, classifier: ImageClassifier, state_dict: Dict[str, Tensor], epoch: int) -> None:
@@ -187,6 +217,7 @@ def progress_bar(console: Console) -> Progress:
         TextColumn('{task.fields[status]}'),
         TimeRemainingColumn(),
         console=console,
+        speed_estimate_period=3600,  # longer than an evaluation, during which nothing advances
         disable=not console.is_terminal,
     )
 
@@ -260,9 +291,10 @@ class ProgressHook(Hook):
 
     def _say(self, runner: Runner, done: int) -> None:
         if not console.is_terminal:
-            seconds = self.progress.tasks[self.task].time_remaining or 0
+            seconds = self.progress.tasks[self.task].time_remaining
+            left = f'{seconds:.0f}' if seconds is not None else '?'
             console.print(
-                f'iteration {done}/{runner.max_iters}  {self._status(runner)}  {seconds:.0f} s left',
+                f'iteration {done}/{runner.max_iters}  {self._status(runner)}  {left} s left',
                 highlight=False,
                 soft_wrap=True,
             )

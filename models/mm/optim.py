@@ -55,6 +55,8 @@ class TimmOptimWrapperConstructor:
         model = unwrap(model)
         groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=_no_weight_decay(model))
         if layer_decay is not None:
+            if 'lr' not in optimizer_cfg:
+                raise ValueError('TimmOptimWrapperConstructor: layer_decay needs optimizer.lr, got none.')
             # timm would leave it to its own schedulers to apply these scales; mmengine's do not know them.
             scales = _layer_scales(model, layer_decay)
             groups = [

@@ -12,7 +12,7 @@ from typing import Any, Dict, Optional, Tuple, Union
 
 import torch
 from mmengine.device import get_device
-from mmengine.dist import is_distributed, is_main_process
+from mmengine.dist import all_reduce_params, broadcast_object_list, is_distributed, is_main_process
 from mmengine.hooks import EMAHook
 from mmengine.logging import MMLogger
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper, revert_sync_batchnorm
@@ -25,14 +25,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..checkpoints import misfits, read_checkpoint
 from .classification import ImageClassifier, load_weights
-from .hooks import console
-from .saved import read_run
-from .utils import RunError, replacing, unwrap
+from .hooks import averaged, console
+from .saved import numbered_checkpoints, read_run
+from .utils import RunError, check_finite, replacing, share_buffers, unwrap
 
 __all__ = ['TimmRunner']
 
 
-_OWN_WARNINGS = re.compile('FileClient|HardDiskBackend|Advance dataloader|The prefix is not set')
+_OWN_WARNINGS = re.compile('FileClient|HardDiskBackend|Advance dataloader|The prefix is not|Resumed iteration number')
 
 
 @RUNNERS.register_module()
@@ -44,13 +44,15 @@ class TimmRunner(Runner):
     are read with `weights_only`. Of data, disk and loss it says what is wrong in a sentence (RunError).
 
     Further keys of the config:
-        device: Where to compute, mmengine's choice unless given.
+        device: 'cpu' where mmengine would take a GPU.
         num_threads: Of the CPU, PyTorch's choice unless given.
         unreadable: 'stop' (the default) or 'skip', what a training does at an image that cannot be read.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._resumed: Optional[Tuple[Path, Dict[str, Any]]] = None
+        self._resumed: Optional[Tuple[Path, Dict[str, Any]]] = None  # until it is loaded
+        self._resumed_iterations = 0
+        self._last_checkpoint: Optional[Path] = None
         super().__init__(*args, **kwargs)
         if self.cfg.get('unreadable', 'stop') not in ('stop', 'skip'):
             raise ValueError(f"unreadable must be 'stop' or 'skip', got {self.cfg.unreadable!r}.")
@@ -58,20 +60,28 @@ class TimmRunner(Runner):
     # ---- surroundings ------------------------------------------------------------------------------------------------
 
     def setup_env(self, env_cfg: Dict[str, Any]) -> None:
-        if self.distributed and not is_distributed() and not torch.cuda.is_available():
+        if self.cfg.get('device', get_device()) not in ('cpu', get_device()):
+            raise ValueError(
+                f"device must be 'cpu' or what this machine has, {get_device()!r}, got {self.cfg.device!r}."
+            )
+        if self.distributed and not is_distributed() and self.device == 'cpu':
             if self.launcher != 'pytorch':
-                raise RunError(f"without a GPU, launcher must be 'pytorch' (torchrun), got {self.launcher!r}.")
+                raise RunError(f"on a CPU, launcher must be 'pytorch' (torchrun), got {self.launcher!r}.")
             torch.distributed.init_process_group('gloo')  # mmengine would look for GPUs
         super().setup_env(env_cfg)
         if 'num_threads' in self.cfg:
             torch.set_num_threads(self.cfg.num_threads)
+
+    @property
+    def device(self) -> str:
+        return self.cfg.get('device', get_device())
 
     def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
         """The log file gets everything; the console, which shows the progress, warnings only."""
         logger = super().build_logger(*args, **kwargs)
         level = max(logger.handlers[0].level, logging.WARNING)
         logger.handlers[0] = RichHandler(level, console, show_path=False)
-        # mmengine warns of its own old names, of data that it skips, of names of metrics: all as they should be.
+        # mmengine warns of its own old names, of data it skips, of gradients it would lose: all as they should be.
         logger.handlers[0].addFilter(lambda record: not _OWN_WARNINGS.search(record.getMessage()))
         return logger
 
@@ -86,8 +96,13 @@ class TimmRunner(Runner):
 
     def register_default_hooks(self, hooks: Optional[Dict[str, Any]] = None) -> None:
         ours = dict(
-            seed=dict(type='SeedHook'), finite_loss=dict(type='FiniteLossHook'), progress=dict(type='ProgressHook')
+            seed=dict(type='SeedHook'),
+            finite_loss=dict(type='FiniteLossHook'),
+            pending_gradients=dict(type='PendingGradientsHook'),
+            progress=dict(type='ProgressHook'),
         )
+        if self.distributed:
+            ours['shared_buffers'] = dict(type='SharedBuffersHook')
         if self.cfg.get('unreadable') == 'skip':
             ours['unreadable'] = dict(type='UnreadableImagesHook')
         hooks = {**ours, **(hooks or {})}
@@ -101,12 +116,13 @@ class TimmRunner(Runner):
     # ---- model and data ----------------------------------------------------------------------------------------------
 
     def wrap_model(self, model_wrapper_cfg: Optional[Dict[str, Any]], model: nn.Module) -> nn.Module:
-        device = torch.device(self.cfg.get('device', get_device()))
-        if is_model_wrapper(model) or device.type != 'cpu':
+        if self.device != 'cpu' or is_model_wrapper(model):
             return super().wrap_model(model_wrapper_cfg, model)
-        model = revert_sync_batchnorm(model.to(device))  # which GPUs alone have
-        if not self.distributed or model_wrapper_cfg is not None:
-            return model if not self.distributed else super().wrap_model(model_wrapper_cfg, model)
+        model = revert_sync_batchnorm(model.to('cpu'))  # which GPUs alone have
+        if not self.distributed:
+            return model
+        if model_wrapper_cfg is not None:
+            return super().wrap_model(model_wrapper_cfg, model)
         find_unused = self.cfg.get('find_unused_parameters', False)
         return MMDistributedDataParallel(module=model, broadcast_buffers=False, find_unused_parameters=find_unused)
 
@@ -143,12 +159,15 @@ class TimmRunner(Runner):
             loader = Runner.build_dataloader(cfg, seed, diff_rank_seed)
         except FileNotFoundError as error:
             raise RunError(f'the data are not complete: {error}') from error
-        self._check_classes(loader.dataset)
+        self._check_data(loader.dataset)
         return loader
 
-    def _check_classes(self, dataset: Dataset) -> None:
+    def _check_data(self, dataset: Dataset) -> None:
         if not len(dataset):
-            raise RunError(f'the data must hold images, got none: {self.cfg.get("data_root", dataset)}.')
+            raise RunError('the data must hold images, got none.')
+        for path in dataset.paths(0):  # of them all are too many to look for
+            if '://' not in path and not Path(path).is_file():
+                raise RunError(f'the data are not complete: {path} does not exist.')
         model = unwrap(self.model)
         classes = (getattr(dataset, 'metainfo', None) or {}).get('classes')
         if isinstance(model, ImageClassifier) and classes and len(classes) != model.model.num_classes:
@@ -164,10 +183,6 @@ class TimmRunner(Runner):
             nothing = itertools.repeat(None, self._resumed_iterations)
             loop.dataloader_iterator = itertools.chain(nothing, loop.dataloader_iterator)
         return loop
-
-    @property
-    def _resumed_iterations(self) -> int:
-        return 0 if self._resumed is None else self._resumed[1]['meta']['iter']
 
     def _skips_iterations(self, dataloader: Union[DataLoader, Dict[str, Any]]) -> bool:
         """Whether the sampler's position follows from the number of iterations."""
@@ -188,24 +203,40 @@ class TimmRunner(Runner):
         if self._resume:
             self._resumed = self._find_run()
         if self._resumed is not None:  # before the data are built, whose order it decides
-            seed = self._resumed[1]['meta']['seed']
-            if self._randomness_cfg.get('seed') not in (None, seed):
-                self.logger.warning(f'The run goes on with its seed {seed}, not with {self._randomness_cfg["seed"]}.')
-            self._randomness_cfg = dict(self._randomness_cfg, seed=seed)
+            meta = self._resumed[1]['meta']
+            self._resumed_iterations = meta['iter']
+            if self._randomness_cfg.get('seed') not in (None, meta['seed']):
+                self.logger.warning(
+                    f'The run goes on with its seed {meta["seed"]}, not with {self._randomness_cfg["seed"]}.'
+                )
+            self._randomness_cfg = dict(self._randomness_cfg, seed=meta['seed'])
             self.set_randomness(**self._randomness_cfg)
         self._check_disk()
-        return super().train()
+        model = super().train()
+        if self._resumed_iterations >= self.max_iters and self._val_loop is not None:
+            self.val_loop.run()  # which the run may have missed
+        return model
+
+    def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
+        """Averages follow the steps of the optimizer, not the batches whose gradients are accumulated."""
+        optim_wrapper = super().build_optim_wrapper(optim_wrapper)
+        for hook in self.hooks:
+            if isinstance(hook, EMAHook):
+                hook.ema_cfg.setdefault('interval', getattr(optim_wrapper, '_accumulative_counts', 1))
+        return optim_wrapper
 
     def _check_disk(self) -> None:
-        if not is_main_process():
-            return
         weights = sum(value.numel() * value.element_size() for value in unwrap(self.model).state_dict().values())
         copies = 3 + any(isinstance(hook, EMAHook) for hook in self.hooks)  # with the two moments of Adam's kind
-        need, free = 2 * copies * weights, shutil.disk_usage(self.work_dir).free  # a new checkpoint beside the old one
-        if free < need:
+        need, free = (
+            2 * copies * weights,
+            [shutil.disk_usage(self.work_dir).free],
+        )  # a new checkpoint beside the old one
+        broadcast_object_list(free)  # the first process writes, and all stop
+        if free[0] < need:
             raise RunError(
-                f'{self.work_dir} must have room for two checkpoints, about {need / 1e9:.2f} GB, got {free / 1e9:.2f} '
-                'GB: --work-dir names another.'
+                f'{self.work_dir} must have room for two checkpoints, about {need / 1e9:.2f} GB, got '
+                f'{free[0] / 1e9:.2f} GB: --work-dir names another.'
             )
 
     def _find_run(self) -> Optional[Tuple[Path, Dict[str, Any]]]:
@@ -215,8 +246,7 @@ class TimmRunner(Runner):
                 return Path(self._load_from), read_run(self._load_from)
             except (FileNotFoundError, ValueError) as error:
                 raise RunError(str(error)) from error
-        numbered = [(re.fullmatch(r'(epoch|iter)_(\d+)\.pth', p.name), p) for p in Path(self.work_dir).iterdir()]
-        paths = [path for _, path in sorted((int(match[2]), path) for match, path in numbered if match)]
+        paths = numbered_checkpoints(self.work_dir)
         for path in reversed(paths):
             try:
                 return path, read_run(path)
@@ -240,11 +270,28 @@ class TimmRunner(Runner):
             return
         try:
             if self._resumed is not None:
+                self._last_checkpoint = self._resumed[0]
+                self._compare_schedules(self._resumed[1].get('param_schedulers'))
                 self.resume(str(self._resumed[0]))
+                self._resumed = None  # and its memory is free
             elif self._load_from is not None and not self._resume:
                 self.load_checkpoint(self._load_from)
         except (FileNotFoundError, ValueError) as error:
             raise RunError(str(error)) from error
+
+    def _compare_schedules(self, saved: Any) -> None:
+        for scheduler, state in zip(self.param_schedulers or (), saved or (), strict=False):
+            for key in ('begin', 'end', 'total_iters', 'T_max'):
+                if key in state and state[key] != getattr(scheduler, key, state[key]):
+                    self.logger.warning(
+                        f'{type(scheduler).__name__} goes on as it was saved, with {key} {state[key]}, not with '
+                        f'{getattr(scheduler, key)}.'
+                    )
+
+    def last_checkpoint(self) -> str:
+        if self._last_checkpoint is None:
+            return 'no checkpoint was written'
+        return f'last good checkpoint: {self._last_checkpoint}'
 
     def load_checkpoint(self, filename: Union[str, Path], *args: Any, **kwargs: Any) -> Dict[str, Any]:
         """Load weights that fit exactly, of whatever file `read_checkpoint` reads; in a resumption, everything.
@@ -278,13 +325,18 @@ class TimmRunner(Runner):
         Raises:
             RunError: A weight is not finite, or the file cannot be written; the checkpoints before it stay.
         """
-        if not is_main_process():
-            return
-        for name, value in unwrap(self.model).state_dict().items():
-            if value.is_floating_point() and not value.isfinite().all():  # of a gradient that was not, at a finite loss
-                raise RunError(f'{name} is not finite after iteration {self.iter + 1}: {filename} is not written.')
-        with replacing(Path(out_dir, filename)) as temporary:
-            super().save_checkpoint(out_dir, temporary.name, *args, **kwargs)
+        path, model = Path(out_dir, filename), unwrap(self.model)
+        # The first process writes what all have: statistics and gradients that each has of its own are averaged first.
+        share_buffers(*filter(None, (model, averaged(self))))
+        all_reduce_params([p.grad for p in model.parameters() if p.grad is not None], op='mean')
+        try:
+            check_finite(model, path)
+        except RunError as error:
+            raise RunError(f'{error}; {self.last_checkpoint()}.') from None
+        if is_main_process():
+            with replacing(path) as temporary:
+                super().save_checkpoint(out_dir, temporary.name, *args, **kwargs)
+        self._last_checkpoint = path
 
 
 def _load_exactly(model: nn.Module, path: Union[str, Path]) -> None:

@@ -2,14 +2,15 @@
 """Training checkpoints, read without running what they may hold."""
 
 import pickle
+import re
 from pathlib import Path
-from typing import Any, Dict, Union
+from typing import Any, Dict, List, Union
 
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 
-__all__ = ['allow_histories', 'read_run']
+__all__ = ['allow_histories', 'numbered_checkpoints', 'read_run']
 
 
 def _history_method(owner: Any, name: str) -> Any:
@@ -45,9 +46,16 @@ def read_run(path: Union[str, Path]) -> Dict[str, Any]:
     try:
         run = torch.load(path, map_location='cpu', weights_only=True)
         missing = [key for key in ('meta', 'state_dict', 'message_hub', 'optimizer') if key not in run]
+        missing += [f'meta.{key}' for key in ('epoch', 'iter', 'seed') if key not in run.get('meta', ())]
     except Exception as error:  # of many kinds, by where a file is damaged
         raise ValueError(f'checkpoint {path} cannot be read: {str(error).splitlines()[0]}') from error
     if missing:
         raise ValueError(f'checkpoint {path} must be one of a training, with {", ".join(missing)}.')
     run['meta'].pop('config', None)  # older Runners noted Python here, and mmengine would run it
     return run
+
+
+def numbered_checkpoints(work_dir: Union[str, Path]) -> List[Path]:
+    """epoch_N.pth or iter_N.pth of a work dir, by N."""
+    found = [(re.fullmatch(r'(epoch|iter)_(\d+)\.pth', path.name), path) for path in Path(work_dir).glob('*.pth')]
+    return [path for _, path in sorted((int(match[2]), path) for match, path in found if match)]

@@ -10,10 +10,21 @@ from typing import Any, Dict, Iterator, Optional
 
 import numpy as np
 import torch
+from mmengine.dist import all_reduce_params
 from mmengine.model import BaseTTAModel, is_model_wrapper
+from safetensors import SafetensorError
 from torch import nn
 
-__all__ = ['RunError', 'check_init', 'mix_seeds', 'replacing', 'seed_everything', 'unwrap']
+__all__ = [
+    'RunError',
+    'check_finite',
+    'check_init',
+    'mix_seeds',
+    'replacing',
+    'seed_everything',
+    'share_buffers',
+    'unwrap',
+]
 
 
 class RunError(RuntimeError):
@@ -72,6 +83,23 @@ def replacing(path: Path) -> Iterator[Path]:
         os.umask(umask := os.umask(0))
         os.chmod(temporary, 0o666 & ~umask)  # safetensors writes for the owner alone
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # by who writes
         temporary.unlink(missing_ok=True)
         raise RunError(f'{path} cannot be written: {error}') from error
+
+
+def check_finite(model: nn.Module, path: Path) -> None:
+    """Refuse to write parameters that are not finite, as a gradient makes them that is not, at a loss that still is.
+
+    Raises:
+        RunError: With the first of them.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise RunError(f'{name} is not finite: {path} is not written')
+
+
+def share_buffers(*models: nn.Module) -> None:
+    """Average the statistics of batch norms over all processes, so that each has what the first will save."""
+    for model in models:
+        all_reduce_params([buffer for buffer in model.buffers() if buffer.is_floating_point()], op='mean')
