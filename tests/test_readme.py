@@ -56,5 +56,5 @@ def test_a_command_is_one_that_exists(command):
     start = next(i for i, word in enumerate(words) if word == 'vssm' or word.startswith('vssm.tools'))
     words[start] = words[start].removeprefix('vssm.tools.')
     args = make_parser().parse_args(words[start + (words[start] == 'vssm') :])
-    if hasattr(args, 'config') and not args.config.startswith('$'):
+    if getattr(args, 'config', None) and not args.config.startswith('$'):
         find_config(args.config)

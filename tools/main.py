@@ -9,7 +9,7 @@ from typing import Optional, Sequence
 from ..version import __version__
 from ._common import UsageError
 
-COMMANDS = ('demo', 'train', 'test', 'info', 'convert', 'download', 'configs', 'env')
+COMMANDS = ('demo', 'train', 'test', 'info', 'report', 'convert', 'download', 'configs', 'erf', 'cam', 'env')
 
 # Packages that come with an extra.
 EXTRAS = {
@@ -19,6 +19,7 @@ EXTRAS = {
     'mmseg': 'mmlab',
     'sklearn': 'demo',
     'matplotlib': 'demo',
+    'pytorch_grad_cam': 'plot',
     'gdown': 'hub',
     'huggingface_hub': 'hub',
 }
