@@ -101,8 +101,7 @@ def read_config(args: argparse.Namespace) -> 'Config':
                 raise UsageError(f'--cfg-options values in brackets must be Python literals, got {option!r}.') from None
             options[key] = value
 
-    about = 'pkg_resources is deprecated|.* be deprecated|Default ``avg_non_ignore``|The draw is False'
-    warnings.filterwarnings('ignore', about, UserWarning)  # the packages' own affairs
+    quieten_packages()
     import mmengine.runner  # first: where a config imports it in vain, mmengine hides the reason  # noqa: F401
     from mmengine.config import Config
 
@@ -124,6 +123,12 @@ def read_config(args: argparse.Namespace) -> 'Config':
     cfg.work_dir = str(args.work_dir or Path('work_dirs', path.stem if args.config.endswith('.py') else args.config))
     cfg.launcher = args.launcher
     return cfg
+
+
+def quieten_packages() -> None:
+    """Pass over what mmengine, mmdet and mmseg warn of that is their own affair."""
+    about = 'pkg_resources is deprecated|.* be deprecated|Default ``avg_non_ignore``|The draw is False'
+    warnings.filterwarnings('ignore', about, UserWarning)
 
 
 def _move_data(cfg: 'Config', root: str) -> None:

@@ -9,7 +9,7 @@ from typing import Optional, Sequence
 from ..version import __version__
 from ._common import UsageError
 
-COMMANDS = ('demo', 'train', 'test', 'info', 'report', 'convert', 'download', 'configs', 'erf', 'cam', 'env')
+COMMANDS = ('demo', 'train', 'test', 'info', 'report', 'convert', 'download', 'configs', 'erf', 'cam', 'zoo', 'env')
 
 # Packages that come with an extra.
 EXTRAS = {

@@ -228,10 +228,8 @@ class TimmRunner(Runner):
     def _check_disk(self) -> None:
         weights = sum(value.numel() * value.element_size() for value in unwrap(self.model).state_dict().values())
         copies = 3 + any(isinstance(hook, EMAHook) for hook in self.hooks)  # with the two moments of Adam's kind
-        need, free = (
-            2 * copies * weights,
-            [shutil.disk_usage(self.work_dir).free],
-        )  # a new checkpoint beside the old one
+        need = 2 * copies * weights  # a new checkpoint beside the old one
+        free = [shutil.disk_usage(self.work_dir).free]
         broadcast_object_list(free)  # the first process writes, and all stop
         if free[0] < need:
             raise RunError(

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write the tables of MODEL_ZOO.md: cost, published accuracy, weights, configs, measured speed.
+
+The tables stand between markers, and the rest of the page stays as it is. Costs are counted anew, in a minute;
+accuracies and links are those of the papers and their repositories; speeds those in benchmarks/results/.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
+
+from ._common import UsageError, console, find_config
+from .info import count_macs, scan_of
+from .published import ADE20K_MIOU, COCO_1X_AP, COCO_3X_AP, DENSE_WEIGHTS, IMAGENET_TOP1, SOURCES
+
+EXAMPLE = 'vssm zoo --check'
+
+SIZES = ('tiny', 'small', 'base')
+MODELS = [f'{family}_{size}' for family in SOURCES for size in SIZES]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        'file', metavar='FILE', nargs='?', type=Path, default=Path('MODEL_ZOO.md'), help='default: MODEL_ZOO.md'
+    )
+    parser.add_argument(
+        '--results',
+        metavar='DIR',
+        type=Path,
+        help='of the benchmarks (default: benchmarks/results beside FILE)',
+    )
+    parser.add_argument('--check', action='store_true', help='write nothing; exit with 1 where the page is stale')
+
+
+def run(args: argparse.Namespace) -> int:
+    if not args.file.is_file():
+        raise UsageError(f'FILE must be a page with the markers of the tables, got {args.file}, which does not exist.')
+    results = args.results or args.file.parent / 'benchmarks' / 'results'
+    text = args.file.read_text()
+    page = text
+    for name, table in tables(results):
+        page = replace(page, name, table, args.file)
+    if page == text:
+        console.print(f'{args.file} is up to date.', soft_wrap=True)
+    elif args.check:
+        console.print(f'{args.file} is stale: run `vssm zoo`.', soft_wrap=True)
+        return 1
+    else:
+        temporary = args.file.with_name(f'{args.file.name}.tmp')
+        temporary.write_text(page)
+        os.replace(temporary, args.file)
+        console.print(f'Wrote {args.file}.', soft_wrap=True)
+    return 0
+
+
+def replace(page: str, name: str, table: str, file: Path) -> str:
+    """Put a table between its markers, `<!-- NAME -->` and `<!-- /NAME -->`."""
+    first, last = f'<!-- {name} -->\n', f'<!-- /{name} -->'
+    if page.count(first) != 1 or page.count(last) != 1 or page.index(first) > page.index(last):
+        raise UsageError(f'{file} must have the line {first.strip()} once, and after it {last}, got neither or others.')
+    return page[: page.index(first) + len(first)] + table + page[page.index(last) :]
+
+
+def tables(results: Path) -> Iterator[Tuple[str, str]]:
+    """The name and the text of each."""
+    yield 'imagenet', imagenet(results)
+    yield 'ade20k', dense('ade20k/upernet_{}_4xb4-160k_ade20k-512x512', ADE20K_MIOU, (512, 2048))
+    yield 'coco-1x', dense('coco/mask-rcnn_{}_fpn_8xb2-1x_coco', COCO_1X_AP, (800, 1280))
+    yield 'coco-3x', dense('coco/mask-rcnn_{}_fpn_8xb2-ms-3x_coco', COCO_3X_AP, (800, 1280))
+
+
+def imagenet(results: Path) -> str:
+    import timm
+
+    speeds, conditions = read_speeds(results)
+    rows = []
+    for name in MODELS:
+        cfg = timm.get_pretrained_cfg(name)
+        rows.append(
+            [
+                f'`{name}`',
+                *cost(name),
+                str(IMAGENET_TOP1.get(name, '-')),
+                source(name, IMAGENET_TOP1),
+                link('published', cfg.url or cfg.origin_url),
+                config_link(f'imagenet/{name}_8xb128-300e_in1k'),
+                speeds.get(name, '-'),
+            ]
+        )
+    header = ['model', 'scan', 'parameters', 'GMACs', 'top-1', 'source', 'weights', 'config', 'images/s']
+    return f'{table(header, rows)}\nimages/s: {conditions}\n'
+
+
+def cost(name: str) -> Tuple[str, str, str]:
+    """Scan, parameters and multiply-accumulates of a classifier, on the meta device."""
+    import timm
+    import torch
+
+    model = timm.create_model(name, device='meta').eval()
+    macs = count_macs(model, torch.empty(1, 3, 224, 224, device='meta'))
+    return scan_of(model), millions(model), f'{macs / 1e9:.2f}'
+
+
+def read_speeds(results: Path) -> Tuple[Dict[str, str], str]:
+    """Of inference, by model; and what it was measured on."""
+    file = results / 'model_cpu.json'
+    if not file.is_file():
+        return {}, 'not measured.'
+    content = json.loads(file.read_text())
+    c = content['conditions']
+    speeds = {row['name']: f'{row["images_per_s"]:.1f}' for row in content['rows']}
+    peers = ', '.join(f'`{name}` {speed}' for name, speed in speeds.items() if name not in MODELS)
+    return speeds, (
+        f'inference in float32, batch 8, {c["threads"]} threads of an {c["cpu"]} ({c["kernel"]}), PyTorch '
+        f'{c["torch"].partition("+")[0]}; in the same process {peers} (`{content["command"]}`). Not measured on a GPU.'
+    )
+
+
+def dense(pattern: str, accuracies: Dict[str, Tuple[float, float]], shape: Tuple[int, int]) -> str:
+    """Of segmentors or detectors; the cost at the size at which the papers count it."""
+    rows = []
+    for name in MODELS:
+        config = pattern.format(name)
+        params, macs = dense_cost(config, shape)
+        accuracy = accuracies.get(name, ('-', '-'))
+        weights = link('published', DENSE_WEIGHTS.get(config))
+        rows.append(
+            [f'`{name}`', params, macs, *map(str, accuracy), source(name, accuracies), weights, config_link(config)]
+        )
+    ends = ['mIoU', 'mIoU, several scales'] if accuracies is ADE20K_MIOU else ['box AP', 'mask AP']
+    cost = f'GMACs at {shape[0]}x{shape[1]}'
+    return table(['backbone', 'parameters', cost, *ends, 'source', 'weights', 'config'], rows)
+
+
+def dense_cost(config: str, shape: Tuple[int, int]) -> Tuple[str, str]:
+    """Parameters and multiply-accumulates of a whole segmentor or detector, on the meta device."""
+    import torch
+    from mmengine.config import Config
+    from mmengine.registry import MODELS, init_default_scope
+
+    from ..models import mm  # noqa: F401  # first: it stands in for mmcv's operators
+    from ._count import multiply_adds
+
+    cfg = Config.fromfile(find_config(config))
+    init_default_scope(cfg.default_scope)
+    with torch.device('meta'):
+        model = MODELS.build(cfg.model).eval()
+    return millions(model), f'{multiply_adds(model, shape) / 1e9:.0f}'
+
+
+def millions(model: Any) -> str:
+    return f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M'
+
+
+def source(name: str, accuracies: Dict[str, Any]) -> str:
+    return SOURCES[name.rpartition('_')[0]] if name in accuracies else '-'
+
+
+def link(text: str, url: Any) -> str:
+    return f'[{text}]({url})' if url else 'none published'
+
+
+def config_link(name: str) -> str:
+    find_config(name)
+    return f'[config](configs/{name}.py)'
+
+
+def table(header: Sequence[str], rows: List[Sequence[str]]) -> str:
+    lines = [header, ['---'] * len(header), *rows]
+    return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+
+
+if __name__ == '__main__':
+    from .main import main
+
+    sys.exit(main(['zoo', *sys.argv[1:]]))
