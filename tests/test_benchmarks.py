@@ -23,8 +23,10 @@ BENCHMARKS = Path(__file__).parent.parent / 'benchmarks'
             2,
             'images_per_s',
         ),
+        ('memory.py', ['test_vmamba', '--sizes', '64', '96'], 2, 'train_mb'),
+        ('report_check.py', ['test_vmamba', '--batch-size', '1', '--steps', '2'], 1, 'report_images_per_s'),
     ],
-    ids=['op', 'fusion', 'model', 'model-train'],
+    ids=['op', 'fusion', 'model', 'model-train', 'memory', 'report'],
 )
 def test_script_writes_its_figures(script, options, rows, key, tmp_path):
     file = tmp_path / 'figures.json'

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Peak memory of inference and of a training step against the image's size, beside the weights.
+
+    python benchmarks/memory.py --json benchmarks/results/memory_cpu.json
+
+Each figure comes from a process of its own: on the CPU the growth of its resident size, on a GPU that of what PyTorch's
+allocator holds.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+from timing import conditions, write_json
+from vssm.tools._measure import peak_growth
+
+import vssm  # noqa: F401  registers the models
+
+MODELS = ('swin_tiny_patch4_window7_224', 'vmamba_tiny', 'vmamba2d_tiny', 'spatial_mamba_tiny')
+
+
+def measure(name: str, size: int, batch_size: int, train: bool, device: str) -> float:
+    """MB, in 10^6 bytes, that one step needs besides weights and images; with the gradients in training."""
+    fixed = timm.get_pretrained_cfg(name).fixed_input_size
+    model = timm.create_model(name, **(dict(img_size=size) if fixed else {})).train(train).to(device)
+    images = torch.randn(batch_size, 3, size, size, device=device)
+
+    def step() -> None:
+        with torch.set_grad_enabled(train):
+            y = model(images)
+            if train:
+                y.square().mean().backward()
+                model.zero_grad()
+
+    step()
+    return peak_growth(step, torch.device(device)) / 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('models', nargs='*', default=MODELS, help='timm names')
+    parser.add_argument('--sizes', type=int, nargs='+', default=[224, 384, 512, 768])
+    parser.add_argument('--batch-size', type=int, default=1)
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--rounds', type=int, default=3, help='processes; their median counts')
+    parser.add_argument('--json', type=Path)
+    parser.add_argument('--one', nargs=2, metavar=('NAME', 'STEP'), help=argparse.SUPPRESS)  # what such a process does
+    args = parser.parse_args()
+    if args.one:
+        name, step = args.one
+        print(measure(name, args.sizes[0], args.batch_size, step == 'train', args.device))
+        return
+
+    rows = []
+    for size in args.sizes:
+        for name in args.models:
+            row = dict(name=name, size=size)
+            for step in ('inference', 'train'):
+                options = [
+                    '--sizes',
+                    size,
+                    '--batch-size',
+                    args.batch_size,
+                    '--device',
+                    args.device,
+                    '--one',
+                    name,
+                    step,
+                ]
+                command = [sys.executable, __file__, *map(str, options)]
+                found = [float(subprocess.check_output(command, text=True)) for _ in range(args.rounds)]
+                row[f'{step}_mb'] = sorted(found)[len(found) // 2]
+            rows.append(row)
+    table = Table(title=f'MB of a step, batch {args.batch_size}, float32, {args.device}', caption=str(conditions()))
+    for heading in ('size', 'model', 'inference', 'training'):
+        table.add_column(heading, justify='left' if heading == 'model' else 'right')
+    for row in rows:
+        table.add_row(str(row['size']), row['name'], f'{row["inference_mb"]:.0f}', f'{row["train_mb"]:.0f}')
+    Console().print(table)
+    if args.json:
+        write_json(args.json, f'python benchmarks/memory.py --batch-size {args.batch_size}', rows)
+
+
+if __name__ == '__main__':
+    main()
