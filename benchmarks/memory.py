@@ -16,8 +16,8 @@ import timm
 import torch
 from rich.console import Console
 from rich.table import Table
-from timing import conditions, write_json
-from vssm.tools._measure import peak_growth
+from timing import write_json
+from vssm.tools._measure import NO_PEAK, conditions, peak_growth
 
 import vssm  # noqa: F401  registers the models
 
@@ -38,7 +38,10 @@ def measure(name: str, size: int, batch_size: int, train: bool, device: str) -> 
                 model.zero_grad()
 
     step()
-    return peak_growth(step, torch.device(device)) / 1e6
+    growth = peak_growth(step, torch.device(device))
+    if growth is None:
+        raise SystemExit(NO_PEAK)
+    return growth / 1e6
 
 
 def main() -> None:
@@ -46,7 +49,7 @@ def main() -> None:
     parser.add_argument('models', nargs='*', default=MODELS, help='timm names')
     parser.add_argument('--sizes', type=int, nargs='+', default=[224, 384, 512, 768])
     parser.add_argument('--batch-size', type=int, default=1)
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--device', default='cpu')
     parser.add_argument('--rounds', type=int, default=3, help='processes; their median counts')
     parser.add_argument('--json', type=Path)
     parser.add_argument('--one', nargs=2, metavar=('NAME', 'STEP'), help=argparse.SUPPRESS)  # what such a process does
@@ -76,14 +79,15 @@ def main() -> None:
                 found = [float(subprocess.check_output(command, text=True)) for _ in range(args.rounds)]
                 row[f'{step}_mb'] = sorted(found)[len(found) // 2]
             rows.append(row)
-    table = Table(title=f'MB of a step, batch {args.batch_size}, float32, {args.device}', caption=str(conditions()))
+    machine = conditions(torch.device(args.device))
+    table = Table(title=f'MB of a step, batch {args.batch_size}, float32, {args.device}', caption=str(machine))
     for heading in ('size', 'model', 'inference', 'training'):
         table.add_column(heading, justify='left' if heading == 'model' else 'right')
     for row in rows:
         table.add_row(str(row['size']), row['name'], f'{row["inference_mb"]:.0f}', f'{row["train_mb"]:.0f}')
     Console().print(table)
     if args.json:
-        write_json(args.json, f'python benchmarks/memory.py --batch-size {args.batch_size}', rows)
+        write_json(args.json, f'python benchmarks/memory.py {" ".join(sys.argv[1:])}', rows, machine)
 
 
 if __name__ == '__main__':

@@ -97,7 +97,7 @@ def main() -> None:
         )
     Console().print(table)
     if args.json:
-        write_json(args.json, 'python benchmarks/report_check.py', rows)
+        write_json(args.json, f'python benchmarks/report_check.py --batch-size {args.batch_size}', rows)
 
 
 if __name__ == '__main__':

@@ -7,7 +7,7 @@ import platform
 import statistics
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, Optional
 
 import timm
 import torch
@@ -52,8 +52,9 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def write_json(path: Path, script: str, rows: Any) -> None:
+def write_json(path: Path, script: str, rows: Any, taken_under: Optional[Dict[str, Any]] = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix('.tmp')
-    temporary.write_text(json.dumps(dict(command=script, conditions=conditions(), rows=rows), indent=2) + '\n')
+    content = dict(command=script, conditions=taken_under or conditions(), rows=rows)
+    temporary.write_text(json.dumps(content, indent=2) + '\n')
     temporary.replace(path)

@@ -80,8 +80,7 @@ def test_wheel_holds_every_file(wheel):
     assert '-cp311-abi3-' in wheel.name
     expected = {'vssm/py.typed', 'vssm/ops/_C.abi3.so'}
     for package, folder in PACKAGES.items():
-        pattern = '*.py' if package != 'vssm/configs' else '**/*.py'
-        expected |= {f'{package}/{p.relative_to(ROOT / folder)}' for p in (ROOT / folder).glob(pattern)}
+        expected |= {f'{package}/{p.relative_to(ROOT / folder)}' for p in (ROOT / folder).glob('**/*.py')}
     names = {n for n in zipfile.ZipFile(wheel).namelist() if '.dist-info/' not in n}
     assert names == expected
 

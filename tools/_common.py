@@ -4,6 +4,7 @@
 import argparse
 import ast
 import difflib
+import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, List, Sequence
@@ -53,6 +54,44 @@ def find_config(name: str) -> Path:
 def did_you_mean(name: str, names: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1)
     return f' Did you mean {close[0]!r}?' if close else ''
+
+
+def find_timm_model(name: str) -> str:
+    """Any model of timm by its name, ours among them, with or without a tag.
+
+    Raises:
+        UsageError: There is no such model or tag.
+    """
+    import timm
+    from timm.models import resolve_pretrained_cfg
+
+    base, dot, tag = name.partition('.')
+    base = ALIASES.get(base, base)
+    if not timm.is_model(base):
+        close = difflib.get_close_matches(base, timm.list_models(), n=3)
+        hint = f' Did you mean {" or ".join(map(repr, close))}?' if close else ''
+        raise UsageError(f'MODEL must be a model of timm, got {name!r}.{hint}')
+    try:
+        resolve_pretrained_cfg(base, tag or None)
+    except RuntimeError as error:
+        raise UsageError(str(error)) from error
+    return base + dot + tag
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Replace a file as a whole, or not at all.
+
+    Raises:
+        UsageError: It cannot be written.
+    """
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UsageError(f'{path} cannot be written: {error}') from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def find_model(name: str) -> str:

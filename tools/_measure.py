@@ -164,6 +164,7 @@ def conditions(device: torch.device) -> Dict[str, Any]:
         kernels=kernels.removeprefix('on: '),
         python=platform.python_version(),
         cuda=torch.version.cuda if device.type == 'cuda' else None,
+        tf32=torch.backends.cudnn.allow_tf32 if device.type == 'cuda' else None,  # of convolutions in float32
         vssm=__version__,
         **{package: importlib.metadata.version(package) for package in ('torch', 'timm', 'fvcore')},
     )

@@ -46,7 +46,10 @@ def run(args: argparse.Namespace) -> int:
 
     maps, titles = [], []
     for model, name, weights in build_models(args):
-        activation, class_index, probability = activation_map(model, image, args.class_index)
+        try:
+            activation, class_index, probability = activation_map(model, image, args.class_index)
+        except (AssertionError, RuntimeError) as error:  # of networks for images of one size
+            raise UsageError(f'--size must fit {name}, got {args.size}: {error}') from error
         maps.append(activation)
         titles.append(f'{name}\n{weights}\nclass {class_index}, probability {probability:.2g}')
     save_figure(draw(image, maps, titles), args.output)

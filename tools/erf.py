@@ -11,9 +11,9 @@ Weights are random unless --pretrained or --checkpoint says otherwise, and the s
 """
 
 import argparse
+import io
 import json
 import math
-import os
 import pickle
 import sys
 import tempfile
@@ -23,15 +23,14 @@ from typing import TYPE_CHECKING, Iterator, List, NamedTuple, Sequence, Tuple
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from rich.table import Table
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional as TF
 
-from ..models.backbone import ALIASES
 from ..models.checkpoints import convert, list_models
-from ._common import UsageError, console, find_model
+from ._common import UsageError, console, find_timm_model, write_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -85,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
                 raise UsageError(f'--size must be at least {CELLS * cell} for {name}, got {args.size}.')
             try:
                 field = receptive_field(model, images)
-            except AssertionError as error:  # of networks for images of one size
+            except (AssertionError, RuntimeError) as error:  # of networks for images of one size
                 raise UsageError(f'--size must fit {name}, got {args.size}: {error}') from error
             # Of black bands there is none.
             numbers = [f'{number:.2f}' if math.isfinite(number) else '-' for number in measure_cross(field, cell)]
@@ -102,10 +101,7 @@ def run(args: argparse.Namespace) -> int:
 
 def check_picture_arguments(args: argparse.Namespace) -> None:
     """Raise a UsageError for what can be told before any work."""
-    args.models = [
-        name if timm.is_model(name) and name.partition('.')[0] not in ALIASES else find_model(name)
-        for name in args.models
-    ]
+    args.models = [find_timm_model(name) for name in args.models]
     if args.size < 32:
         raise UsageError(f'--size must be at least 32, got {args.size}.')
     if len(args.checkpoint) not in (0, len(args.models)):
@@ -169,8 +165,12 @@ def read_image(path: Path, size: int) -> Tensor:
     """
     try:
         with Image.open(path) as file:
-            image = TF.to_tensor(file.convert('RGB'))
-    except OSError as error:
+            picture = ImageOps.exif_transpose(file)
+            if picture.mode.startswith(('I', 'F')):  # which a conversion would clip to white
+                raise UsageError(f'{path} must have at most 8 bits a channel, got mode {picture.mode}.')
+            picture = picture.convert('RGBA')  # what is transparent lies on white
+            image = TF.to_tensor(Image.alpha_composite(Image.new('RGBA', picture.size, 'white'), picture))[:3]
+    except (OSError, Image.DecompressionBombError) as error:
         raise UsageError(f'{path} must be an image that Pillow reads: {error}') from error
     return TF.center_crop(_resize(image, size), [size, size])
 
@@ -189,7 +189,10 @@ def read_images(folder: Path, count: int, size: int) -> List[Tensor]:
 
 
 def sample_images(size: int) -> List[Tensor]:
-    """Two rows of three crops, as far apart as they come, of each of scikit-learn's two photographs of 427x640."""
+    """Two rows of three crops, as far apart as they come, of each of scikit-learn's two photographs of 427x640.
+
+    For more than 427 pixels one row is all there is, and is enlarged.
+    """
     from sklearn.datasets import load_sample_images
 
     crops = []
@@ -197,7 +200,7 @@ def sample_images(size: int) -> List[Tensor]:
         image = TF.to_tensor(photograph.copy())  # PyTorch warns of arrays that it cannot write to
         height, width = image.shape[1:]
         side = min(size, height)
-        for top in (0, height - side):
+        for top in dict.fromkeys((0, height - side)):
             for left in (0, (width - side) // 2, width - side):
                 crops.append(_resize(image[:, top : top + side, left : left + side], size))
     return crops
@@ -339,13 +342,9 @@ def draw(fields: Sequence[Tensor], titles: Sequence[str], images: int) -> 'Figur
 
 def save_figure(fig: 'Figure', path: Path) -> None:
     """Write a picture as a whole or not at all."""
-    temporary = path.with_name(f'{path.name}.tmp')
-    try:
-        fig.savefig(temporary, format='png', dpi=100, pil_kwargs=dict(optimize=True))
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UsageError(f'--output must be a file that can be written, got {path}: {error}') from error
+    data = io.BytesIO()
+    fig.savefig(data, format='png', dpi=100, pil_kwargs=dict(optimize=True))
+    write_file(path, data.getvalue())
     pyplot().close(fig)
 
 

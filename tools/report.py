@@ -6,7 +6,8 @@ accumulates, GMACs by fvcore as the papers count them and torch by PyTorch's Flo
 has random weights. Inference runs in the dtype; a training step is forward, cross entropy and backward without an
 optimizer, with float32 weights under autocast. All models take turns, a round each; shown are the median over the
 rounds and, after ±, half of the interquartile range. ms is the latency of one image. MB is the most that model, images
-and one step hold, in 10^6 bytes. When memory does not suffice, the batch is halved and a note says so.
+and one step hold, in 10^6 bytes. When memory does not suffice, the batch is halved and a note says so; on a CPU the
+system may end the process first.
 
 --json is a list of rows, --csv a line a row; both hold every figure with its unit in its name and the conditions it was
 taken under. Sizes are one number where an image is square. FILE may be - for the standard output.
@@ -17,11 +18,9 @@ import contextlib
 import copy
 import csv
 import dataclasses
-import difflib
 import functools
 import io
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
@@ -29,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional,
 from rich.console import Console
 from rich.table import Table
 
-from ._common import ALIASES, UsageError, read_config
+from ._common import UsageError, find_timm_model, read_config, write_file
 from .published import IMAGENET_TOP1
 
 if TYPE_CHECKING:
@@ -48,9 +47,10 @@ class Row:
     name: str
     size: Union[int, str, None] = None
     batch_size: Optional[int] = None  # the one that ran
+    asked_batch_size: Optional[int] = None
     dtype: Optional[str] = None
     device: Optional[str] = None
-    top1: Optional[float] = None  # published, on ImageNet-1K
+    published_top1: Optional[float] = None  # on ImageNet-1K, at 224x224 alone
     params: Optional[int] = None
     activations: Optional[int] = None
     gmacs: Optional[float] = None
@@ -105,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument('--batch-sizes', metavar='N', nargs='+', type=positive, default=[8], help='(default: 8)')
     parser.add_argument('--dtype', nargs='+', choices=DTYPES, default=['float32'], help='(default: float32)')
-    parser.add_argument('--device', help='cpu or cuda or cuda:N (default: cuda where there is one)')
+    parser.add_argument('--device', help='cpu or cuda or cuda:N (default: cpu)')
     parser.add_argument('--threads', metavar='N', type=positive, help="of the CPU (default: PyTorch's choice)")
     parser.add_argument('--compile', action='store_true', help='torch.compile the models')
     parser.add_argument('--channels-last', action='store_true', help='models and images in channels-last memory')
@@ -177,9 +177,10 @@ def check(args: argparse.Namespace, files: Dict[str, str]) -> List[str]:
         raise UsageError('MODEL must be at least one name or pattern, or --config be given, got none.')
     if list(files.values()).count('-') > 1:
         raise UsageError(f'one of --md, --csv and --json can be -, the standard output, got {" ".join(files)}.')
-    for file in filter(None, (*files.values(), args.plot)):
-        if file != '-' and not Path(file).parent.is_dir():
-            raise UsageError(f'FILE must be in a folder that exists, got {file}.')
+    paths = [Path(file) for file in (*files.values(), args.plot) if file and file != '-']
+    for path in paths:
+        if not path.parent.is_dir() or path.is_dir() or paths.count(path) > 1:
+            raise UsageError(f'FILE must be one of its own in a folder that exists, got {path}.')
     if args.shape and not args.config:
         raise UsageError('--shape needs --config; --sizes is for models.')
     if args.plot:
@@ -192,7 +193,7 @@ def check(args: argparse.Namespace, files: Dict[str, str]) -> List[str]:
         if len(sizes_of(args)) == 1 and not any(accuracy_of(name) for name in names):
             known = ', '.join(IMAGENET_TOP1)
             raise UsageError(f'--plot with one size needs a model whose accuracy is published: {known}; or --sizes.')
-    args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    args.device = args.device or 'cpu'  # our ops have no kernels for another one yet
     try:
         device = torch.device(args.device)
     except RuntimeError:
@@ -210,7 +211,6 @@ def check(args: argparse.Namespace, files: Dict[str, str]) -> List[str]:
 def find_models(patterns: Sequence[str]) -> List[str]:
     """The names of timm's registry, ours among them, that names and patterns stand for, each once."""
     import timm
-    from timm.models import resolve_pretrained_cfg
 
     names = []
     for pattern in patterns:
@@ -219,17 +219,7 @@ def find_models(patterns: Sequence[str]) -> List[str]:
             if not found:
                 raise UsageError(f'MODEL must match a model of timm, got {pattern!r}.')
         else:
-            base, dot, tag = pattern.partition('.')
-            base = ALIASES.get(base, base)
-            if not timm.is_model(base):
-                close = difflib.get_close_matches(base, timm.list_models(), n=3)
-                hint = f' Did you mean {" or ".join(map(repr, close))}?' if close else ''
-                raise UsageError(f'MODEL must be a model of timm, got {pattern!r}.{hint}')
-            try:
-                resolve_pretrained_cfg(base, tag or None)
-            except RuntimeError as error:  # an unknown tag
-                raise UsageError(str(error)) from error
-            found = [base + dot + tag]
+            found = [find_timm_model(pattern)]
         names += found
     return list(dict.fromkeys(names))
 
@@ -274,7 +264,9 @@ def measure(args: argparse.Namespace, names: Sequence[str], rows: List[Row]) -> 
                             subjects[row.name] = Subject(row.name, size, dtype, args)
                 for batch_size in dict.fromkeys(args.batch_sizes):
                     say(f'timing {len(names)} models, size {size or "their own"}, batch {batch_size}, {dtype}')
-                    group = [dataclasses.replace(row, batch_size=batch_size) for row in models]
+                    group = [
+                        dataclasses.replace(row, batch_size=batch_size, asked_batch_size=batch_size) for row in models
+                    ]
                     if rows[start] is costs[0]:  # these take the place of the counts alone
                         del rows[start:]
                     rows += group
@@ -310,10 +302,11 @@ def count(name: str, size: Optional[int], depth: int) -> Row:
     """The row of a model with its counts."""
     from ._count import count_fvcore, count_torch
 
-    row = Row(name, size, top1=accuracy_of(name))
+    row = Row(name, size)
     with row.failing():
         model, image = build(name, size)
         row.size = written_size(image.shape[2:])
+        row.published_top1 = accuracy_of(name) if row.size == 224 else None
         row.params = sum(p.numel() for p in model.parameters())
         cost = count_fvcore(model, image, depth)
         row.activations, row.gmacs, row.modules = cost.activations, cost.macs / 1e9, cost.modules
@@ -421,7 +414,7 @@ def time_group(group: Sequence[Row], subjects: Dict[str, Subject], args: argpars
                 row.batch_size = fit_batch(functools.partial(trial, kind=kind), row.batch_size)
                 ready.append(kind)
         if row.batch_size < asked:
-            row.add_note(f'out of memory with batch {asked}, halved to {row.batch_size}')
+            row.add_note(f'out of memory with batch {asked}, halved to {row.batch_size} for all of its steps')
         for kind in ready:
             with row.failing():
                 step, held = subject.step(kind, row.batch_size)
@@ -432,8 +425,9 @@ def time_group(group: Sequence[Row], subjects: Dict[str, Subject], args: argpars
                     row.add_note(NO_PEAK)
                 timings[i, kind] = Timing(step)
         if 'inference' in ready:
-            one = subject.step('inference', 1)[0]
-            timings[i, 'latency'] = Timing(lambda one=one: (one(), synchronize()))
+            with row.failing():
+                one = subject.step('inference', 1)[0]
+                timings[i, 'latency'] = Timing(lambda one=one: (one(), synchronize()))
     try:
         time_interleaved(timings.values(), args.rounds, args.warmup, min_seconds=0.2, synchronize=synchronize)
     finally:
@@ -441,7 +435,7 @@ def time_group(group: Sequence[Row], subjects: Dict[str, Subject], args: argpars
             row = group[i]
             if timing.error:
                 row.fail(timing.error)
-            row.rounds = min(row.rounds or args.rounds, len(timing.seconds))
+            row.rounds = min(args.rounds if row.rounds is None else row.rounds, len(timing.seconds))
             if kind == 'latency':
                 row.latency_ms, row.latency_ms_spread = median_and_spread([1e3 * s for s in timing.seconds])
             else:
@@ -457,7 +451,7 @@ PREFIX = dict(inference='', training='train_')
 
 SHARED = dict(size='size', batch_size='batch', dtype='dtype', device='device', rounds='rounds')  # in the title if equal
 FIGURES = (  # heading, key, unit of it, digits after the point; None: as many as the figure's size asks for
-    ('top-1/%', 'top1', 1, 1),
+    ('published top-1/%', 'published_top1', 1, 1),
     ('params/M', 'params', 1e6, 3),
     ('activations/M', 'activations', 1e6, 2),
     ('GMACs', 'gmacs', 1, 4),
@@ -559,16 +553,6 @@ def to_json(rows: Sequence[Row]) -> str:
     return json.dumps([row.record() | dict(modules=row.modules) for row in rows], indent=2) + '\n'
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Replace a file as a whole, or not at all."""
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 # ---- drawing ---------------------------------------------------------------------------------------------------------
 
 # Okabe and Ito's colours, which the colour-blind tell apart, less yellow, which is faint on white; markers differ, too.
@@ -583,9 +567,10 @@ def draw(rows: Sequence[Row]) -> 'Figure':
 
     rows = [row for row in rows if row.images_per_s is not None and isinstance(row.size, int)]
     series: Dict[str, List[Row]] = {}
-    varying = [key for key in ('dtype', 'batch_size') if len({getattr(row, key) for row in rows}) > 1]
+    keys = dict(dtype='dtype', asked_batch_size='batch')  # a batch that had to be halved stays on its line
+    varying = [key for key in keys if len({getattr(row, key) for row in rows}) > 1]
     for row in rows:
-        series.setdefault(', '.join([row.name, *(f'{SHARED[k]} {getattr(row, k)}' for k in varying)]), []).append(row)
+        series.setdefault(', '.join([row.name, *(f'{keys[k]} {getattr(row, k)}' for k in varying)]), []).append(row)
     legend_rows = -(-len(series) // 2)
     with rc_context({'font.size': 11, 'axes.grid': True, 'grid.alpha': 0.3}):
         figure = Figure(figsize=(8, 4.5 + 0.25 * legend_rows), dpi=100, layout='constrained')
@@ -615,7 +600,7 @@ def _styles(series: Dict[str, List[Row]]) -> Iterator[Tuple[str, List[Row], Dict
 def _draw_accuracy(figure: 'Figure', series: Dict[str, List[Row]]) -> None:
     axes = figure.subplots()
     for label, rows, style in _styles(series):
-        speed, spread, top1 = rows[0].images_per_s, rows[0].images_per_s_spread, rows[0].top1
+        speed, spread, top1 = rows[0].images_per_s, rows[0].images_per_s_spread, rows[0].published_top1
         if top1 is None:
             axes.axvline(speed, color=style['color'], linestyle=':', label=f'{label} (accuracy not known)')
         else:

@@ -7,12 +7,11 @@ accuracies and links are those of the papers and their repositories; speeds thos
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
-from ._common import UsageError, console, find_config
+from ._common import UsageError, console, find_config, write_file
 from .info import count_macs, scan_of
 from .published import ADE20K_MIOU, COCO_1X_AP, COCO_3X_AP, DENSE_WEIGHTS, IMAGENET_TOP1, SOURCES
 
@@ -49,9 +48,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(f'{args.file} is stale: run `vssm zoo`.', soft_wrap=True)
         return 1
     else:
-        temporary = args.file.with_name(f'{args.file.name}.tmp')
-        temporary.write_text(page)
-        os.replace(temporary, args.file)
+        write_file(args.file, page.encode())
         console.print(f'Wrote {args.file}.', soft_wrap=True)
     return 0
 
@@ -108,14 +105,15 @@ def read_speeds(results: Path) -> Tuple[Dict[str, str], str]:
     """Of inference, by model; and what it was measured on."""
     file = results / 'model_cpu.json'
     if not file.is_file():
-        return {}, 'not measured.'
+        raise UsageError(f"--results must hold the benchmarks' figures, got {results} without model_cpu.json.")
     content = json.loads(file.read_text())
     c = content['conditions']
     speeds = {row['name']: f'{row["images_per_s"]:.1f}' for row in content['rows']}
     peers = ', '.join(f'`{name}` {speed}' for name, speed in speeds.items() if name not in MODELS)
     return speeds, (
-        f'inference in float32, batch 8, {c["threads"]} threads of an {c["cpu"]} ({c["kernel"]}), PyTorch '
-        f'{c["torch"].partition("+")[0]}; in the same process {peers} (`{content["command"]}`). Not measured on a GPU.'
+        f'inference in float32 on the better of two memory layouts, by `{content["command"]}`, {c["threads"]} threads '
+        f'of an {c["cpu"]} ({c["kernel"]}), PyTorch {c["torch"].partition("+")[0]}; in the same process {peers}. '
+        'Not measured on a GPU.'
     )
 
 
