@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What runs an op: the compiled kernels, loaded here, or on request the reference in plain PyTorch."""
 
+import importlib.util
 import os
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Iterator
 
 import torch
@@ -34,14 +36,31 @@ def use_reference(enabled: bool = True) -> Iterator[None]:
         _use_reference = previous
 
 
-def uses_reference() -> bool:
-    return _use_reference
+def uses_reference(x: Tensor) -> bool:
+    """Whether the reference computes with x: where it was asked for, and in float64 on CUDA, where no kernel does."""
+    return _use_reference or (x.is_cuda and x.dtype == torch.float64)
 
 
 def check_device(op: str, x: Tensor) -> None:
     """Raise a NotImplementedError where an op has no kernel."""
-    if x.device.type not in ('cpu', 'meta'):
+    if x.device.type not in ('cpu', 'cuda', 'meta'):
         raise NotImplementedError(
             f'{op}: there is no kernel for device {x.device.type!r}; the reference runs there, slowly: '
             'use `with vssm.ops.use_reference():` or set VSSM_REFERENCE=1.'
         )
+
+
+def check_precision(op: str, x: Tensor) -> None:
+    """Raise a NotImplementedError where an operator meets a dtype that the public function does not give it."""
+    if x.dtype == torch.float64:
+        raise NotImplementedError(f'{op}: the CUDA kernels compute in float32, got {x.dtype}; call vssm.ops.{op}.')
+
+
+def load_triton(op: str) -> ModuleType:
+    """The module of an op's CUDA kernels: imported when the first CUDA tensor arrives, and not before."""
+    if importlib.util.find_spec('triton') is None:
+        raise ImportError(
+            f'{op}: CUDA tensors need Triton, which is not installed: run `pip install triton`, or on Windows '
+            '`pip install triton-windows`.'
+        )
+    return importlib.import_module(f'.{op}_triton', __package__)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The selective scan, the one op of the zoo: public function, argument checks, fake, autograd, autocast, FLOP formulas.
 
-The schema and the CPU kernels are in `csrc/`, the definition is `selective_scan_ref.py`.
+The schema and the CPU kernels are in `csrc/`, the CUDA kernels in `selective_scan_triton.py`, the definition is
+`selective_scan_ref.py`.
 """
 
 from typing import Any, List, Optional, Sequence, Tuple
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .backend import check_device, uses_reference
+from .backend import check_device, load_triton, uses_reference
 from .selective_scan_ref import selective_scan_ref
 from .transforms import is_transformed, make_function, register_vmap
 
@@ -65,7 +66,7 @@ def selective_scan(
     """
     if not torch.jit.is_tracing():  # where sizes are tensors
         _check(x, dt, A, B, C, D, dt_bias, dt_weight, ndim, orders)
-    if uses_reference():
+    if uses_reference(x):
         return _run_reference(x, dt, A, B, C, D, dt_bias, dt_weight, ndim, orders, softplus)
     check_device('selective_scan', x)
     if is_transformed():
@@ -151,6 +152,18 @@ def _fake(x: Tensor, *args: Any) -> Tensor:
 @torch.library.register_fake('vssm::selective_scan_backward')
 def _fake_backward(grad_y: Tensor, *args: Any) -> Tuple[Tensor, ...]:
     return tuple(grad_y.new_empty(0) if t is None else t.new_empty(t.shape) for t in args[:8])
+
+
+def _cuda(*args: Any) -> Tensor:
+    return load_triton('selective_scan').selective_scan_triton(*args)
+
+
+def _cuda_backward(*args: Any) -> Tuple[Tensor, ...]:
+    return load_triton('selective_scan').selective_scan_triton_backward(*args)
+
+
+torch.library.impl('vssm::selective_scan', 'CUDA', func=_cuda)
+torch.library.impl('vssm::selective_scan_backward', 'CUDA', func=_cuda_backward)
 
 
 def _setup_context(ctx: Any, inputs: Tuple, output: Tensor) -> None:

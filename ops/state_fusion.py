@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Spatial-Mamba's state fusion: public function, argument checks, fake, autograd, FLOP formulas.
 
-The schema and the CPU kernels are in `csrc/`, the definition is `state_fusion_ref.py`.
+The schema and the CPU kernels are in `csrc/`, the CUDA kernels in `state_fusion_triton.py`, the definition is
+`state_fusion_ref.py`.
 """
 
 from typing import Any, List, Tuple
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .backend import check_device, uses_reference
+from .backend import check_device, load_triton, uses_reference
 from .state_fusion_ref import state_fusion_ref
 from .transforms import is_transformed, make_function, register_vmap
 
@@ -18,8 +19,8 @@ from .transforms import is_transformed, make_function, register_vmap
 def state_fusion(h: Tensor, weight: Tensor) -> Tensor:
     """Sum a map over three dilated 3x3 neighbourhoods of every position, channel by channel.
 
-    The dilations are 1, 3 and 5; beyond its border the map repeats itself. The kernels merge the three neighbourhoods
-    into one of 25 positions, from the weights of each call, in training as in evaluation. Computed in float32, in
+    The dilations are 1, 3 and 5; beyond its border the map repeats itself. The kernels sum all three neighbourhoods
+    at once, from the weights of each call, in training as in evaluation. Computed in float32, in
     float64 if h is float64. Source: Xiao et al., "Spatial-Mamba" (arXiv:2410.15091), structure-aware state fusion.
 
     Args:
@@ -35,7 +36,7 @@ def state_fusion(h: Tensor, weight: Tensor) -> Tensor:
     """
     if not torch.jit.is_tracing():  # where sizes are tensors
         _check(h, weight)
-    if uses_reference():
+    if uses_reference(h):
         with torch.autocast(h.device.type, enabled=False):  # it computes as precisely as a kernel
             return state_fusion_ref(h, weight)
     check_device('state_fusion', h)
@@ -71,6 +72,18 @@ def _fake(h: Tensor, weight: Tensor) -> Tensor:
 @torch.library.register_fake('vssm::state_fusion_backward')
 def _fake_backward(grad_y: Tensor, h: Tensor, weight: Tensor) -> Tuple[Tensor, Tensor]:
     return h.new_empty(h.shape), weight.new_empty(weight.shape)
+
+
+def _cuda(h: Tensor, weight: Tensor) -> Tensor:
+    return load_triton('state_fusion').state_fusion_triton(h, weight)
+
+
+def _cuda_backward(grad_y: Tensor, h: Tensor, weight: Tensor) -> Tuple[Tensor, Tensor]:
+    return load_triton('state_fusion').state_fusion_triton_backward(grad_y, h, weight)
+
+
+torch.library.impl('vssm::state_fusion', 'CUDA', func=_cuda)
+torch.library.impl('vssm::state_fusion_backward', 'CUDA', func=_cuda_backward)
 
 
 def _setup_context(ctx: Any, inputs: Tuple, output: Tensor) -> None:

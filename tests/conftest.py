@@ -1,19 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every test shares: the golden files, the ways to compute the scan, error measure, poisoned memory."""
+"""What every test shares: the golden files, the ways to compute the ops, error measure, poisoned memory."""
 
+import importlib.util
 import json
 import os
 import runpy
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 
-import vssm
+os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # which deterministic products need on CUDA
+INTERPRETED = not torch.cuda.is_available()
+if INTERPRETED:
+    os.environ['TRITON_INTERPRET'] = '1'  # Triton reads it when it is imported, as timm does
+
+import vssm  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(os.environ.get('VSSM_GOLDEN', ROOT.parent / 'shared' / 'golden'))
@@ -30,6 +38,25 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize('draw', draws, ids=[f'draw{i}' for i in draws])
     if 'golden_scan' in metafunc.fixturenames:
         metafunc.parametrize('golden_scan', _golden_scans())
+
+
+# What takes longest in Triton's interpreter: whole models, and what the comparison with the reference implies.
+SLOW_IF_INTERPRETED = {
+    'test_golden_classifier',
+    'test_golden_backbone',
+    'test_low_rank_steps_are_a_matrix_product',
+    'test_orders_are_transposes_and_flips',
+    'test_walks_are_summed',
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if INTERPRETED and item.get_closest_marker('triton'):
+            is_half_opcheck = 'opcheck' in item.name and 'bfloat16' in item.name
+            if item.originalname in SLOW_IF_INTERPRETED or is_half_opcheck:
+                item.add_marker(pytest.mark.slow)
 
 
 # ---- golden files ----------------------------------------------------------------------------------------------------
@@ -82,7 +109,7 @@ def golden():
     return read
 
 
-# ---- ways to compute the scan ----------------------------------------------------------------------------------------
+# ---- ways to compute the ops -----------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -111,11 +138,72 @@ def _available_paths() -> List[str]:
 
 
 CPU_PATHS = _available_paths()
+TRITON = pytest.param(
+    'triton',
+    marks=[
+        pytest.mark.triton,
+        pytest.mark.skipif(importlib.util.find_spec('triton') is None, reason='Triton is not installed'),
+    ],
+)
+
+
+def _scan_slices(self, input):
+    """Triton's interpreter scans a tensor element by element; this goes slice by slice along the axis."""
+    data = [np.moveaxis(t.handle.data, self.axis, 0) for t in input]
+    slices = [[self.to_tensor(np.ascontiguousarray(d[i]), t.dtype) for d, t in zip(data, input, strict=True)]
+              for i in range(len(data[0]))]  # fmt: skip
+    for i in range(1, len(slices)):
+        slices[i] = self.combine_fn.fn(*slices[i - 1], *slices[i])
+    columns = zip(*slices, strict=True)
+    return [self.to_tensor(np.stack([t.handle.data for t in c], self.axis), c[0].dtype) for c in columns]
+
+
+def _through_cuda(function):
+    """`function` for tensors on the CPU: their storages go to the GPU, so that they keep their strides, and back."""
+
+    def there(t):
+        if not isinstance(t, torch.Tensor) or INTERPRETED:
+            return t
+        storage = torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage()).cuda().view(t.dtype)
+        return storage.as_strided(t.shape, t.stride(), t.storage_offset())
+
+    def call(*args):
+        results = function(*map(there, args))
+        return results.cpu() if isinstance(results, torch.Tensor) else tuple(t.cpu() for t in results)
+
+    return call
+
+
+@contextmanager
+def triton_kernels():
+    """Run the CUDA kernels on tensors of the CPU: through the GPU, or where there is none in Triton's interpreter."""
+    from vssm.ops import selective_scan_triton, state_fusion_triton
+
+    if INTERPRETED:
+        from triton.runtime.interpreter import ScanOps
+
+        ScanOps.generic_scan = _scan_slices
+    library = torch.library.Library('vssm', 'IMPL')
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', '.*verrid', UserWarning)
+        for module, op in ((selective_scan_triton, 'selective_scan'), (state_fusion_triton, 'state_fusion')):
+            for name in ('', '_backward'):
+                function = _through_cuda(getattr(module, f'{op}_triton{name}'))
+                library.impl(op + name, function, 'CPU', allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+def kernel_path_context(name: Optional[str]):
+    """Force one path of the kernels: of the CPU, or 'triton'."""
+    return triton_kernels() if name == 'triton' else cpu_capability(name)
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute the scan: the reference, or the kernels along one CPU path; and in which dtype."""
+    """One way to compute an op: the reference, or the kernels along one path; and in which dtype."""
 
     path: Optional[str]  # None is the reference
     dtype: torch.dtype
@@ -123,9 +211,14 @@ class Backend:
     def __str__(self) -> str:
         return f'{self.path or "reference"}-{str(self.dtype).removeprefix("torch.")}'
 
+    @property
+    def interpreted(self) -> bool:
+        """Whether it takes milliseconds a position."""
+        return self.path == 'triton' and INTERPRETED
+
     @contextmanager
     def active(self):
-        with vssm.ops.use_reference(self.path is None), cpu_capability(self.path):
+        with vssm.ops.use_reference(self.path is None), kernel_path_context(self.path):
             yield
 
 
@@ -134,12 +227,13 @@ BACKENDS = [
     Backend(None, torch.float32),
     Backend(CPU_PATHS[0], torch.float64),  # one code serves float64, whatever the path
     *[Backend(path, torch.float32) for path in CPU_PATHS],
+    pytest.param(Backend('triton', torch.float32), marks=TRITON.marks),
 ]
 
 
 @pytest.fixture(params=BACKENDS, ids=str)
 def backend(request):
-    """Each way to compute the scan in turn; `selective_scan` takes it while the test runs."""
+    """Each way to compute the ops in turn; they take it while the test runs."""
     with request.param.active():
         yield request.param
 
@@ -150,10 +244,30 @@ def cpu_path(request):
         yield request.param
 
 
+@pytest.fixture(params=[*CPU_PATHS, TRITON])
+def kernel_path(request):
+    with kernel_path_context(request.param):
+        yield request.param
+
+
+@pytest.fixture(scope='session')
+def interpreted():
+    """Whether the CUDA kernels run in Triton's interpreter, which takes milliseconds a position."""
+    return INTERPRETED
+
+
 @pytest.fixture(scope='session')
 def cpu_paths():
     """The CPU paths that this machine has, best first, and the context manager that forces one."""
     return CPU_PATHS, cpu_capability
+
+
+@pytest.fixture
+def triton_path():
+    """The CUDA kernels, on the GPU or in Triton's interpreter."""
+    pytest.importorskip('triton')
+    with triton_kernels():
+        yield
 
 
 # ---- how errors are measured -----------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ ALLOWED = {
 }
 ALSO = {  # what single files may besides
     'ops/selective_scan_triton.py': {'triton'},
+    'ops/state_fusion_triton.py': {'triton'},
     'models/checkpoints.py': {'safetensors', 'vssm.version'},
     'models/mm/classification.py': {'mmengine'},
     'models/mm/data.py': {'PIL', 'mmengine', 'numpy', 'sklearn', 'torchvision'},

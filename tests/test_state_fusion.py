@@ -49,6 +49,8 @@ def test_golden_cases(golden, backend, assert_close):
     assert {'1x1', '14x14'} <= set(names)
     tolerance, grad_tolerance = (1e-6, 1e-6) if backend.dtype == torch.float64 else (1e-5, 1e-4)
     for case in names:
+        if backend.interpreted and tensors[f'{case}.input'].numel() > 1000:
+            continue
         t = {k.removeprefix(f'{case}.'): v.to(backend.dtype) for k, v in tensors.items() if k.startswith(f'{case}.')}
         kernels = [t[f'param.{name}'].requires_grad_() for name in ('kernel_3', 'kernel_3_1', 'kernel_3_2')]
         alpha = t['param.alpha'].requires_grad_()
@@ -116,14 +118,14 @@ def test_half_precision(dtype, assert_close):
     assert_agrees((h, weight.detach().float().requires_grad_(), grad), assert_close, 1e-2, 1e-2)
 
 
-def test_any_strides_are_taken(cpu_path, assert_close):
-    base = torch.randn(2, 18, 9, 14)
-    for h in (base.permute(0, 3, 1, 2), base[:, ::2, :, 3:8], base[:, :1].expand(-1, 6, -1, -1), base.flip(1)):
+def test_any_strides_are_taken(kernel_path, assert_close):
+    base = torch.randn(2, 8, 3, 6)
+    for h in (base.permute(0, 3, 1, 2), base[:, ::2, :, 1:5], base[:, :1].expand(-1, 4, -1, -1), base.flip(1)):
         weight = torch.randn(3, h.shape[3], 3, 3)
         y = state_fusion(h, weight)
         assert y.is_contiguous()
         assert_close(y, state_fusion(h.contiguous(), weight), 0)
-    h, weight, grad = make_case(dtype=torch.float32)
+    h, weight, grad = make_case(2, 2, 7, dtype=torch.float32)
     assert_agrees((h, weight, grad[:1].expand(2, -1, -1, -1)), assert_close)
     assert_agrees((h, weight, grad.transpose(1, 3).contiguous().transpose(1, 3)), assert_close)
 
@@ -140,7 +142,7 @@ def test_any_number_of_threads_gives_the_same_bits(cpu_path):
 
 
 @pytest.mark.parametrize('value', (float('nan'), float('inf')))
-def test_values_that_are_not_finite_spread_no_further_than_their_reach(value, cpu_path):
+def test_values_that_are_not_finite_spread_no_further_than_their_reach(value, kernel_path):
     h, weight, _ = make_case(1, 20, 20, 4, dtype=torch.float32)
     with torch.no_grad():
         clean = state_fusion(h, weight)
@@ -153,9 +155,11 @@ def test_values_that_are_not_finite_spread_no_further_than_their_reach(value, cp
 # ---- the operator ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('dtype', (torch.float32, torch.float64, torch.bfloat16), ids=str)
-def test_opcheck(dtype, cpu_path):
-    h, weight, grad = make_case(dtype=dtype)
+@pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16, torch.float64), ids=str)
+def test_opcheck(dtype, kernel_path):
+    if kernel_path == 'triton' and dtype == torch.float64:
+        pytest.skip('the reference computes in float64 on CUDA')
+    h, weight, grad = make_case(1, 2, 3, 5, dtype=dtype)
     torch.library.opcheck(torch.ops.vssm.state_fusion, (h, weight))
     torch.library.opcheck(torch.ops.vssm.state_fusion, (h.detach(), weight))
     with torch.no_grad():

@@ -63,10 +63,10 @@ def backends() -> Dict[str, str]:
     """For each kernel of the scan whether it is on, and if not why."""
     import torch
 
-    if importlib.util.find_spec('..ops.selective_scan_triton', __package__) is None:
-        cuda = 'off: the Triton kernels are not part of this version'
-    elif not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         cuda = 'off: PyTorch finds no CUDA device'
+    elif importlib.util.find_spec('triton') is None:
+        cuda = 'off: Triton is not installed: pip install triton'
     else:
         cuda = f'on: {torch.cuda.get_device_name()}'
     if os.environ.get('VSSM_REFERENCE', '0') == '1':

@@ -105,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument('--batch-sizes', metavar='N', nargs='+', type=positive, default=[8], help='(default: 8)')
     parser.add_argument('--dtype', nargs='+', choices=DTYPES, default=['float32'], help='(default: float32)')
-    parser.add_argument('--device', help='cpu or cuda or cuda:N (default: cpu)')
+    parser.add_argument('--device', help='cpu or cuda or cuda:N (default: a GPU where there is one)')
     parser.add_argument('--threads', metavar='N', type=positive, help="of the CPU (default: PyTorch's choice)")
     parser.add_argument('--compile', action='store_true', help='torch.compile the models')
     parser.add_argument('--channels-last', action='store_true', help='models and images in channels-last memory')
@@ -193,7 +193,7 @@ def check(args: argparse.Namespace, files: Dict[str, str]) -> List[str]:
         if len(sizes_of(args)) == 1 and not any(accuracy_of(name) for name in names):
             known = ', '.join(IMAGENET_TOP1)
             raise UsageError(f'--plot with one size needs a model whose accuracy is published: {known}; or --sizes.')
-    args.device = args.device or 'cpu'  # our ops have no kernels for another one yet
+    args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
         device = torch.device(args.device)
     except RuntimeError:

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile the CUDA kernels for GPUs that need not be there; print registers, spills and shared memory.
+
+    python benchmarks/compile_cuda.py                      # the default tiles, every type and option, every card
+    python benchmarks/compile_cuda.py --all-tiles          # and the tiles among which the autotuner chooses
+    python benchmarks/compile_cuda.py --options models     # those options alone that the image models use
+    python benchmarks/compile_cuda.py --capability 9.0 --json kernels.json
+
+Exits with 1 where a kernel does not compile, or where one spills registers with its default tile.
+"""
+
+import argparse
+import os
+import re
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Tuple
+
+CAPABILITIES = ('7.5', '8.0', '8.6', '8.9', '9.0', '10.0', '12.0')
+DTYPES = ('float32', 'float16', 'bfloat16')
+
+
+class Card:
+    """Stands in for Triton's driver: names the card to compile for, and runs nothing."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget('cuda', self.capability, 32)
+
+
+def calls(dtype: str, all_tiles: bool, which: str) -> Iterator[Tuple[bool, str]]:
+    """Run the ops so that every kernel is launched with every option; yields whether the tile is a default one."""
+    import torch
+    from vssm.ops import selective_scan_triton as scan
+    from vssm.ops import state_fusion_triton as fusion
+
+    type_ = getattr(torch, dtype)
+
+    def inputs(channels: int, K: int, rank: int, **options: Any) -> Tuple:
+        maps = torch.zeros(1, 8, 40, K, max(rank, channels), dtype=type_)
+        parameter = torch.zeros(K, channels)
+        full = options.get('has_C', True)
+        return (
+            torch.zeros(1, 8, 40, channels, dtype=type_),
+            maps[..., : rank or channels],
+            torch.zeros(K, channels, 1),
+            maps[..., :1],
+            maps[..., 1:2] if full else None,
+            parameter if full else None,
+            parameter,
+            torch.zeros(K, channels, rank) if rank else None,
+        )
+
+    def run(*arguments: Any) -> None:
+        scan.selective_scan_triton(*arguments)
+        scan.selective_scan_triton_backward(arguments[0], *arguments)
+
+    tiles, bands = dict(scan.TILES), scan.choose_bands
+    candidates = list(dict.fromkeys(tile for group in tiles.values() for tile in group))
+    defaults = [group[0] for group in tiles.values()]
+    for tile in candidates if all_tiles else defaults:
+        scan.TILES = {1 << 62: (tile,)}
+        for ndim in (1, 2):
+            for rank in (3, 0) if which == 'all' else (3,):
+                for cut in (1, 2) if which == 'all' and tile == defaults[-1] else (1,):
+                    scan.choose_bands = lambda *_, cut=cut: cut
+                    run(*inputs(96, 4, rank), ndim, (0, 1, 2, 3), True)
+                    yield (
+                        tile in defaults,
+                        f'{ndim}-D, {"low-rank" if rank else "full"} steps, {cut} band(s), tile {tile}',
+                    )
+    scan.TILES, scan.choose_bands = tiles, lambda *_: 1
+    for ndim in (1, 2):
+        run(*inputs(96, 1, 3, has_C=False), ndim, (0,), True)
+        yield True, f'{ndim}-D without C'
+        if which == 'all':
+            run(*inputs(40, 2, 0), ndim, (1, 2), False)
+            yield True, f'{ndim}-D without softplus, odd channels'
+    scan.choose_bands = bands
+    h, weight = torch.zeros(1, 8, 40, 96, dtype=type_), torch.zeros(3, 96, 3, 3)
+    fusion.state_fusion_triton(h, weight)
+    fusion.state_fusion_triton_backward(h, h, weight)
+    yield True, 'state fusion'
+
+
+def compile_all(capability: str, dtype: str, all_tiles: bool, options: str) -> List[Dict[str, Any]]:
+    """A row for each kernel that is compiled, in a process of its own."""
+    os.environ.pop('TRITON_INTERPRET', None)
+    os.environ['TRITON_CACHE_DIR'] = tempfile.mkdtemp()
+    import triton
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    driver.set_active(Card(int(capability.replace('.', ''))))
+    triton.knobs.nvidia.dump_ptxas_log = True
+    rows: List[Dict[str, Any]] = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        log = StringIO()
+        with redirect_stdout(log):
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        found = {key: re.search(pattern, log.getvalue()) for key, pattern in PATTERNS.items()}
+        if all(found.values()):  # or it was compiled before
+            numbers = {key: int(match[1]) for key, match in found.items()}
+            rows.append(
+                dict(
+                    kernel=self.__name__.lstrip('_'),
+                    warps=kwargs['num_warps'],
+                    **numbers,
+                    shared=kernel.metadata.shared,
+                )
+            )
+        return kernel
+
+    JITFunction.run = compile_only
+    seen = 0
+    for is_default, what in calls(dtype, all_tiles, options):
+        for row in rows[seen:]:
+            row |= dict(capability=capability, dtype=dtype, options=what, default=is_default)
+        seen = len(rows)
+    return rows
+
+
+PATTERNS = dict(registers=r'Used (\d+) registers', spilled=r'(\d+) bytes spill stores')
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--capability', nargs='*', default=CAPABILITIES, choices=CAPABILITIES, metavar='X.Y')
+    parser.add_argument('--dtype', nargs='*', default=DTYPES, choices=DTYPES)
+    parser.add_argument('--all-tiles', action='store_true')
+    parser.add_argument('--options', choices=('all', 'models'), default='all')
+    parser.add_argument('--jobs', type=int, default=os.cpu_count())
+    parser.add_argument('--json', type=Path)
+    args = parser.parse_args()
+
+    from rich.console import Console
+    from rich.table import Table
+    from timing import write_json
+
+    jobs = [
+        (c, d, args.all_tiles, args.options)
+        for c in args.capability
+        for d in args.dtype
+        if (c, d) != ('7.5', 'bfloat16')
+    ]
+    import multiprocessing
+
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context('spawn'), max_tasks_per_child=1) as pool:
+        results = pool.map(compile_all, *zip(*jobs, strict=True))
+        rows = [row for result in results for row in result]
+
+    table = Table(title='Compiled CUDA kernels')
+    for heading in ('card', 'dtype', 'kernel', 'options', 'warps', 'registers', 'spilled bytes', 'shared bytes'):
+        table.add_column(heading)
+    for row in rows:
+        keys = ('capability', 'dtype', 'kernel', 'options', 'warps', 'registers', 'spilled', 'shared')
+        table.add_row(*(str(row[key]) for key in keys))
+    Console(width=160).print(table)
+    spilling = [row for row in rows if row['default'] and row['spilled']]
+    print(f'{len(rows)} kernels compiled, {len(spilling)} of default tiles spill')
+    if args.json:
+        write_json(args.json, 'python benchmarks/compile_cuda.py', rows)
+    return 1 if spilling else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
