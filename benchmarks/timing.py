@@ -15,23 +15,43 @@ import torch
 import vssm
 
 
-def interleaved(calls: Dict[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> Dict[str, float]:
-    """Median seconds of each call. Rounds are interleaved, so that a machine's drift hits all calls alike."""
-    for _ in range(warmup):
-        for call in calls.values():
-            call()
+def interleaved(
+    calls: Dict[str, Callable[[], Any]],
+    rounds: int,
+    warmup: int = 2,
+    synchronize: Callable[[], None] = lambda: None,
+    repeats: int = 1,
+) -> Dict[str, float]:
+    """Median seconds of each call. Rounds are interleaved, so that a machine's drift hits all calls alike.
+
+    Args:
+        calls: What to time, by name.
+        rounds: How often.
+        warmup: Rounds before those that count.
+        synchronize: Waits for the device, before and after.
+        repeats: Calls in a row between two looks at the clock, where a single one is too short.
+    """
     seconds = {name: [] for name in calls}
-    for _ in range(rounds):
+    for _ in range(warmup + rounds):
         for name, call in calls.items():
+            synchronize()
             start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(s) for name, s in seconds.items()}
+            for _ in range(repeats):
+                call()
+            synchronize()
+            seconds[name].append((time.perf_counter() - start) / repeats)
+    return {name: statistics.median(s[warmup:]) for name, s in seconds.items()}
 
 
-def conditions() -> Dict[str, Any]:
+def conditions(device: str = 'cpu') -> Dict[str, Any]:
     """What a figure depends on: processor, threads, versions, kernel path."""
+    gpu = {}
+    if device == 'cuda':
+        import triton
+
+        gpu = dict(gpu=torch.cuda.get_device_name(), cuda=torch.version.cuda, triton=triton.__version__)
     return dict(
+        **gpu,
         cpu=_cpu_name(),
         cores=os.cpu_count(),
         threads=torch.get_num_threads(),

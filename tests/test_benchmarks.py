@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parent.parent / 'benchmarks'
 
@@ -38,3 +39,15 @@ def test_script_writes_its_figures(script, options, rows, key, tmp_path):
     assert all(row[key] > 0 for row in written['rows'])
     assert written['conditions']['threads'] >= 1
     assert not file.with_suffix('.tmp').exists()
+
+
+@pytest.mark.parametrize(
+    ('script', 'options'), [('op_cuda.py', []), ('model_cuda.py', ['test_vit', 'test_vmamba2d', '--size', '160'])]
+)
+def test_cuda_script_without_a_gpu(script, options):
+    command = [sys.executable, str(BENCHMARKS / script), *options]
+    result = subprocess.run([*command, '--dry-run'], capture_output=True, text=True)
+    assert result.returncode == 0 and 'dry run' in result.stdout and 'nothing timed' in result.stdout, result.stderr
+    if not torch.cuda.is_available():
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 2 and 'needs a CUDA GPU' in result.stderr
