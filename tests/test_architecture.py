@@ -33,8 +33,11 @@ ALSO = {  # what single files may besides
     'models/mm/optim.py': {'mmengine'},
     'models/mm/runner.py': {'mmengine', 'rich'},
     'models/mm/saved.py': {'mmengine', 'numpy'},
+    'models/mm/wsi.py': {'mmengine', 'torchmetrics', 'torchsurv'},
     'models/mm/utils.py': {'mmengine', 'numpy', 'safetensors'},
     'models/mmcv_ext.py': {'mmengine', 'torchvision'},
+    'models/slides.py': {'h5py', 'numpy'},
+    'models/survival.py': {'torchsurv'},
 }
 
 
