@@ -153,6 +153,10 @@ def read_config(args: argparse.Namespace) -> 'Config':
             if str(error).startswith(package):
                 error.name = package
         raise
+    except ImportError as error:
+        while error.__context__ is not None and not isinstance(error, ModuleNotFoundError):
+            error = error.__context__  # of the config's own imports mmengine hides the reason
+        raise error from None
     if args.data_root is not None:
         _move_data(cfg, args.data_root)
     try:
@@ -172,6 +176,9 @@ def quieten_packages() -> None:
 
 def _move_data(cfg: 'Config', root: str) -> None:
     """Let all data sets and metrics look for their files in another folder."""
+    if 'dataset' in cfg:  # what the data sets have in common
+        cfg.dataset.data_root = root
+        return
     roots = {loader.dataset.get('data_root') for loader in (cfg.train_dataloader, cfg.val_dataloader)}
     if len(roots) != 1 or None in roots:
         raise UsageError(f'--data-root needs a config whose data sets share a data_root, got {roots}.')

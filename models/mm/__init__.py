@@ -9,10 +9,11 @@ from .. import mmcv_ext
 
 mmcv_ext.install()  # before the first config imports mmdet's or mmseg's models
 
-from .classification import Accuracy, ImageClassifier, ImagePreprocessor, load_weights  # noqa: E402
+from .classification import Accuracy, ImageClassifier, ImagePreprocessor, NamedModel, load_weights  # noqa: E402
 from .data import Digits, GuardedDataset, ImageFolder, SeededSampler  # noqa: E402
 from .features import Float32RoIExtractor, TimmFeatures  # noqa: E402
 from .hooks import (  # noqa: E402
+    BestHook,
     FiniteLossHook,
     MESAHook,
     PendingGradientsHook,
@@ -34,6 +35,7 @@ allow_histories()
 __all__ = [
     'Accuracy',
     'BFloat16OptimWrapper',
+    'BestHook',
     'Digits',
     'FiniteLossHook',
     'Float32RoIExtractor',
@@ -42,6 +44,7 @@ __all__ = [
     'ImageFolder',
     'ImagePreprocessor',
     'MESAHook',
+    'NamedModel',
     'PendingGradientsHook',
     'ProgressHook',
     'RunError',

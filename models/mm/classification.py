@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classification of images: the model with its losses, what happens to a batch on its way in, and accuracy."""
+"""Networks by name, with their weights; and classification of images: losses, what happens to a batch, and accuracy."""
 
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Union
@@ -17,7 +17,56 @@ from torch import Tensor, nn
 from ..checkpoints import list_models, misfits, read_checkpoint, rename_fn
 from .utils import check_init
 
-__all__ = ['Accuracy', 'ImageClassifier', 'ImagePreprocessor', 'load_weights']
+__all__ = ['Accuracy', 'ImageClassifier', 'ImagePreprocessor', 'NamedModel', 'load_weights']
+
+
+class NamedModel(BaseModel):
+    """Holds a network that was built by its name; `TimmRunner` reads its weights, `SafetensorsHook` writes them.
+
+    Weights to start from are read by `init_weights`, which a training calls and a test does not; a head of another size
+    is left out.
+
+    Args:
+        model_name: The network's name.
+        model: The network, with num_classes.
+        model_args: What else it was built with, of plain values.
+        data_preprocessor: What moves a batch to the device, mmengine's BaseDataPreprocessor unless given.
+        init_cfg: dict(type='Pretrained', checkpoint=FILE) starts from what `read_checkpoint` reads.
+    """
+
+    head = 'head'  # the module of the network that another number of classes changes
+
+    def __init__(
+        self,
+        model_name: str,
+        model: nn.Module,
+        model_args: Dict[str, Any],
+        data_preprocessor: Union[Dict[str, Any], nn.Module, None] = None,
+        init_cfg: Optional[Dict[str, Any]] = None,
+    ) -> None:
+        super().__init__(data_preprocessor, init_cfg)
+        self.model_name = model_name
+        self.model_args = model_args
+        self.model = model
+
+    @property
+    def architecture(self) -> str:
+        """What the network is called, whatever alias model_name is."""
+        return self.model_name
+
+    def rename(self, state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        """Tensors under the network's own names, from published ones."""
+        return state_dict
+
+    def init_weights(self) -> None:
+        """Read the weights that `init_cfg` asks for; networks initialise themselves otherwise.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file cannot be read safely, or does not fit.
+        """
+        if self.init_cfg is not None:
+            load_weights(self, self.init_cfg['checkpoint'], any_head=True)
 
 
 @MODELS.register_module()
@@ -73,10 +122,8 @@ class ImagePreprocessor(BaseDataPreprocessor):
 
 
 @MODELS.register_module()
-class ImageClassifier(BaseModel):
+class ImageClassifier(NamedModel):
     """A timm model with a cross-entropy loss.
-
-    Weights are read by `init_weights`, which a training calls and a test does not; a head of another size is left out.
 
     Args:
         model_name: Name for `timm.create_model`.
@@ -101,29 +148,38 @@ class ImageClassifier(BaseModel):
         init_cfg: Optional[Dict[str, Any]] = None,
         **model_args: Any,
     ) -> None:
-        super().__init__(data_preprocessor, init_cfg)
         check_init(type(self).__name__, pretrained, init_cfg)
-        self.model_name = model_name
-        self.model_args = model_args
+        model = timm.create_model(model_name, **model_args)
+        super().__init__(model_name, model, model_args, data_preprocessor, init_cfg)
         self.label_smoothing = label_smoothing
         self.pretrained = pretrained
-        self.model = timm.create_model(model_name, **model_args)
         self.model.set_grad_checkpointing(with_cp)
         self._teacher = ()
 
+    @property
+    def head(self) -> str:
+        return self.model.pretrained_cfg['classifier']
+
+    @property
+    def architecture(self) -> str:
+        return self.model.pretrained_cfg['architecture']
+
+    def rename(self, state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        return (
+            rename_fn(self.architecture)(state_dict, self.model) if self.architecture in list_models() else state_dict
+        )
+
     def init_weights(self) -> None:
-        """Read the weights that `pretrained` or `init_cfg` ask for; timm models initialise themselves otherwise.
+        """Likewise, or timm's pretrained weights.
 
         Raises:
-            FileNotFoundError: There is no such file.
-            RuntimeError: timm has no pretrained weights, or no way to them from here.
-            ValueError: The file cannot be read safely, or does not fit.
+            RuntimeError: timm has no pretrained weights, or no way to them from here; or as NamedModel's.
         """
         if self.pretrained:
             whole = timm.create_model(self.model_name, pretrained=True, **self.model_args)
             self.model.load_state_dict(whole.state_dict())
-        elif self.init_cfg is not None:
-            load_weights(self, self.init_cfg['checkpoint'], any_head=True)
+        else:
+            super().init_weights()
 
     def learn_from(self, teacher: nn.Module, weight: float) -> None:
         """From now on the loss has a part that draws the outputs to those of another network, which stays as it is.
@@ -169,7 +225,7 @@ class ImageClassifier(BaseModel):
         raise ValueError(f"ImageClassifier: mode must be 'tensor', 'loss' or 'predict', got {mode!r}.")
 
 
-def load_weights(classifier: ImageClassifier, path: Union[str, Path], any_head: bool = False) -> None:
+def load_weights(classifier: NamedModel, path: Union[str, Path], any_head: bool = False) -> None:
     """Load a checkpoint whose names and shapes fit exactly, under published names or ours.
 
     Args:
@@ -182,15 +238,13 @@ def load_weights(classifier: ImageClassifier, path: Union[str, Path], any_head: 
         ValueError: The file cannot be read safely, or it belongs to another model.
     """
     state_dict, metadata = read_checkpoint(path)
-    architecture = classifier.model.pretrained_cfg['architecture']  # whatever alias model_name is
-    if metadata.get('model', architecture) not in (architecture, classifier.model_name):
+    if metadata.get('model', classifier.model_name) not in (classifier.architecture, classifier.model_name):
         raise ValueError(f'checkpoint {path} must hold {classifier.model_name}, got {metadata["model"]}.')
-    state_dict = {name.removeprefix('model.'): value for name, value in state_dict.items()}  # as ImageClassifier saves
-    if architecture in list_models():
-        state_dict = rename_fn(architecture)(state_dict, classifier.model)
+    state_dict = {name.removeprefix('model.'): value for name, value in state_dict.items()}  # as a run saves
+    state_dict = classifier.rename(state_dict)
     own = classifier.model.state_dict()
     if any_head:
-        head = [name for name in own if name.startswith(f'{classifier.model.pretrained_cfg["classifier"]}.')]
+        head = [name for name in own if name.startswith(f'{classifier.head}.')]
         if any(name in state_dict and state_dict[name].shape != own[name].shape for name in head):
             for name in head:
                 state_dict[name] = own[name]

@@ -20,10 +20,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...version import __version__
-from .classification import ImageClassifier
+from ..checkpoints import read_checkpoint
+from .classification import NamedModel
 from .utils import RunError, check_finite, mix_seeds, replacing, seed_everything, share_buffers, unwrap
 
 __all__ = [
+    'BestHook',
     'FiniteLossHook',
     'MESAHook',
     'PendingGradientsHook',
@@ -164,10 +166,10 @@ def averaged(runner: Runner) -> Any:
 
 @HOOKS.register_module()
 class SafetensorsHook(Hook):
-    """Writes an ImageClassifier's timm model to WORK_DIR/checkpoint.safetensors; its moving average, if there is one.
+    """Writes a NamedModel's network to WORK_DIR/checkpoint.safetensors; its moving average, if there is one.
 
-    `timm.create_model(model, checkpoint_path=..., **model_args)` loads the file; its metadata hold these two, the epoch
-    and our version. It is replaced as a whole, so that a reader never finds half of one.
+    Of a timm model `timm.create_model(model, checkpoint_path=..., **model_args)` loads the file; its metadata hold
+    these two, the epoch and our version. It is replaced as a whole, so that a reader never finds half of one.
 
     Args:
         interval: Epochs between two writes; the last epoch is always written.
@@ -181,23 +183,70 @@ class SafetensorsHook(Hook):
     def after_train_epoch(self, runner: Runner) -> None:
         if not self.every_n_epochs(runner, self.interval) and not self.is_last_train_epoch(runner):
             return
-        classifier = unwrap(runner.model)
-        source = averaged(runner) or classifier
-        share_buffers(source)
-        path = Path(runner.work_dir, 'checkpoint.safetensors')
-        check_finite(source, path)
-        if is_main_process():
-            save_for_timm(path, classifier, source.model.state_dict(), runner.epoch + 1)
-            runner.logger.info(f'Wrote {path}.')
+        _write_weights(runner, 'checkpoint.safetensors', runner.epoch + 1)
 
 
-def save_for_timm(path: Path, classifier: ImageClassifier, state_dict: Dict[str, Tensor], epoch: int) -> None:
-    """Write the weights of a classifier's timm model, or their average, with what `timm.create_model` needs to know.
+@HOOKS.register_module()
+class BestHook(Hook):
+    """Writes what SafetensorsHook would to WORK_DIR/best.safetensors when a metric of the evaluation is a new best.
+
+    The metadata hold the metric and the seed too. A resumed run takes up the metric from the file, and evaluates its
+    last epoch again, which may have been missed.
+
+    Args:
+        metric: Its name, such as 'accuracy/top1'.
+
+    Raises:
+        RunError: The evaluation has no such metric, or it is not finite.
+    """
+
+    priority = 'LOW'  # after an average and the weights have changed places again
+
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
+        self.best = -math.inf
+
+    def before_train(self, runner: Runner) -> None:
+        if runner.epoch == 0:
+            return
+        path = Path(runner.work_dir, 'best.safetensors')
+        if path.is_file():
+            self.best = float(read_checkpoint(path)[1].get(self.metric, -math.inf))
+        if runner.epoch % runner.val_interval == 0:
+            runner.val_loop.run()
+
+    def after_val_epoch(self, runner: Runner, metrics: Optional[Dict[str, float]] = None) -> None:
+        value = metrics.get(self.metric, math.nan)
+        if not math.isfinite(value):
+            raise RunError(f'BestHook needs a finite {self.metric}, got {value}: evaluated are {", ".join(metrics)}.')
+        if value > self.best:
+            self.best = value
+            _write_weights(
+                runner, 'best.safetensors', runner.epoch, **{self.metric: repr(value), 'seed': str(runner.seed)}
+            )
+
+
+def _write_weights(runner: Runner, name: str, epoch: int, **metadata: str) -> None:
+    classifier = unwrap(runner.model)
+    source = averaged(runner) or classifier
+    share_buffers(source)
+    path = Path(runner.work_dir, name)
+    check_finite(source, path)
+    if is_main_process():
+        save_for_timm(path, classifier, source.model.state_dict(), epoch, **metadata)
+        runner.logger.info(f'Wrote {path}.')
+
+
+def save_for_timm(
+    path: Path, classifier: NamedModel, state_dict: Dict[str, Tensor], epoch: int, **metadata: str
+) -> None:
+    """Write the weights of a classifier's network, or their average, with what is needed to build it again.
 
     Raises:
         RunError: The file cannot be written; one of that name stays as it was.
     """
     metadata = dict(
+        metadata,
         model=classifier.model_name,
         model_args=json.dumps(classifier.model_args),
         epoch=str(epoch),

@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..checkpoints import misfits, read_checkpoint
-from .classification import ImageClassifier, load_weights
+from .classification import NamedModel, load_weights
 from .hooks import averaged, console
 from .saved import numbered_checkpoints, read_run
 from .utils import RunError, check_finite, replacing, share_buffers, unwrap
@@ -47,6 +47,7 @@ class TimmRunner(Runner):
         device: 'cpu' where mmengine would take a GPU.
         num_threads: Of the CPU, PyTorch's choice unless given.
         unreadable: 'stop' (the default) or 'skip', what a training does at an image that cannot be read.
+        dataset: What all data sets have in common, so that it is said once; each one's own config goes before it.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -145,6 +146,7 @@ class TimmRunner(Runner):
             return dataloader
         training = dataloader is self._train_dataloader
         cfg = copy.deepcopy(dataloader)
+        cfg['dataset'] = {**self.cfg.get('dataset', {}), **cfg['dataset']}
         root = cfg['dataset'].get('data_root')
         if root and not Path(root).is_dir():
             raise RunError(f'data_root must be a folder, got {root}, which does not exist; --data-root names another.')
@@ -170,7 +172,7 @@ class TimmRunner(Runner):
                 raise RunError(f'the data are not complete: {path} does not exist.')
         model = unwrap(self.model)
         classes = (getattr(dataset, 'metainfo', None) or {}).get('classes')
-        if isinstance(model, ImageClassifier) and classes and len(classes) != model.model.num_classes:
+        if isinstance(model, NamedModel) and classes and len(classes) != model.model.num_classes:
             raise RunError(
                 f'model.num_classes must be {len(classes)}, the number of classes in the data, got '
                 f'{model.model.num_classes}: --cfg-options model.num_classes={len(classes)}'
@@ -307,7 +309,7 @@ class TimmRunner(Runner):
             self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
             model.load_state_dict(checkpoint['state_dict'])
         else:
-            if isinstance(model, ImageClassifier):
+            if isinstance(model, NamedModel):
                 load_weights(model, filename)
             else:
                 _load_exactly(model, filename)
