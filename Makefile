@@ -15,7 +15,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard ops/csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "vssm needs Python 3.11 or newer, got " + sys.version.split()[0] + ": make setup PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch torchvision setuptools wheel
-	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[demo,export,hub,mmlab,plot,test]'
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[demo,export,hub,mmlab,plot,test,wsi]'
 	# mmengine asks for opencv-python, which needs a display library that servers lack; the headless build does not.
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps --force-reinstall opencv-python-headless
 	touch $@

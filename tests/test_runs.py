@@ -1,67 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole runs through the command line: killed and resumed, in several processes, on broken data, at the disk's end."""
 
-import json
 import os
 import random
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
+from processes import finish, losses, options, start, wait_for
 from vssm.models.checkpoints import read_checkpoint
 
 pytest.importorskip('mmengine', reason="mmengine is not installed: pip install '.[train]'")
 
 FAMILIES = ('test_vmamba', 'test_vmamba2d', 'test_spatial_mamba')
 ROOTS = dict(imagenet='imagenet', ade20k='ADEChallengeData2016', coco='coco')
-
-
-def start(*arguments, launcher=(), **kwargs):
-    """A process with one thread whose output is read by `finish`."""
-    environment = dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
-    return subprocess.Popen(
-        [sys.executable, *launcher, '-m', *map(str, arguments)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        **kwargs,
-    )
-
-
-def finish(process, status=0):
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == status, output
-    return output
-
-
-def options(**changes):
-    return ['--cfg-options', *(f'{key}={value!r}' for key, value in changes.items())]
-
-
-def losses(work_dir):
-    """What every iteration reported; of those that were done twice, the later."""
-    records = {}
-    for file in sorted(work_dir.glob('*/vis_data/scalars.json')):
-        for record in map(json.loads, file.read_text().splitlines()):
-            if 'loss' in record:
-                step = record.get('iter', record['step'])
-                records[step] = [record['loss'], record['lr'], record.get('grad_norm')]
-    return records
-
-
-def wait_for(path, process):
-    end = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ def test_help_shows_an_example_that_parses(command, capsys):
     with pytest.raises(SystemExit) as exit:
         main([command, '--help'])
     assert exit.value.code == 0
-    example = importlib.import_module(f'vssm.tools.{command}').EXAMPLE
+    example = importlib.import_module(f'vssm.tools.{command.replace("-", "_")}').EXAMPLE
     assert f'example:\n  {example}\n' in capsys.readouterr().out
     name, *argv = shlex.split(example)
     assert name == 'vssm'
@@ -178,7 +178,7 @@ def test_configs_lists_names_and_what_they_are(pattern, shown, capsys):
 def test_configs_lists_all(capsys):
     assert main(['configs']) == 0
     names = re.findall(r'^│ (\S+/\S+) ', capsys.readouterr().out, re.MULTILINE)
-    assert len(names) == len(set(names)) == 2 + 9 + 9 + 2 * 9 + 2
+    assert len(names) == len(set(names)) == 2 + 9 + 9 + 2 * 9 + 2 + 3
     assert not [name for name in names if '/_' in name]
 
 

@@ -31,6 +31,11 @@ PACKAGES = (
     'onnxruntime',
     'gdown',
     'huggingface_hub',
+    'h5py',
+    'torchmetrics',
+    'torchsurv',
+    'lifelines',
+    'openslide-python',
 )
 
 

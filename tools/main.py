@@ -9,7 +9,24 @@ from typing import Optional, Sequence
 from ..version import __version__
 from ._common import UsageError
 
-COMMANDS = ('demo', 'train', 'test', 'info', 'report', 'convert', 'download', 'configs', 'erf', 'cam', 'zoo', 'env')
+COMMANDS = (
+    'demo',
+    'train',
+    'test',
+    'info',
+    'report',
+    'convert',
+    'download',
+    'configs',
+    'erf',
+    'cam',
+    'wsi-check',
+    'wsi-repeat',
+    'wsi-heatmap',
+    'wsi-km',
+    'zoo',
+    'env',
+)
 
 # Packages that come with an extra.
 EXTRAS = {
@@ -22,6 +39,10 @@ EXTRAS = {
     'pytorch_grad_cam': 'plot',
     'gdown': 'hub',
     'huggingface_hub': 'hub',
+    'h5py': 'wsi',
+    'torchmetrics': 'wsi',
+    'torchsurv': 'wsi',
+    'lifelines': 'wsi',
 }
 
 
@@ -30,7 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument('--version', action='version', version=f'vssm {__version__}')
     subparsers = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
     for name in COMMANDS:
-        module = importlib.import_module(f'.{name}', __package__)
+        module = importlib.import_module(f'.{name.replace("-", "_")}', __package__)
         subparser = subparsers.add_parser(
             name,
             help=module.__doc__.splitlines()[0],

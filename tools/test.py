@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if runner.rank == 0:
         table = Table('metric', 'value')
         for name, value in metrics.items():
-            table.add_row(name, f'{value:.2f}')
+            table.add_row(name, f'{value:.2f}' if abs(value) > 1 else f'{value:.4f}')  # per cent, or shares of 1
         console.print(table)
     return 0
 

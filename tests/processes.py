@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs as processes of their own: start, wait, kill, and what they wrote."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+
+def start(*arguments, launcher=(), **kwargs):
+    """A process with one thread whose output is read by `finish`."""
+    environment = dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
+    return subprocess.Popen(
+        [sys.executable, *launcher, '-m', *map(str, arguments)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        **kwargs,
+    )
+
+
+def finish(process, status=0):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == status, output
+    return output
+
+
+def options(**changes):
+    return ['--cfg-options', *(f'{key}={value!r}' for key, value in changes.items())]
+
+
+def losses(work_dir):
+    """What every iteration reported; of those that were done twice, the later."""
+    records = {}
+    for file in sorted(work_dir.glob('*/vis_data/scalars.json')):
+        for record in map(json.loads, file.read_text().splitlines()):
+            if 'loss' in record:
+                step = record.get('iter', record['step'])
+                records[step] = [record['loss'], record['lr'], record.get('grad_norm')]
+    return records
+
+
+def wait_for(path, process):
+    end = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.002)

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Check a table of slides and the files of their features before a training.
+
+Every problem is told with its row and slide: missing files, labels and splits that are not in their list, no patches,
+numbers that are not finite, features of another width, coordinates off the grid, two patches in one cell. Rows of the
+table count its header as row 1, rows of a slide's arrays begin with 0.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+
+from rich.progress import track
+from rich.table import Table
+
+from ._common import UsageError, console
+
+EXAMPLE = 'vssm wsi-check labels.csv features --patch-size 512'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('table', metavar='CSV', type=Path, help='slide_id,label,... or case_id,slide_id,censorship,...')
+    parser.add_argument('folder', metavar='DIR', type=Path, help='with SLIDE.h5, or SLIDE.pt and its coordinates')
+    parser.add_argument(
+        '--task', choices=('classification', 'survival'), help='default: survival, if CSV has a column survival_months'
+    )
+    parser.add_argument('--classes', metavar='NAME', nargs='+', help='the labels that there may be (default: any)')
+    parser.add_argument(
+        '--patch-size', metavar='N', type=int, default=512, help='of a grid cell in pixels (default: 512)'
+    )
+    parser.add_argument(
+        '--grid-size', metavar=('H', 'W'), type=int, nargs=2, help='the largest grid that there may be, in cells'
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..models.mil import to_cells
+    from ..models.slides import find_slide, read_slide, read_table
+
+    if args.patch_size < 1:
+        raise UsageError(f'--patch-size must be at least 1, got {args.patch_size}.')
+    if not args.folder.is_dir():
+        raise UsageError(f'DIR must be a folder, got {args.folder}, which does not exist.')
+    try:
+        task = args.task or ('survival' if 'survival_months' in _header(args.table) else 'classification')
+        slides, problems = read_table(args.table, task, args.classes)
+    except (FileNotFoundError, ValueError) as error:
+        raise UsageError(str(error)) from error
+
+    widths, patches, heights, columns = Counter(), [], [], []
+    for slide in track(slides, 'reading', console=console, transient=True, disable=not console.is_terminal):
+        try:
+            features, coords = read_slide(find_slide(args.folder, slide.slide_id))
+            widths[features.shape[1]] += 1
+            usual = next(iter(widths))  # that of the first
+            if features.shape[1] != usual:
+                raise ValueError(
+                    f'features must be as wide as those of the first slide, {usual}, got {features.shape[1]}.'
+                )
+            _, (height, width) = to_cells(coords, args.patch_size, args.grid_size)
+        except (FileNotFoundError, ValueError) as error:
+            problems.append(f'{args.table.name} row {slide.row}, slide {slide.slide_id!r}: {error}')
+            continue
+        patches.append(len(features))
+        heights.append(height)
+        columns.append(width)
+    if problems:
+        for problem in problems:
+            console.print(problem, highlight=False, markup=False, soft_wrap=True)
+        raise UsageError(f'{len(problems)} problems in {args.table} and {args.folder}.')
+
+    table = Table('what', 'count')
+    table.add_row('slides', str(len(slides)))
+    table.add_row('cases', str(len({slide.case_id for slide in slides})))
+    table.add_row('width of the features', str(next(iter(widths))))
+    table.add_row('patches of a slide', f'{min(patches)} to {max(patches)}')
+    table.add_row('largest grid, height x width', f'{max(heights)} x {max(columns)}')
+    for split, count in Counter(slide.split for slide in slides).items():
+        table.add_row('slides without a split' if split is None else f'slides of {split}', str(count))
+    if task == 'classification':
+        for label, count in sorted(Counter(slide.label for slide in slides).items()):
+            table.add_row(f'slides of class {label}', str(count))
+    else:
+        censored = {slide.case_id: slide.censored for slide in slides}
+        table.add_row('cases with an event', str(sum(not value for value in censored.values())))
+    console.print(table)
+    return 0
+
+
+def _header(path: Path) -> str:
+    try:
+        with open(path, encoding='utf-8-sig', errors='replace') as file:
+            return file.readline()
+    except OSError as error:
+        raise UsageError(f'CSV must be a file, got {path}: {error.strerror}.') from error
+
+
+if __name__ == '__main__':
+    from .main import main
+
+    sys.exit(main(['wsi-check', *sys.argv[1:]]))

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train and test a config on slides with several seeds, or on all folds, and show mean and standard deviation.
+
+Each run has a folder of its own in the work dir, and is tested with its best weights on the validation data. A run that
+is there already goes on where it stopped, so that the command may be given again. Results go to results.json.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Dict, List
+
+from rich.table import Table
+
+from ._common import UsageError, add_run_arguments, build_runner, console, read_config, write_file
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
+
+EXAMPLE = 'vssm wsi-repeat wsi/classification --seeds 0 1 2 3 4'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('config', metavar='CONFIG', help='name, as in `vssm configs`, or path of a config')
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument('--seeds', metavar='N', type=int, nargs='+', help='of the runs')
+    what.add_argument('--folds', metavar='K', type=int, help='divide the cases into K folds, each of which is tested')
+    add_run_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.seeds is not None and len(set(args.seeds)) != len(args.seeds):
+        raise UsageError(f'--seeds must differ, got {" ".join(map(str, args.seeds))}.')
+    if args.folds is not None and args.folds < 3:
+        raise UsageError(f'--folds must be at least 3, for training, validation and test, got {args.folds}.')
+    cfg = read_config(args)
+    if cfg.get('dataset', {}).get('type') != 'SlideDataset':
+        raise UsageError(f'CONFIG must be one whose dataset is a SlideDataset, got {args.config}.')
+    runs = [f'seed{seed}' for seed in args.seeds] if args.seeds else [f'fold{fold}' for fold in range(args.folds)]
+    results: Dict[str, Dict[str, float]] = {}
+    for i, name in enumerate(runs):
+        changed = copy.deepcopy(cfg)
+        changed.work_dir = str(Path(cfg.work_dir, name))
+        if args.seeds:
+            changed.randomness = dict(cfg.get('randomness', {}), seed=args.seeds[i])
+        else:
+            changed.dataset.update(folds=args.folds, fold=i)
+        results[name] = train_and_test(changed)
+    from mmengine.dist import is_main_process
+
+    if not is_main_process():
+        return 0
+    summary = dict(config=args.config, runs=results, **summarise(list(results.values())))
+    write_file(Path(cfg.work_dir, 'results.json'), (json.dumps(summary, indent=2) + '\n').encode())
+
+    table = Table('run', *(metric for metric in summary['mean']))
+    for name, metrics in results.items():
+        table.add_row(name, *(f'{value:.4f}' for value in metrics.values()))
+    table.add_section()
+    for statistic in ('mean', 'deviation'):
+        table.add_row(statistic, *(f'{value:.4f}' for value in summary[statistic].values()))
+    console.print(table)
+    console.print(f'Written to {cfg.work_dir}', highlight=False, soft_wrap=True)
+    return 0
+
+
+def train_and_test(cfg: 'Config') -> Dict[str, float]:
+    """The metrics of a config's best weights on its test data."""
+    from ..models.mm import RunError, numbered_checkpoints
+
+    best = Path(cfg.work_dir, 'best.safetensors')
+    cfg.experiment_name = '-'.join(Path(cfg.work_dir).parts)  # mmengine keeps loggers and histories by it
+    cfg.resume = bool(numbered_checkpoints(cfg.work_dir))
+    try:
+        build_runner(copy.deepcopy(cfg)).train()
+        if not best.is_file():
+            raise UsageError(f'CONFIG must have a BestHook in custom_hooks, so that {best} is there.')
+        cfg.update(load_from=str(best), resume=False, experiment_name=f'{cfg.experiment_name}-test')
+        return build_runner(cfg).test()
+    except RunError as error:
+        raise UsageError(f'{Path(cfg.work_dir).name}: {error}') from error
+
+
+def summarise(results: List[Dict[str, float]]) -> Dict[str, Dict[str, float]]:
+    """Mean and standard deviation (n - 1) of each metric over the runs; that of one run is 0."""
+    columns = {name: [metrics[name] for metrics in results] for name in results[0]}
+    return dict(
+        mean={name: statistics.fmean(values) for name, values in columns.items()},
+        deviation={name: statistics.stdev(values) if len(values) > 1 else 0.0 for name, values in columns.items()},
+    )
+
+
+if __name__ == '__main__':
+    from .main import main
+
+    sys.exit(main(['wsi-repeat', *sys.argv[1:]]))
