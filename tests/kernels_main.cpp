@@ -1,0 +1,601 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CPU kernels without torch, over a thread pool of this program's own: what the sanitizers and valgrind can see through.
+//
+//   kernels_main avx512|avx2|portable THREADS
+//
+// Forward and backward of both ops run on one thread and on THREADS, which must agree bit for bit, and are held to scalar
+// loops in double. Every buffer is a heap block of exactly the size that the kernels are told of, filled with NaN: what is
+// read or written beyond it, read before it is written or not written at all shows. Exits with 1 where a result is wrong,
+// 2 where the arguments are, and 77 where the CPU lacks the instructions.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "kernels.h"
+
+namespace vssm {
+namespace {
+
+constexpr int kWrong = 1, kUsage = 2, kUnsupported = 77;
+
+// ---- threads ---------------------------------------------------------------------------------------------------------
+
+class Pool {
+ public:
+  explicit Pool(int threads) {
+    for (int i = 0; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+  }
+
+  ~Pool() {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      stop_ = true;
+    }
+    wake_.notify_all();
+    for (std::thread& worker : workers_) worker.join();
+  }
+
+  int64_t threads() const { return workers_.size(); }
+
+  // task(thread, t) for every t below `tasks`: neighbours on different threads, where a race between them shows.
+  void run(int64_t tasks, const std::function<void(int64_t, int64_t)>& task) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    task_ = &task, tasks_ = tasks, running_ = threads(), ready_ = 0, ++round_;
+    wake_.notify_all();
+    done_.wait(lock, [this] { return running_ == 0; });
+  }
+
+ private:
+  void work(int64_t thread) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (int64_t seen = 0;;) {
+      wake_.wait(lock, [&] { return stop_ || round_ != seen; });
+      if (stop_) return;
+      seen = round_;
+      lock.unlock();
+      // All leave the lock before any begins: one that took it after another had done its work would be ordered behind that
+      // one, and the thread sanitizer see no race between the two. Relaxed, so that this orders nothing either.
+      ready_.fetch_add(1, std::memory_order_relaxed);
+      while (ready_.load(std::memory_order_relaxed) < threads()) std::this_thread::yield();
+      for (int64_t t = thread; t < tasks_; t += threads()) (*task_)(thread, t);
+      lock.lock();
+      if (--running_ == 0) done_.notify_one();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable wake_, done_;
+  const std::function<void(int64_t, int64_t)>* task_ = nullptr;
+  int64_t tasks_ = 0, running_ = 0, round_ = 0;
+  std::atomic<int64_t> ready_{0};
+  bool stop_ = false;
+  std::vector<std::thread> workers_;
+};
+
+template <class T>
+std::vector<T> poisoned(int64_t size) {
+  return std::vector<T>(size, std::numeric_limits<T>::quiet_NaN());
+}
+
+// What a thread works in: the one buffer that the ops align.
+constexpr std::align_val_t kAlignment{64};
+struct Free {
+  void operator()(void* data) const { ::operator delete(data, kAlignment); }
+};
+template <class T>
+using Scratch = std::unique_ptr<T[], Free>;
+
+template <class T>
+Scratch<T> make_scratch(int64_t size) {
+  T* const data = static_cast<T*>(::operator new(size * sizeof(T), kAlignment));
+  std::fill(data, data + size, std::numeric_limits<T>::quiet_NaN());
+  return Scratch<T>(data);
+}
+
+// kernel(scratch, begin, end) over all tasks: in one call without a pool, else one by one, each thread with its own scratch.
+template <class T, class F>
+void run(Pool* pool, int64_t tasks, int64_t scratch_size, const F& kernel) {
+  std::vector<Scratch<T>> scratch;
+  for (int64_t i = 0; i < (pool ? pool->threads() : 1); ++i) scratch.push_back(make_scratch<T>(scratch_size));
+  if (!pool) return kernel(scratch[0].get(), 0, tasks);
+  pool->run(tasks, [&](int64_t thread, int64_t t) { kernel(scratch[thread].get(), t, t + 1); });
+}
+
+// ---- maps and numbers ------------------------------------------------------------------------------------------------
+
+struct Size {
+  int64_t batch, height, width, channels;
+  int64_t cells() const { return batch * height * width; }
+};
+
+// A map over (batch, H, W, orders, width), or (batch, W, H, orders, width) where transposed, from `offset` in the last axis.
+template <class T>
+Map<T> map_of(std::vector<T>& buffer, const Size& z, int64_t orders, int64_t width, int64_t offset, bool transposed) {
+  const int64_t cell = orders * width;
+  return {buffer.data() + offset, z.height * z.width * cell, transposed ? cell : z.width * cell,
+          transposed ? z.height * cell : cell, width};
+}
+
+// The number of cell (image * H + i) * W + j.
+template <class T>
+T& at(const Map<T>& map, const Size& z, int64_t cell, int64_t k, int64_t c) {
+  const int64_t image = cell / (z.height * z.width), i = cell / z.width % z.height, j = cell % z.width;
+  return map.data[image * map.batch + i * map.row + j * map.column + k * map.order + c];
+}
+
+class Random {
+ public:
+  double operator()(double low, double high) { return low + (high - low) * (bits_() >> 11) * 0x1p-53; }
+
+  template <class T>
+  void fill(std::vector<T>& buffer, double low, double high) {
+    for (T& value : buffer) value = T((*this)(low, high));
+  }
+  template <class T>
+  void fill(const Map<T>& map, const Size& z, int64_t orders, int64_t last, double low, double high) {
+    for (int64_t cell = 0; cell < z.cells(); ++cell)
+      for (int64_t k = 0; k < orders; ++k)
+        for (int64_t c = 0; c < last; ++c) at(map, z, cell, k, c) = T((*this)(low, high));
+  }
+
+ private:
+  std::mt19937_64 bits_;
+};
+
+template <class T>
+Map<const T> read_only(const Map<T>& m) {
+  return {m.data, m.batch, m.row, m.column, m.order};
+}
+
+// ---- checks ----------------------------------------------------------------------------------------------------------
+
+// A sum and that of its terms' sizes, which tells how much rounding may do to it.
+struct Sum {
+  double value = 0, size = 0;
+  void operator+=(double term) { value += term, size += std::abs(term); }
+};
+using Sums = std::vector<Sum>;
+
+int failures = 0;
+
+// Hold actual(i) to expected[i], relative to the largest of a tensor.
+template <class T, class F>
+void hold(const std::string& what, const Sums& expected, const F& actual) {
+  double scale = 0;
+  for (const Sum& sum : expected) scale = std::max(scale, sum.size);
+  const double limit = (sizeof(T) == 8 ? 1e-14 : 2e-6) * scale;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const double got = actual(i), wanted = expected[i].value;
+    if (std::abs(got - wanted) <= limit) continue;  // not so where it is NaN
+    std::fprintf(stderr, "%s: element %zu is %.9g, expected %.9g to within %.1e\n", what.c_str(), i, got, wanted, limit);
+    ++failures;
+    return;
+  }
+}
+
+template <class T>
+void hold_bits(const std::string& what, const std::vector<std::vector<T>>& one, const std::vector<std::vector<T>>& many) {
+  for (size_t i = 0; i < one.size(); ++i) {
+    if (one[i].empty() || !std::memcmp(one[i].data(), many[i].data(), one[i].size() * sizeof(T))) continue;
+    std::fprintf(stderr, "%s: result %zu depends on the number of threads\n", what.c_str(), i);
+    ++failures;
+  }
+}
+
+// Element i of a tensor that comes in parts.
+template <class T>
+double sum_parts(const std::vector<T>& buffer, int64_t parts, int64_t i) {
+  double sum = 0;
+  for (int64_t part = 0; part < parts; ++part) sum += buffer[part * (buffer.size() / parts) + i];
+  return sum;
+}
+
+// ---- the selective scan ----------------------------------------------------------------------------------------------
+
+enum : unsigned {
+  kWithoutC = 1,   // y is the state
+  kStrided = 2,    // dt, B and C are slices of one transposed projection, x and the gradient of y of wider ones
+  kPlainStep = 4,  // no softplus
+  kLargeStep = 8,  // over both branches of softplus and all of exp's range
+  kFewGroups = 16  // backward: tasks of several images and several blocks
+};
+
+struct ScanCase {
+  Size size;
+  int64_t states, rank;
+  int ndim;
+  std::vector<int> orders;
+  unsigned options;
+};
+
+// Vectors have 2 to 16 channels and blocks one or two vectors; a chunk has 64 positions.
+const ScanCase kScanCases[] = {
+    // batch, height, width, channels, states, rank, ndim, orders, options
+    {{1, 1, 1, 1}, 1, 0, 1, {0}, 0},
+    {{1, 1, 1, 1}, 2, 1, 2, {0, 1, 2, 3}, 0},
+    {{2, 1, 9, 7}, 1, 0, 2, {2}, kWithoutC},
+    {{1, 11, 1, 7}, 1, 2, 1, {3}, kWithoutC | kStrided},
+    {{2, 9, 1, 16}, 1, 3, 2, {1, 3}, 0},
+    {{1, 1, 13, 16}, 3, 1, 1, {0, 2}, kStrided},
+    {{2, 5, 6, 17}, 2, 17, 2, {0, 1, 2, 3}, kStrided},
+    {{2, 6, 5, 17}, 1, 0, 1, {0, 1, 2, 3}, kPlainStep},
+    {{1, 4, 7, 32}, 16, 2, 1, {0, 1, 2, 3}, kFewGroups},
+    {{1, 7, 4, 31}, 5, 0, 2, {3, 0}, kStrided | kPlainStep},
+    {{3, 3, 5, 33}, 2, 4, 2, {0, 1, 2, 3}, kFewGroups},
+    {{3, 5, 3, 33}, 1, 5, 1, {1, 2}, kFewGroups | kPlainStep | kStrided},
+    {{2, 7, 7, 96}, 1, 6, 2, {0, 1, 2, 3}, kStrided},
+    {{2, 7, 7, 96}, 1, 6, 1, {0, 1, 2, 3}, kFewGroups},
+    {{1, 3, 4, 130}, 4, 16, 2, {2, 1}, kFewGroups | kStrided},
+    {{1, 8, 8, 12}, 2, 0, 2, {0, 1, 2, 3}, kLargeStep},
+    {{1, 8, 9, 12}, 3, 3, 1, {0, 3}, kLargeStep},
+    // Lines longer than a chunk.
+    {{1, 3, 70, 20}, 2, 3, 2, {0, 1, 2, 3}, 0},
+    {{1, 66, 2, 9}, 2, 0, 2, {0, 1, 2, 3}, kStrided},
+    {{1, 2, 129, 6}, 1, 2, 1, {0, 1, 2, 3}, kStrided},
+    {{1, 1, 200, 4}, 1, 1, 2, {0}, kWithoutC},
+    // Several bands in backward, blocks of one vector and of two: one line, many, and so many that bands grow with them.
+    {{1, 1, 7500, 3}, 2, 1, 1, {0, 2}, 0},
+    {{1, 61, 123, 5}, 2, 0, 1, {1}, kStrided},
+    {{1, 37, 100, 32}, 1, 0, 1, {2}, 0},
+    {{1, 90, 83, 3}, 1, 2, 2, {0, 3}, kStrided},
+    {{1, 14, 540, 5}, 2, 0, 2, {2, 1}, 0},
+    {{1, 37, 100, 32}, 1, 0, 2, {3}, 0},
+    {{1, 61, 123, 5}, 1, 0, 2, {2}, kWithoutC | kPlainStep},
+};
+
+std::string name_of(const ScanCase& c) {
+  const char* options[] = {" without C", " strided", " plain step", " large step", " few groups"};
+  std::string name = "scan " + std::to_string(c.size.batch) + "x" + std::to_string(c.size.height) + "x" +
+                     std::to_string(c.size.width) + "x" + std::to_string(c.size.channels) + " N" +
+                     std::to_string(c.states) + " R" + std::to_string(c.rank) + " " + std::to_string(c.ndim) + "-D orders";
+  for (int order : c.orders) name += " " + std::to_string(order);
+  for (int i = 0; i < 5; ++i)
+    if (c.options >> i & 1) name += options[i];
+  return name;
+}
+
+template <class T>
+struct ScanInputs {
+  ScanArgs<T> args{};
+  Size size;
+  std::vector<T> x, dt, B, C, grad_y;  // what the maps point to; dt holds B and C too where they are slices of one
+  std::vector<T> A, D, bias, weight;   // (K, E, N), (K, E), (K, E), (K, E, R)
+  std::vector<T> packed;
+  Map<const T> dy;
+
+  ScanInputs(const Kernels<T>& kernels, const ScanCase& c) : size(c.size) {
+    const bool strided = c.options & kStrided, plain = c.options & kPlainStep, has_C = !(c.options & kWithoutC);
+    const int64_t cells = size.cells(), E = size.channels, K = c.orders.size(), N = c.states, R = c.rank;
+    const int64_t steps = R ? R : E, margin = strided ? 3 : 0;
+    ScanArgs<T>& s = args;
+    s.batch = size.batch, s.height = size.height, s.width = size.width, s.channels = E;
+    s.num_orders = K, s.states = N, s.rank = R, s.ndim = c.ndim, s.softplus = !plain;
+    std::copy(c.orders.begin(), c.orders.end(), s.orders);
+    s.lanes = kernels.scan_lanes(E);
+
+    Random random;
+    auto wide = [&](std::vector<T>& buffer) {
+      buffer = poisoned<T>(cells * (E + margin));
+      const auto map = map_of(buffer, size, 1, E + margin, margin, false);
+      random.fill(map, size, 1, E, -2, 2);
+      return read_only(map);
+    };
+    s.x = wide(x), dy = wide(grad_y);
+
+    const int64_t all = steps + N + (has_C ? N : 0);
+    dt = poisoned<T>(cells * K * (strided ? all : steps));
+    auto field = [&](std::vector<T>& own, int64_t offset, int64_t last, double low, double high) {
+      if (!strided && offset) own = poisoned<T>(cells * K * last);
+      const auto map = strided ? map_of(dt, size, K, all, offset, true) : map_of(own, size, K, last, 0, false);
+      random.fill(map, size, K, last, low, high);
+      return read_only(map);
+    };
+    const double spread = c.options & kLargeStep ? 30 : 2;
+    s.dt = plain ? field(dt, 0, steps, 1e-3, 0.3) : field(dt, 0, steps, -spread, spread);
+    s.B = field(B, steps, N, -2, 2);
+    if (has_C) {
+      s.C = field(C, steps + N, N, -2, 2);
+    } else {
+      C = {1};
+      s.C = {C.data(), 0, 0, 0, 0};
+    }
+
+    A.resize(K * E * N), D.resize(K * E), bias.resize(K * E), weight.resize(K * E * R);
+    for (size_t i = 0; i < A.size(); ++i) A[i] = -T(random(0.5, 1.5) * (i % N + 1));
+    if (has_C) random.fill(D, 0.7, 1.3);
+    // Without softplus nothing keeps the steps positive but their terms.
+    const double unit = 1 / std::sqrt(std::max<int64_t>(R, 1));
+    random.fill(bias, plain ? 1e-3 : -5, plain ? 0.1 : -1);
+    random.fill(weight, plain ? 0 : -unit, unit);
+    pack();
+  }
+  ScanInputs(const ScanInputs&) = delete;  // args points into it
+
+ private:
+  // By block of channels and order, as ScanArgs has it.
+  void pack() {
+    ScanArgs<T>& s = args;
+    const int64_t K = s.num_orders, E = s.channels, N = s.states, R = s.rank, L = s.lanes;
+    packed.assign(s.num_blocks() * K * s.packed_size(), 0);
+    s.packed = packed.data();
+    for (int64_t k = 0; k < K; ++k)
+      for (int64_t e = 0; e < E; ++e) {
+        const int64_t block = e / L, l = e % L;
+        auto out = [&](const T* row) -> T& { return packed[row - s.packed + l]; };
+        for (int64_t n = 0; n < N; ++n) out(s.A(block, k) + n * L) = A[(k * E + e) * N + n];
+        out(s.bias(block, k)) = bias[k * E + e];
+        for (int64_t q = 0; q < K; ++q) out(s.D(block, k)) += D[q * E + e];
+        for (int64_t r = 0; r < R; ++r) {
+          out(s.weight(block, k) + r * L) = weight[(k * E + e) * R + r];
+          packed[s.weight_t(block, k) - s.packed + l * s.rank_padded() + r] = weight[(k * E + e) * R + r];
+        }
+      }
+  }
+};
+
+struct ScanSums {
+  Sums y, x, dt, B, C, A, D, bias, weight;
+};
+
+// The definition, one number at a time: h = a h[above] + g with g = a g[before] + dt x B, and its gradients in reverse.
+// In 1-D the whole map is one line.
+template <class T>
+ScanSums scan_reference(const ScanInputs<T>& in) {
+  const ScanArgs<T>& s = in.args;
+  const Size& z = in.size;
+  const int64_t K = s.num_orders, E = s.channels, N = s.states, R = s.rank, steps = R ? R : E, cells = z.cells();
+  const int64_t positions = z.height * z.width;
+  ScanSums sum{Sums(cells * E), Sums(cells * E), Sums(cells * K * steps), Sums(cells * K * N), Sums(cells * K * N),
+               Sums(K * E * N), Sums(K * E),     Sums(K * E),             Sums(K * E * R)};
+  std::vector<double> step(positions), slope(positions), dstep(positions), a(positions), g(positions), h(positions),
+      dg(positions), dh(positions);
+  for (int64_t k = 0; k < K; ++k) {
+    const bool transposed = s.orders[k] % 2;
+    const int64_t inner = s.ndim == 1 ? positions : transposed ? z.height : z.width;
+    std::vector<int64_t> walk;  // the cells of an image as the order visits them
+    for (int64_t m = 0; m < positions; ++m)
+      walk.push_back(transposed ? m % z.height * z.width + m / z.height : m);
+    if (s.orders[k] >= 2) std::reverse(walk.begin(), walk.end());
+
+    for (int64_t image = 0; image < z.batch; ++image)
+      for (int64_t e = 0; e < E; ++e) {
+        const int64_t channel = k * E + e, first = image * positions;
+        auto x = [&](int64_t m) -> double { return at(s.x, z, first + walk[m], 0, e); };
+        auto dy = [&](int64_t m) -> double { return at(in.dy, z, first + walk[m], 0, e); };
+        auto dt = [&](int64_t m, int64_t r) -> double { return at(s.dt, z, first + walk[m], k, r); };
+        for (int64_t m = 0; m < positions; ++m) {
+          double raw = in.bias[channel] + (R ? 0 : dt(m, e));
+          for (int64_t r = 0; r < R; ++r) raw += in.weight[channel * R + r] * dt(m, r);
+          const bool linear = !s.softplus || raw > 20;  // PyTorch's softplus is, beyond 20
+          step[m] = linear ? raw : std::log1p(std::exp(raw));
+          slope[m] = linear ? 1 : 1 / (1 + std::exp(-raw));
+          dstep[m] = 0;
+          const int64_t i = (first + walk[m]) * E + e;
+          sum.y[i] += in.D[channel] * x(m);
+          sum.x[i] += in.D[channel] * dy(m);
+          sum.D[channel] += dy(m) * x(m);
+        }
+        for (int64_t n = 0; n < N; ++n) {
+          const double A = in.A[channel * N + n];
+          auto B = [&](int64_t m) -> double { return at(s.B, z, first + walk[m], k, n); };
+          auto C = [&](int64_t m) -> double { return at(s.C, z, first + walk[m], k, n); };
+          auto before = [&](int64_t m) { return m % inner ? g[m - 1] : 0; };
+          auto above = [&](int64_t m) { return m >= inner ? h[m - inner] : 0; };
+          for (int64_t m = 0; m < positions; ++m) {
+            a[m] = std::exp(step[m] * A);
+            g[m] = a[m] * before(m) + step[m] * x(m) * B(m);
+            h[m] = a[m] * above(m) + g[m];
+            sum.y[(first + walk[m]) * E + e] += C(m) * h[m];
+          }
+          for (int64_t m = positions - 1; m >= 0; --m) {
+            dh[m] = C(m) * dy(m) + (m + inner < positions ? a[m + inner] * dh[m + inner] : 0);
+            dg[m] = dh[m] + ((m + 1) % inner ? a[m + 1] * dg[m + 1] : 0);
+            const double da = dg[m] * before(m) + dh[m] * above(m);
+            const int64_t cell = first + walk[m];
+            sum.x[cell * E + e] += dg[m] * step[m] * B(m);
+            sum.B[(cell * K + k) * N + n] += dg[m] * step[m] * x(m);
+            sum.C[(cell * K + k) * N + n] += dy(m) * h[m];
+            sum.A[channel * N + n] += da * a[m] * step[m];
+            dstep[m] += dg[m] * x(m) * B(m) + da * a[m] * A;
+          }
+        }
+        for (int64_t m = 0; m < positions; ++m) {
+          const double draw = dstep[m] * slope[m];
+          Sum* ddt = &sum.dt[((first + walk[m]) * K + k) * steps];
+          sum.bias[channel] += draw;
+          if (!R) ddt[e] += draw;
+          for (int64_t r = 0; r < R; ++r) {
+            ddt[r] += draw * in.weight[channel * R + r];
+            sum.weight[channel * R + r] += draw * dt(m, r);
+          }
+        }
+      }
+  }
+  return sum;
+}
+
+template <class T>
+void check_scan(const Kernels<T>& kernels, const ScanCase& c, Pool& pool) {
+  const ScanInputs<T> in(kernels, c);
+  const ScanArgs<T>& s = in.args;
+  const bool few = c.options & kFewGroups;
+  const int64_t K = s.num_orders, E = s.channels, N = s.states, R = s.rank, L = s.lanes, blocks = s.num_blocks();
+  const int64_t cells = in.size.cells();
+  ScanGrads<T> grad{};
+  const int64_t images = grad.image_groups = few ? (s.batch + 1) / 2 : s.batch;
+  const int64_t groups = grad.channel_groups = few ? (blocks + 1) / 2 : blocks;
+  const int64_t size = grad.params_size(s);
+
+  auto results = [&](Pool* pool) {
+    auto y = poisoned<T>(cells * E), dx = poisoned<T>(cells * E), ddt = poisoned<T>(cells * K * (R ? groups * R : E)),
+         dB = poisoned<T>(groups * cells * K * N), dC = poisoned<T>(c.options & kWithoutC ? 0 : groups * cells * K * N),
+         params = poisoned<T>(images * blocks * K * size);
+    run<T>(pool, s.batch * blocks, kernels.scan_forward_scratch(s), [&](T* scratch, int64_t begin, int64_t end) {
+      kernels.scan_forward(s, y.data(), scratch, begin, end);
+    });
+    grad.y = in.dy, grad.x = dx.data(), grad.dt = ddt.data(), grad.B = dB.data(), grad.params = params.data();
+    grad.C = dC.empty() ? nullptr : dC.data();
+    run<T>(pool, images * groups, kernels.scan_backward_scratch(s), [&](T* scratch, int64_t begin, int64_t end) {
+      kernels.scan_backward(s, grad, scratch, begin, end);
+    });
+    return std::vector<std::vector<T>>{y, dx, ddt, dB, dC, params};
+  };
+  const auto one = results(nullptr);
+  const std::string name = std::string(kernels.name) + (sizeof(T) == 8 ? " double " : " ") + name_of(c);
+  hold_bits(name, one, results(&pool));
+
+  const ScanSums sum = scan_reference(in);
+  const auto &y = one[0], &dx = one[1], &ddt = one[2], &dB = one[3], &dC = one[4], &params = one[5];
+  hold<T>(name + ", y", sum.y, [&](int64_t i) { return y[i]; });
+  hold<T>(name + ", gradient of x", sum.x, [&](int64_t i) { return dx[i]; });
+  hold<T>(name + ", gradient of dt", sum.dt, [&](int64_t i) { return sum_parts(ddt, R ? groups : 1, i); });
+  hold<T>(name + ", gradient of B", sum.B, [&](int64_t i) { return sum_parts(dB, groups, i); });
+  if (!dC.empty()) hold<T>(name + ", gradient of C", sum.C, [&](int64_t i) { return sum_parts(dC, groups, i); });
+  // Of a parameter (K, E, rows) whose rows stand from `row` on in those of its block.
+  auto hold_rows = [&](const char* what, const Sums& expected, int64_t row, int64_t rows) {
+    hold<T>(name + ", gradient of " + what, expected, [&](int64_t i) {
+      const int64_t k = i / rows / E, e = i / rows % E, r = row + i % rows;
+      return sum_parts(params, images, (e / L * K + k) * size + r * L + e % L);
+    });
+  };
+  hold_rows("A", sum.A, 0, N);
+  hold_rows("the bias", sum.bias, N, 1);
+  hold_rows("D", sum.D, N + 1, 1);
+  hold_rows("the weight", sum.weight, N + 2, R);
+}
+
+// ---- the state fusion ------------------------------------------------------------------------------------------------
+
+struct FusionCase {
+  Size size;
+  unsigned options;
+};
+
+// Maps smaller than the reach of a tap, larger, and of several bands.
+const FusionCase kFusionCases[] = {
+    {{1, 1, 1, 1}, 0},          {{2, 1, 9, 7}, 0},          {{2, 11, 1, 16}, kStrided}, {{3, 4, 6, 17}, kFewGroups},
+    {{1, 6, 5, 33}, kStrided},  {{2, 7, 7, 96}, kStrided},  {{1, 13, 21, 31}, 0},       {{3, 12, 11, 5}, kFewGroups},
+    {{1, 21, 1010, 2}, 0},      {{1, 17, 1010, 1}, kStrided},
+};
+
+std::string name_of(const FusionCase& c) {
+  return "fusion " + std::to_string(c.size.batch) + "x" + std::to_string(c.size.height) + "x" +
+         std::to_string(c.size.width) + "x" + std::to_string(c.size.channels) +
+         (c.options & kStrided ? " strided" : "") + (c.options & kFewGroups ? " few groups" : "");
+}
+
+template <class T>
+void check_fusion(const Kernels<T>& kernels, const FusionCase& c, Pool& pool) {
+  const Size& z = c.size;
+  const int64_t E = z.channels, L = kernels.fusion_lanes, cells = z.cells(), margin = c.options & kStrided ? 3 : 0;
+  Random random;
+  auto h = poisoned<T>(cells * (E + margin)), grad_y = poisoned<T>(cells * (E + margin)), weight = poisoned<T>(kTaps * E);
+  const auto h_map = map_of(h, z, 1, E + margin, margin, margin), dy_map = map_of(grad_y, z, 1, E + margin, margin, false);
+  random.fill(h_map, z, 1, E, -2, 2);
+  random.fill(dy_map, z, 1, E, -2, 2);
+  random.fill(weight, -0.5, 0.5);
+
+  FusionArgs<T> s{z.batch, z.height, z.width, E, read_only(h_map), nullptr, L};
+  const int64_t blocks = s.num_blocks();
+  std::vector<T> packed(blocks * kTaps * L);
+  for (int64_t tap = 0; tap < kTaps; ++tap)
+    for (int64_t e = 0; e < E; ++e) packed[(e / L * kTaps + tap) * L + e % L] = weight[tap * E + e];
+  s.packed = packed.data();
+  const int64_t images = c.options & kFewGroups ? (z.batch + 1) / 2 : z.batch;
+
+  auto results = [&](Pool* pool) {
+    auto y = poisoned<T>(cells * E), dh = poisoned<T>(cells * E), dweight = poisoned<T>(images * packed.size());
+    run<T>(pool, z.batch * blocks, kernels.fusion_forward_scratch(s), [&](T* scratch, int64_t begin, int64_t end) {
+      kernels.fusion_forward(s, y.data(), scratch, begin, end);
+    });
+    const FusionGrads<T> grad{read_only(dy_map), dh.data(), dweight.data(), images};
+    run<T>(pool, images * blocks, kernels.fusion_backward_scratch(s), [&](T* scratch, int64_t begin, int64_t end) {
+      kernels.fusion_backward(s, grad, scratch, begin, end);
+    });
+    return std::vector<std::vector<T>>{y, dh, dweight};
+  };
+  const auto one = results(nullptr);
+  const std::string name = std::string(kernels.name) + (sizeof(T) == 8 ? " double " : " ") + name_of(c);
+  hold_bits(name, one, results(&pool));
+
+  // The definition: each tap weighs the position that it reaches, or the border where there is none.
+  Sums y(cells * E), dh(cells * E), dweight(kTaps * E);
+  for (int64_t cell = 0; cell < cells; ++cell)
+    for (int64_t tap = 0; tap < kTaps; ++tap) {
+      const int64_t i = std::clamp<int64_t>(cell / z.width % z.height + kRows[tap], 0, z.height - 1);
+      const int64_t j = std::clamp<int64_t>(cell % z.width + kColumns[tap], 0, z.width - 1);
+      const int64_t from = (cell / (z.height * z.width) * z.height + i) * z.width + j;
+      for (int64_t e = 0; e < E; ++e) {
+        const double w = weight[tap * E + e], value = at(h_map, z, from, 0, e), dy = at(dy_map, z, cell, 0, e);
+        y[cell * E + e] += w * value;
+        dh[from * E + e] += w * dy;
+        dweight[tap * E + e] += dy * value;
+      }
+    }
+  hold<T>(name + ", y", y, [&](int64_t i) { return one[0][i]; });
+  hold<T>(name + ", gradient of h", dh, [&](int64_t i) { return one[1][i]; });
+  hold<T>(name + ", gradient of the weight", dweight, [&](int64_t i) {
+    return sum_parts(one[2], images, (i % E / L * kTaps + i / E) * L + i % E % L);
+  });
+}
+
+// ----------------------------------------------------------------------------------------------------------------------
+
+template <class T>
+void check_all(const Kernels<T>& kernels, Pool& pool) {
+  for (const ScanCase& c : kScanCases) check_scan(kernels, c, pool);
+  for (const FusionCase& c : kFusionCases) check_fusion(kernels, c, pool);
+}
+
+bool supported(const std::string& path) {
+#if defined(__x86_64__)
+  if (path == "avx512")
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl");
+  if (path == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return path == "portable";
+}
+
+const Kernels<float>& kernels_of(const std::string& path) {
+#if defined(__x86_64__)
+  if (path == "avx512") return kAvx512;
+  if (path == "avx2") return kAvx2;
+#endif
+  return kPortable;
+}
+
+}  // namespace
+}  // namespace vssm
+
+int main(int argc, char** argv) {
+  using namespace vssm;
+  const std::string path = argc == 3 ? argv[1] : "";
+  const int threads = argc == 3 ? std::atoi(argv[2]) : 0;
+  if ((path != "avx512" && path != "avx2" && path != "portable") || threads < 1) {
+    std::fprintf(stderr, "usage: kernels_main avx512|avx2|portable THREADS\n");
+    return kUsage;
+  }
+  if (!supported(path)) {
+    std::printf("this CPU lacks the instructions of %s\n", path.c_str());
+    return kUnsupported;
+  }
+  Pool pool(threads);
+  check_all(kernels_of(path), pool);
+  if (path == "portable") check_all(kPortableDouble, pool);
+  if (failures) return kWrong;
+  std::printf("%s: all results right, and the same on 1 and %d threads\n", path.c_str(), threads);
+}

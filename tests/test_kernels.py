@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU kernels without torch, under the sanitizers and valgrind; kernels_main.cpp says what runs and is checked."""
+
+import functools
+import os
+import shlex
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+CSRC = TESTS.parent / 'ops' / 'csrc'
+# As setup.py has it, but -O1: the sanitizers' checks take long to optimize.
+FLAGS = ('-std=c++17', '-O1', '-g', '-ffp-contract=fast', '-Wno-psabi', '-pthread', f'-I{CSRC}')
+BUILDS = {
+    'address': ('-fsanitize=address,undefined', '-fno-sanitize-recover=all', '-fno-omit-frame-pointer'),
+    'thread': ('-fsanitize=thread',),
+    'plain': (),
+}
+VALGRIND = ('valgrind', '--quiet', '--error-exitcode=3', '--leak-check=full', '--errors-for-leak-kinds=all')
+UNSUPPORTED = 77
+
+pytestmark = pytest.mark.slow
+
+
+def run(*command, **kwargs):
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, **kwargs)
+
+
+@pytest.fixture(scope='module')
+def build(tmp_path_factory):
+    """The program of a build, compiled when first needed."""
+    compiler = shlex.split(os.environ.get('CXX', 'g++'))
+    sources = [TESTS / 'kernels_main.cpp', *sorted(CSRC.glob('kernels_*.cpp'))]  # kernels.cpp is torch's side
+
+    @functools.cache
+    def compile_it(name):
+        folder = tmp_path_factory.mktemp(name)
+
+        def make(target, *arguments):
+            result = run(*compiler, *FLAGS, *BUILDS[name], *arguments, '-o', target)
+            assert result.returncode == 0, result.stderr
+            return target
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(lambda source: make(folder / f'{source.stem}.o', '-c', source), sources))
+        return make(folder / 'kernels_main', *objects)
+
+    return compile_it
+
+
+def check(*command):
+    result = run(*command)
+    if result.returncode == UNSUPPORTED:
+        pytest.skip(result.stdout.strip())
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert 'all results right' in result.stdout
+    assert not result.stderr, result.stderr
+
+
+@pytest.mark.parametrize('path', ['avx512', 'avx2', 'portable'])
+@pytest.mark.parametrize('sanitizer', ['address', 'thread'])
+def test_sanitizers_find_nothing(sanitizer, path, build):
+    check(build(sanitizer), path, 3)
+
+
+@pytest.mark.parametrize('path', ['avx2', 'portable'])  # valgrind knows no AVX-512
+@pytest.mark.skipif(not shutil.which('valgrind'), reason='valgrind is not installed')
+def test_valgrind_finds_nothing(path, build):
+    check(*VALGRIND, build('plain'), path, 3)
