@@ -276,7 +276,7 @@ struct ScanInputs {
   std::vector<T> packed;
   Map<const T> dy;
 
-  ScanInputs(const Kernels<T>& kernels, const ScanCase& c) : size(c.size) {
+  ScanInputs(const ScanCase& c, int64_t lanes) : size(c.size) {
     const bool strided = c.options & kStrided, plain = c.options & kPlainStep, has_C = !(c.options & kWithoutC);
     const int64_t cells = size.cells(), E = size.channels, K = c.orders.size(), N = c.states, R = c.rank;
     const int64_t steps = R ? R : E, margin = strided ? 3 : 0;
@@ -284,7 +284,7 @@ struct ScanInputs {
     s.batch = size.batch, s.height = size.height, s.width = size.width, s.channels = E;
     s.num_orders = K, s.states = N, s.rank = R, s.ndim = c.ndim, s.softplus = !plain;
     std::copy(c.orders.begin(), c.orders.end(), s.orders);
-    s.lanes = kernels.scan_lanes(E);
+    s.lanes = lanes, s.backward = true;
 
     Random random;
     auto wide = [&](std::vector<T>& buffer) {
@@ -428,8 +428,8 @@ ScanSums scan_reference(const ScanInputs<T>& in) {
 }
 
 template <class T>
-void check_scan(const Kernels<T>& kernels, const ScanCase& c, Pool& pool) {
-  const ScanInputs<T> in(kernels, c);
+void check_scan(const Kernels<T>& kernels, const ScanCase& c, int64_t lanes, Pool& pool) {
+  const ScanInputs<T> in(c, lanes);
   const ScanArgs<T>& s = in.args;
   const bool few = c.options & kFewGroups;
   const int64_t K = s.num_orders, E = s.channels, N = s.states, R = s.rank, L = s.lanes, blocks = s.num_blocks();
@@ -454,7 +454,8 @@ void check_scan(const Kernels<T>& kernels, const ScanCase& c, Pool& pool) {
     return std::vector<std::vector<T>>{y, dx, ddt, dB, dC, params};
   };
   const auto one = results(nullptr);
-  const std::string name = std::string(kernels.name) + (sizeof(T) == 8 ? " double " : " ") + name_of(c);
+  const std::string type = sizeof(T) == 8 ? " double " : " ", width = ", " + std::to_string(L) + " lanes";
+  const std::string name = kernels.name + type + name_of(c) + width;
   hold_bits(name, one, results(&pool));
 
   const ScanSums sum = scan_reference(in);
@@ -556,7 +557,9 @@ void check_fusion(const Kernels<T>& kernels, const FusionCase& c, Pool& pool) {
 
 template <class T>
 void check_all(const Kernels<T>& kernels, Pool& pool) {
-  for (const ScanCase& c : kScanCases) check_scan(kernels, c, pool);
+  const int64_t vector = kernels.fusion_lanes;  // blocks of the scan have one or two
+  for (const ScanCase& c : kScanCases)
+    for (int64_t lanes : {vector, 2 * vector}) check_scan(kernels, c, lanes, pool);
   for (const FusionCase& c : kFusionCases) check_fusion(kernels, c, pool);
 }
 

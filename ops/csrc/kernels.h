@@ -12,7 +12,7 @@ struct Kernels {
   const char* name;
   // The selective scan: `forward` does the tasks [begin, end) of batch * blocks, `backward` those of image groups *
   // channel groups, each with scratch of its own.
-  int64_t (*scan_lanes)(int64_t channels);
+  int64_t (*scan_lanes)(int64_t images, int64_t channels);
   int64_t (*scan_forward_scratch)(const ScanArgs<T>&);
   void (*scan_forward)(const ScanArgs<T>&, T* y, T* scratch, int64_t begin, int64_t end);
   int64_t (*scan_backward_scratch)(const ScanArgs<T>&);

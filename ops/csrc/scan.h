@@ -15,12 +15,14 @@ struct ScanArgs {
   bool softplus;
   Map<const T> x, dt, B, C;
   // The parameters by channel block and order, zero where a block exceeds the channels or an option is absent:
-  // A (N, lanes), bias (lanes), D summed over the orders (lanes), weight (R, lanes), its transpose (lanes, rank_padded).
+  // A (N, lanes), bias (lanes), D summed over the orders (lanes), weight (R, lanes) and, for the backward alone, its
+  // transpose (lanes, rank_padded).
   const T* packed;
+  bool backward;
   int64_t lanes;  // channels of a block
 
   VSSM_INLINE int64_t num_blocks() const { return (channels + lanes - 1) / lanes; }
-  VSSM_INLINE int64_t rank_padded() const { return (rank + 15) / 16 * 16; }
+  VSSM_INLINE int64_t rank_padded() const { return backward ? (rank + 15) / 16 * 16 : 0; }
   VSSM_INLINE int64_t packed_size() const { return (states + 2 + rank + rank_padded()) * lanes; }
   VSSM_INLINE const T* A(int64_t block, int64_t k) const { return packed + (block * num_orders + k) * packed_size(); }
   VSSM_INLINE const T* bias(int64_t block, int64_t k) const { return A(block, k) + states * lanes; }

@@ -15,6 +15,8 @@ namespace {
 constexpr int64_t kChunk = 64;
 // Positions whose steps are formed together: with two vectors of channels each they fill half of the registers.
 constexpr int kTile = VSSM_VECTOR_BYTES == 64 ? 8 : 4;
+// Vectors that go through a polynomial together: enough to overlap latencies, few enough to stay in registers.
+constexpr int kGroup = 4;
 
 // ---- exp, softplus -------------------------------------------------------------------------------------------------
 // Several vectors at once, one operation after the other over all of them, so that their latencies overlap. Arguments
@@ -30,8 +32,7 @@ VSSM_INLINE void exp_(Vec<float> (&x)[M]) {
   V r[M], z[M], p[M];
   VSSM_UNROLL
   for (int m = 0; m < M; ++m) {
-    x[m] = x[m] < lo ? lo : x[m];
-    x[m] = x[m] > hi ? hi : x[m];
+    x[m] = at_most(at_least(x[m], lo), hi);
     z[m] = x[m] * 1.442695041f + to_int;
   }
   VSSM_UNROLL
@@ -91,7 +92,7 @@ VSSM_INLINE void softplus_(Vec<T> (&v)[M], Vec<T>* derivative) {
   const V zero = V{};
   V u[M];
   VSSM_UNROLL
-  for (int m = 0; m < M; ++m) u[m] = v[m] > zero ? -v[m] : v[m];
+  for (int m = 0; m < M; ++m) u[m] = at_most(v[m], -v[m]);
   exp_(u);
   if (sizeof(T) == 8) {  // v itself beyond 20, as PyTorch has it; float32 rounds to that anyway
     for (int m = 0; m < M; ++m) u[m] = v[m] > zero + T(20) ? zero : u[m];
@@ -102,7 +103,7 @@ VSSM_INLINE void softplus_(Vec<T> (&v)[M], Vec<T>* derivative) {
   }
   log1p_(u);
   VSSM_UNROLL
-  for (int m = 0; m < M; ++m) v[m] = (v[m] < zero ? zero : v[m]) + u[m];
+  for (int m = 0; m < M; ++m) v[m] = at_least(v[m], zero) + u[m];
 }
 
 // ---- walks -----------------------------------------------------------------------------------------------------------
@@ -120,9 +121,10 @@ struct Walk {
   int64_t outer, inner;
   bool transposed, reversed;
 
+  // Along the order's own lines, or, where `raster`, always along the rows.
   template <class T>
-  Walk(const ScanArgs<T>& s, int64_t k) {
-    transposed = s.orders[k] % 2;
+  Walk(const ScanArgs<T>& s, int64_t k, bool raster = false) {
+    transposed = !raster && s.orders[k] % 2;
     reversed = s.orders[k] >= 2;
     if ((transposed ? s.height : s.width) == 1) transposed = !transposed;
     outer = transposed ? s.width : s.height;
@@ -140,8 +142,8 @@ struct Walk {
 
 // ---- what has no recurrence --------------------------------------------------------------------------------------------
 
-// Step sizes of `length` positions: d (length, lanes), and the derivative of softplus where `derivative` is given.
-// Positions are taken kTile at a time; the last tile overlaps the one before it, or repeats its last position.
+// Step sizes of `length` positions: d (length, lanes), and the derivative of softplus where `derivative` is given. Both are
+// written for `length` rounded up to kTile, the last position repeated: the buffers have room for that.
 template <class T, int NV>
 void steps(const ScanArgs<T>& s, int64_t block, int64_t k, const T* dt, int64_t step, int64_t length, int64_t valid, T* d,
            T* derivative) {
@@ -151,14 +153,9 @@ void steps(const ScanArgs<T>& s, int64_t block, int64_t k, const T* dt, int64_t 
   const T* bias = s.bias(block, k);
   const int64_t rank = s.rank;
   for (int64_t t0 = 0; t0 < length; t0 += kTile) {
-    int64_t position[kTile];
     const T* low[kTile];
     VSSM_UNROLL
-    for (int p = 0; p < kTile; ++p) {
-      const int64_t first = t0 + kTile <= length ? t0 : (length > kTile ? length - kTile : 0);
-      position[p] = at_most(first + p, length - 1);
-      low[p] = dt + position[p] * step;
-    }
+    for (int p = 0; p < kTile; ++p) low[p] = dt + at_most(t0 + p, length - 1) * step;
     V raw[kTile * NV];
     VSSM_UNROLL
     for (int p = 0; p < kTile; ++p) {
@@ -184,20 +181,23 @@ void steps(const ScanArgs<T>& s, int64_t block, int64_t k, const T* dt, int64_t 
         for (int v = 0; v < NV; ++v) raw[p * NV + v] += load(row + v * W);
       }
     }
-    V slope[kTile * NV];
-    if (s.softplus) {
-      softplus_<T>(raw, derivative ? slope : nullptr);
-    } else if (derivative) {
-      VSSM_UNROLL
-      for (int m = 0; m < kTile * NV; ++m) slope[m] = splat(T(1));
-    }
     VSSM_UNROLL
-    for (int p = 0; p < kTile; ++p) {
-      VSSM_UNROLL
-      for (int v = 0; v < NV; ++v) {
-        store(d + position[p] * L + v * W, raw[p * NV + v]);
-        if (derivative) store(derivative + position[p] * L + v * W, slope[p * NV + v]);
-      }
+    for (int m = 0; m < kTile * NV; ++m) store(d + t0 * L + m * W, raw[m]);
+  }
+  const int64_t end = (length + kTile - 1) / kTile * kTile * L;
+  if (!s.softplus) {
+    for (int64_t i = 0; derivative && i < end; i += W) store(derivative + i, splat(T(1)));
+    return;
+  }
+  for (int64_t i = 0; i < end; i += kGroup * W) {
+    V raw[kGroup], slope[kGroup];
+    VSSM_UNROLL
+    for (int m = 0; m < kGroup; ++m) raw[m] = load(d + i + m * W);
+    softplus_<T>(raw, derivative ? slope : nullptr);
+    VSSM_UNROLL
+    for (int m = 0; m < kGroup; ++m) {
+      store(d + i + m * W, raw[m]);
+      if (derivative) store(derivative + i + m * W, slope[m]);
     }
   }
 }
@@ -209,30 +209,35 @@ void decays(const T* A, const T* d, int64_t length, T* a) {
   Vec<T> rate[NV];
   VSSM_UNROLL
   for (int v = 0; v < NV; ++v) rate[v] = load(A + v * W);
-  for (int64_t t = 0; t < length; t += kTile, d += kTile * L, a += kTile * L) {
-    Vec<T> x[kTile * NV];
+  const int64_t end = (length + kTile - 1) / kTile * kTile * L;
+  for (int64_t i = 0; i < end; i += kGroup * W) {
+    Vec<T> x[kGroup];
     VSSM_UNROLL
-    for (int m = 0; m < kTile * NV; ++m) x[m] = load(d + m * W) * rate[m % NV];
+    for (int m = 0; m < kGroup; ++m) x[m] = load(d + i + m * W) * rate[m % NV];
     exp_(x);
     VSSM_UNROLL
-    for (int m = 0; m < kTile * NV; ++m) store(a + m * W, x[m]);
+    for (int m = 0; m < kGroup; ++m) store(a + i + m * W, x[m]);
   }
 }
 
 // ---- forward -----------------------------------------------------------------------------------------------------------
 
-// The recurrence of one state over a chunk. `carry` (lanes) is the state of the previous position along the inner axis,
-// `row` (length, lanes) that of the previous outer one, both updated. The states C h are added up in y (length, lanes):
-// set where `first`, and with D x or y's present value where `last`.
-template <class T, int NV, int NDIM>
+// What runs along a line of the walk and what from one line to the next. A 2-D order goes along the rows in either form, for
+// its two recurrences may change places: nothing strides through memory, and orders of one direction share a pass.
+enum class Form { k1d, k2dRows, k2dColumns };
+
+// The recurrence of one state over a chunk. `carry` (lanes) comes from the previous position of the line, `row` (length,
+// lanes) from the previous line, both updated. The states C h are added up in y (length, lanes): set where `first`, and with
+// D x or y's present value where `last`.
+template <class T, int NV, Form FORM>
 void scan_chunk(int64_t length, const T* x, int64_t x_step, const T* d, const T* a, const T* B, int64_t B_step, const T* C,
                 int64_t C_step, T* carry, T* row, bool first, bool last, const T* D, T* partial, T* y, int64_t y_step) {
   typedef Vec<T> V;
   constexpr int W = kWidth<T>, L = NV * W;
-  V g[NV], skip[NV];
+  V along[NV], skip[NV];
   VSSM_UNROLL
   for (int v = 0; v < NV; ++v) {
-    g[v] = load(carry + v * W);
+    along[v] = load(carry + v * W);
     skip[v] = D ? load(D + v * W) : V{};
   }
   for (int64_t t = 0; t < length; ++t) {
@@ -241,9 +246,14 @@ void scan_chunk(int64_t length, const T* x, int64_t x_step, const T* d, const T*
     for (int v = 0; v < NV; ++v) {
       const int64_t i = t * L + v * W;
       const V at = load(a + i), xt = load(x + t * x_step + v * W);
-      g[v] = at * g[v] + load(d + i) * (xt * Bt);
-      V h = g[v];
-      if (NDIM == 2) {
+      V h = load(d + i) * (xt * Bt);
+      if (FORM == Form::k2dColumns) {
+        h += at * load(row + i);
+        store(row + i, h);
+      }
+      h += at * along[v];
+      along[v] = h;
+      if (FORM == Form::k2dRows) {
         h += at * load(row + i);
         store(row + i, h);
       }
@@ -258,7 +268,7 @@ void scan_chunk(int64_t length, const T* x, int64_t x_step, const T* d, const T*
     }
   }
   VSSM_UNROLL
-  for (int v = 0; v < NV; ++v) store(carry + v * W, g[v]);
+  for (int v = 0; v < NV; ++v) store(carry + v * W, along[v]);
 }
 
 template <class T>
@@ -267,34 +277,33 @@ int64_t longest_line(const ScanArgs<T>& s) {
 }
 
 template <class T>
-int64_t rows_size(const ScanArgs<T>& s) {
-  return s.ndim == 2 ? s.states * (longest_line(s) + kTile) * s.lanes : 0;
-}
-
-template <class T>
 int64_t scan_forward_scratch(const ScanArgs<T>& s) {
-  return 5 * kChunk * s.lanes + s.states * s.lanes + rows_size(s);
+  const int64_t rows = s.ndim == 2 ? longest_line(s) : 0;
+  return 5 * kChunk * s.lanes + s.num_orders * s.states * (1 + rows) * s.lanes;
 }
 
 template <class T, int NV, int NDIM>
 void forward_block(const ScanArgs<T>& s, T* y, T* scratch, int64_t image, int64_t block) {
   constexpr int64_t L = NV * kWidth<T>, chunk = kChunk * L;
   T *d = scratch, *a = d + chunk, *partial = a + chunk, *x_part = partial + chunk, *y_part = x_part + chunk;
-  T *carry = y_part + chunk, *rows = carry + s.states * L;
+  T* const carries = y_part + chunk;
+  T* const rows = carries + s.num_orders * s.states * L;
   const int64_t channel = block * L, valid = at_most(L, s.channels - channel);
   const Map<T> y_map{y, s.height * s.width * s.channels, s.width * s.channels, s.channels, 0};
 
-  for (int64_t k = 0; k < s.num_orders; ++k) {
-    const Walk walk(s, k);
+  for (int64_t begin = 0, end; begin < s.num_orders; begin = end) {
+    // The orders of one pass, and what each of them walks along.
+    const Walk walk(s, begin, NDIM == 2);
+    end = begin + 1;
+    while (NDIM == 2 && end < s.num_orders && Walk(s, end, true).reversed == walk.reversed) ++end;
+    const int64_t states = (end - begin) * s.states, row_size = walk.inner * L;
     const auto x = walk.line(s.x, image, 0, channel);
-    const auto dt = walk.line(s.dt, image, k, s.rank ? 0 : channel);
-    const auto B = walk.line(s.B, image, k), C = walk.line(s.C, image, k);
     const auto y = walk.line(y_map, image, 0, channel);
-    std::memset(carry, 0, s.states * L * sizeof(T));
-    if (NDIM == 2) std::memset(rows, 0, s.states * walk.inner * L * sizeof(T));
+    std::memset(carries, 0, states * L * sizeof(T));
+    if (NDIM == 2) std::memset(rows, 0, states * row_size * sizeof(T));
 
     for (int64_t i = 0; i < walk.outer; ++i) {
-      if (NDIM == 2 && i > 0) std::memset(carry, 0, s.states * L * sizeof(T));
+      if (NDIM == 2 && i > 0) std::memset(carries, 0, states * L * sizeof(T));
       for (int64_t j = 0; j < walk.inner; j += kChunk) {
         const int64_t length = at_most(kChunk, walk.inner - j);
         const T* xc = x.at(i, j);
@@ -302,15 +311,22 @@ void forward_block(const ScanArgs<T>& s, T* y, T* scratch, int64_t image, int64_
         int64_t x_step = x.inner, y_step = y.inner;
         if (valid < L) {
           gather(x_part, L, xc, x_step, length, valid);
-          if (k > 0) gather(y_part, L, yc, y_step, length, valid);
+          if (begin > 0) gather(y_part, L, yc, y_step, length, valid);
           xc = x_part, yc = y_part, x_step = y_step = L;
         }
-        steps<T, NV>(s, block, k, dt.at(i, j), dt.inner, length, valid, d, nullptr);
-        for (int64_t n = 0; n < s.states; ++n) {
-          decays<T, NV>(s.A(block, k) + n * L, d, length, a);
-          scan_chunk<T, NV, NDIM>(length, xc, x_step, d, a, B.at(i, j) + n, B.inner, C.at(i, j) + n, C.inner, carry + n * L,
-                                  rows + (n * walk.inner + j) * L, n == 0, n == s.states - 1,
-                                  k == 0 ? s.D(block, 0) : nullptr, partial, yc, y_step);
+        T *carry = carries, *row = rows + j * L;
+        for (int64_t k = begin; k < end; ++k) {
+          const auto dt = walk.line(s.dt, image, k, s.rank ? 0 : channel);
+          const auto B = walk.line(s.B, image, k), C = walk.line(s.C, image, k);
+          const auto scan = NDIM == 1              ? scan_chunk<T, NV, Form::k1d>
+                            : s.orders[k] % 2 == 0 ? scan_chunk<T, NV, Form::k2dRows>
+                                                   : scan_chunk<T, NV, Form::k2dColumns>;
+          steps<T, NV>(s, block, k, dt.at(i, j), dt.inner, length, valid, d, nullptr);
+          for (int64_t n = 0; n < s.states; ++n, carry += L, row += row_size) {
+            decays<T, NV>(s.A(block, k) + n * L, d, length, a);
+            scan(length, xc, x_step, d, a, B.at(i, j) + n, B.inner, C.at(i, j) + n, C.inner, carry, row, n == 0,
+                 n == s.states - 1, k == 0 ? s.D(block, 0) : nullptr, partial, yc, y_step);
+          }
         }
         if (valid < L) scatter(y.at(i, j), y.inner, y_part, L, length, valid);
       }
@@ -717,11 +733,14 @@ void scan_backward(const ScanArgs<T>& s, const ScanGrads<T>& grad, T* scratch, i
 
 // ------------------------------------------------------------------------------------------------------------------------
 
-// Two vectors of channels a block, or one where the channels fill no more or leave half of the last block empty.
+// Two vectors of channels a block; or one where the channels fill no more or leave half of the last block empty, or where
+// so few blocks would leave a thread idle.
 template <class T>
-int64_t scan_lanes(int64_t channels) {
+int64_t scan_lanes(int64_t images, int64_t channels) {
   constexpr int W = kWidth<T>;
-  return channels <= W || (channels % (2 * W) && channels % (2 * W) <= W && channels < 8 * W) ? W : 2 * W;
+  const int64_t last = channels % (2 * W), blocks = (channels + 2 * W - 1) / (2 * W);
+  const bool half_empty = last && last <= W && channels < 8 * W;
+  return half_empty || images * blocks < 6 ? W : 2 * W;
 }
 
 }  // namespace

@@ -21,7 +21,7 @@ struct Inputs {
   Tensor packed;
   const T one = 1;
 
-  Inputs(const Kernels<T>& kernels, const Tensor& x_, const Tensor& dt_, const Tensor& A_, const Tensor& B_,
+  Inputs(bool backward, const Kernels<T>& kernels, const Tensor& x_, const Tensor& dt_, const Tensor& A_, const Tensor& B_,
          const std::optional<Tensor>& C_, const std::optional<Tensor>& D_, const std::optional<Tensor>& dt_bias_,
          const std::optional<Tensor>& dt_weight_, int64_t ndim, const Shape& orders, bool softplus) {
     check(x_.dim() == 4 && A_.dim() == 3 && (!dt_weight_ || dt_weight_->dim() == 3) && x_.numel() > 0 && A_.numel() > 0 &&
@@ -30,7 +30,7 @@ struct Inputs {
     ScanArgs<T>& s = args;
     s.batch = x_.size(0), s.height = x_.size(1), s.width = x_.size(2), s.channels = x_.size(3);
     s.num_orders = orders.size(), s.states = A_.size(2), s.rank = dt_weight_ ? dt_weight_->size(2) : 0;
-    s.ndim = ndim, s.softplus = softplus;
+    s.ndim = ndim, s.softplus = softplus, s.backward = backward;
     for (size_t k = 0; k < orders.size(); ++k) {
       check(orders[k] >= 0 && orders[k] < 4, "vssm::selective_scan: orders must be 0, 1, 2 or 3.");
       s.orders[k] = orders[k];
@@ -56,7 +56,7 @@ struct Inputs {
     if (D_) D = contiguous<T>(*D_);
     if (dt_bias_) dt_bias = contiguous<T>(*dt_bias_);
     if (dt_weight_) dt_weight = contiguous<T>(*dt_weight_);
-    s.lanes = kernels.scan_lanes(E);
+    s.lanes = kernels.scan_lanes(s.batch, E);
     pack();
   }
   Inputs(const Inputs&) = delete;  // args may point to `one`
@@ -84,7 +84,8 @@ struct Inputs {
           if (bias_in) bias[l] = bias_in[k * E + e];
           if (D_in)
             for (int64_t q = 0; q < K; ++q) skip[l] += D_in[q * E + e];
-          for (int64_t r = 0; r < R; ++r) weight[r * L + l] = weight_t[l * Rp + r] = weight_in[(k * E + e) * R + r];
+          for (int64_t r = 0; r < R; ++r) weight[r * L + l] = weight_in[(k * E + e) * R + r];
+          for (int64_t r = 0; s.backward && r < R; ++r) weight_t[l * Rp + r] = weight_in[(k * E + e) * R + r];
         }
       }
     });
@@ -96,7 +97,7 @@ struct Inputs {
 template <class T, class... Args>
 Tensor forward(const Args&... args) {
   const auto& kernels = kernels_for<T>();
-  const Inputs<T> in(kernels, args...);
+  const Inputs<T> in(false, kernels, args...);
   const ScanArgs<T>& s = in.args;
   Tensor y = empty<T>(in.x, {s.batch, s.height, s.width, s.channels});
   T* out = y.mutable_data_ptr<T>();
@@ -139,7 +140,7 @@ using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
 template <class T, class... Args>
 Grads backward(const Tensor& grad_y_, const Args&... args) {
   const auto& kernels = kernels_for<T>();
-  const Inputs<T> in(kernels, args...);
+  const Inputs<T> in(true, kernels, args...);
   const ScanArgs<T>& s = in.args;
   const int64_t K = s.num_orders, E = s.channels, N = s.states, R = s.rank, L = s.lanes, blocks = s.num_blocks();
   const Shape per_state{s.batch, s.height, s.width, K, N};
