@@ -17,6 +17,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from .checkpoints import pretrained_kwargs
+from .layers import in_groups
 
 __all__ = [
     'ALIASES',
@@ -41,10 +42,12 @@ class Stage(nn.Module):
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self.blocks(self.downsample(x))
         x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
+        if self.grad_checkpointing:
             return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
+        return in_groups(self.blocks, x)
 
 
 class NormPoolHead(nn.Module):
@@ -179,7 +182,7 @@ class Backbone(nn.Module):
         last_index = len(self.stages) - 1
         intermediates = []
 
-        x = self.stem(x)
+        x = self.forward_stem(x)
         if torch.jit.is_scripting() or not stop_early:  # TorchScript cannot slice a Sequential
             stages = self.stages
         else:
@@ -215,10 +218,13 @@ class Backbone(nn.Module):
             self.reset_classifier(0, '')
         return take_indices
 
+    def forward_stem(self, x: Tensor) -> Tensor:
+        """Images, (batch, in_chans, H, W) -> tokens, (batch, H/4, W/4, C)."""
+        return self.stem(x) if torch.jit.is_scripting() else in_groups(self.stem, x, growth=8)
+
     def forward_features(self, x: Tensor) -> Tensor:
         """Images, (batch, in_chans, H, W) -> feature map before the head, (batch, H/32, W/32, C)."""
-        x = self.stem(x)
-        return self.stages(x)
+        return self.stages(self.forward_stem(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         return self.head(x, pre_logits=pre_logits) if pre_logits else self.head(x)

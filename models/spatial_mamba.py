@@ -12,12 +12,13 @@ from typing import Any, Dict, Tuple, Union
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates
+from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, named_apply, register_model, register_notrace_function
 from torch import Tensor, nn
 
 from ..ops import selective_scan, state_fusion
 from .backbone import Backbone, Stage, build_backbone, init_linear, register_aliases, rename_checkpoint, stage_dims
+from .layers import Mlp, in_groups, linear, linear_chunks
 from .ssm import decay_rates, init_scan_
 
 __all__ = ['SpatialMamba']
@@ -32,7 +33,7 @@ class Stem(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         mid_dim = dim // 2
-        self.act = nn.ReLU()
+        self.act = nn.ReLU(inplace=True)
         self.conv1 = nn.Conv2d(in_chans, mid_dim, kernel_size=3, stride=2, padding=1, bias=False, **dd)
         self.norm1 = nn.BatchNorm2d(mid_dim, **dd)
         self.conv2 = nn.Conv2d(mid_dim, mid_dim, kernel_size=3, padding=1, bias=False, **dd)
@@ -61,16 +62,23 @@ class Downsample(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         hidden_dim = 4 * dim
-        self.act = nn.ReLU()
+        self.act = nn.ReLU(inplace=True)
         self.conv1 = nn.Conv2d(in_dim, hidden_dim, kernel_size=1, **dd)
         self.conv2 = nn.Conv2d(hidden_dim, hidden_dim, kernel_size=3, stride=2, padding=1, groups=hidden_dim, **dd)
         self.conv3 = nn.Conv2d(hidden_dim, dim, kernel_size=1, **dd)
         self.norm = nn.BatchNorm2d(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            x = self.convolve(x)
+        else:
+            x = in_groups(self, x, growth=8, forward=self.convolve, while_training=True)
+        return self.norm(x).permute(0, 2, 3, 1)  # -> [B, H/2, W/2, C']
+
+    def convolve(self, x: Tensor) -> Tensor:
         x = self.act(self.conv1(x.permute(0, 3, 1, 2)))  # [B, H, W, C] -> [B, 4C', H, W]
         x = self.act(self.conv2(x))  # -> [B, 4C', H/2, W/2]
-        return self.norm(self.conv3(x)).permute(0, 2, 3, 1)  # -> [B, H/2, W/2, C']
+        return self.conv3(x)  # -> [B, C', H/2, W/2]
 
 
 class StateFusion(nn.Module):
@@ -119,19 +127,26 @@ class SpatialMixer(nn.Module):
         init_scan_(self.A_log, self.D, self.dt_weight, self.dt_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, z = self.in_proj(x).chunk(2, dim=-1)  # [B, H, W, C] -> two [B, H, W, E]
+        # Names are used again, so that of the widest maps of the network few live at a time.
+        if torch.jit.is_scripting():
+            x, z = self.in_proj(x).chunk(2, dim=-1)  # [B, H, W, C] -> two [B, H, W, E]
+        else:
+            x, z = linear_chunks(self.in_proj, x, 2)
         x = self.act(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         dt, B, C = self.x_proj(x).split([self.dt_rank, 1, 1], dim=-1)
         dt, B = dt.unsqueeze(3), B.unsqueeze(3)  # [B, H, W, K, R], [B, H, W, K, N] with K = N = 1
         A = decay_rates(self.A_log)
         if torch.jit.is_scripting():
-            h = torch.ops.vssm.selective_scan(
+            y = torch.ops.vssm.selective_scan(
                 x, dt, A, B, None, None, self.dt_bias, self.dt_weight, 1, self.orders, True
             )
         else:
-            h = selective_scan(x, dt, A, B, dt_bias=self.dt_bias, dt_weight=self.dt_weight, ndim=1, orders=self.orders)
-        y = C * self.fusion(h) + self.D.to(x.dtype) * x  # [B, H, W, E]
-        return self.out_proj(self.norm(y) * self.act(z))
+            y = selective_scan(x, dt, A, B, dt_bias=self.dt_bias, dt_weight=self.dt_weight, ndim=1, orders=self.orders)
+        y = self.fusion(y)
+        y = torch.addcmul(self.D.to(x.dtype) * x, C, y)  # [B, H, W, E]
+        y = self.norm(y)
+        y = y * self.act(z)
+        return self.out_proj(y) if torch.jit.is_scripting() else linear(self.out_proj, y)
 
 
 class Block(nn.Module):

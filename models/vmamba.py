@@ -14,12 +14,13 @@ from typing import Any, Dict, Tuple, Union
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates
+from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, named_apply, register_model
 from torch import Tensor, nn
 
 from ..ops import selective_scan
 from .backbone import Backbone, Stage, build_backbone, init_linear, register_aliases, rename_checkpoint, stage_dims
+from .layers import Mlp, linear
 from .ssm import decay_rates, init_scan_
 
 __all__ = ['VMamba']
@@ -92,8 +93,8 @@ class SS2D(nn.Module):
         init_scan_(self.A_log, self.D, self.dt_weight, self.dt_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.in_proj(x).permute(0, 3, 1, 2)  # [B, H, W, C] -> [B, E, H, W]
-        x = self.act(self.conv(x)).permute(0, 2, 3, 1)  # -> [B, H, W, E]
+        x = self.in_proj(x) if torch.jit.is_scripting() else linear(self.in_proj, x)  # [B, H, W, C] -> [B, H, W, E]
+        x = self.act(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         # The projections act on one position at a time, so one of them serves all orders: [B, H, W, K, R + 2N]
         proj = self.x_proj(x).unflatten(-1, (len(self.orders), -1))
         dt, B, C = proj.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
@@ -106,7 +107,8 @@ class SS2D(nn.Module):
             y = selective_scan(
                 x, dt, A, B, C, self.D, self.dt_bias, dt_weight=self.dt_weight, ndim=self.scan_ndim, orders=self.orders
             )
-        return self.out_proj(self.norm(y))
+        y = self.norm(y)
+        return self.out_proj(y) if torch.jit.is_scripting() else linear(self.out_proj, y)
 
 
 class Block(nn.Module):
