@@ -2,6 +2,7 @@
 """Peak memory of inference and of a training step against the image's size, beside the weights.
 
     python benchmarks/memory.py --json benchmarks/results/memory_cpu.json
+    python benchmarks/memory.py --sizes 2048 --inference --json benchmarks/results/memory_cpu_2048.json
 
 Each figure comes from a process of its own: on the CPU the growth of its resident size, on a GPU that of what PyTorch's
 allocator holds.
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument('models', nargs='*', default=MODELS, help='timm names')
     parser.add_argument('--sizes', type=int, nargs='+', default=[224, 384, 512, 768])
     parser.add_argument('--batch-size', type=int, default=1)
+    parser.add_argument('--inference', action='store_true', help='leave out the training step')
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--rounds', type=int, default=3, help='processes; their median counts')
     parser.add_argument('--json', type=Path)
@@ -63,7 +65,7 @@ def main() -> None:
     for size in args.sizes:
         for name in args.models:
             row = dict(name=name, size=size)
-            for step in ('inference', 'train'):
+            for step in ('inference',) if args.inference else ('inference', 'train'):
                 options = [
                     '--sizes',
                     size,
@@ -84,7 +86,8 @@ def main() -> None:
     for heading in ('size', 'model', 'inference', 'training'):
         table.add_column(heading, justify='left' if heading == 'model' else 'right')
     for row in rows:
-        table.add_row(str(row['size']), row['name'], f'{row["inference_mb"]:.0f}', f'{row["train_mb"]:.0f}')
+        train = f'{row["train_mb"]:.0f}' if 'train_mb' in row else '-'
+        table.add_row(str(row['size']), row['name'], f'{row["inference_mb"]:.0f}', train)
     Console().print(table)
     if args.json:
         write_json(args.json, f'python benchmarks/memory.py {" ".join(sys.argv[1:])}', rows, machine)

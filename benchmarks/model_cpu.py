@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images per second of whole models on the CPU, interleaved in one process.
 
-Each model runs on contiguous and on channels-last input, and its better one counts.
+Each model runs on contiguous and on channels-last input, and its better one counts. "products" is the part of its time
+that matrix products and convolutions take, by the profiler: the floor under all else.
 
     python benchmarks/model_cpu.py --batch-size 8 --json benchmarks/results/model_cpu.json
 """
@@ -9,6 +10,7 @@ Each model runs on contiguous and on channels-last input, and its better one cou
 import argparse
 from functools import partial
 from pathlib import Path
+from typing import Callable
 
 import timm
 import torch
@@ -16,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from timing import conditions, interleaved, write_json
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import vssm  # noqa: F401  registers the models
 
@@ -32,6 +35,18 @@ def step(model: nn.Module, x: torch.Tensor) -> None:
     """Forward and backward; no optimizer."""
     model.zero_grad()
     model(x).square().mean().backward()
+
+
+PRODUCTS = {'aten::addmm', 'aten::mm', 'aten::bmm', 'aten::mkldnn_convolution', 'aten::convolution_backward'}
+
+
+def share_of_products(call: Callable[[], None], rounds: int = 3) -> float:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiled:
+        for _ in range(rounds):
+            call()
+    events = profiled.key_averages()
+    total = sum(event.self_cpu_time_total for event in events)
+    return sum(event.self_cpu_time_total for event in events if event.key in PRODUCTS) / total
 
 
 def main() -> None:
@@ -65,11 +80,12 @@ def main() -> None:
                 layout=layout,
                 images_per_s=args.batch_size / seconds[name, layout],
                 ms={layout: 1e3 * seconds[name, layout] for layout in FORMATS},
+                products=share_of_products(calls[name, layout]),
             )
         )
     what = 'training step' if args.train else 'inference'
     table = Table(title=f'{what}, batch {args.batch_size}, {args.size}x{args.size}, float32', caption=str(conditions()))
-    for heading in ('model', 'layout', 'images/s', f'x {args.models[0]}'):
+    for heading in ('model', 'layout', 'images/s', f'x {args.models[0]}', 'products'):
         table.add_column(heading)
     for row in rows:
         table.add_row(
@@ -77,6 +93,7 @@ def main() -> None:
             row['layout'],
             f'{row["images_per_s"]:.2f}',
             f'{row["images_per_s"] / rows[0]["images_per_s"]:.2f}',
+            f'{row["products"]:.0%}',
         )
     Console().print(table)
     if args.json:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The selective scan on the CPU beside its plain-PyTorch reference and beside one ExE linear layer on the same map.
 
-Shapes are those of the four stages of 2DVMamba-T at 224x224: four orders, one state, low-rank steps, float32.
+Shapes are those of the four stages of 2DVMamba-T at 224x224: four orders, one state, low-rank steps, float32. "batch 1"
+is the throughput with one image over that with a batch.
 
     python benchmarks/op_cpu.py --batch-size 8 --json benchmarks/results/op_cpu.json
 """
@@ -65,6 +66,7 @@ def main() -> None:
     rows = []
     for size, dim in STAGES:
         inputs = scan_inputs(args.batch_size, size, dim)
+        one_image = scan_inputs(1, size, dim)
         grad = torch.randn_like(inputs['x'])
         linear = nn.Linear(dim, dim)
         row = dict(batch=args.batch_size, size=size, dim=dim)
@@ -80,6 +82,15 @@ def main() -> None:
             if not args.no_reference:
                 seconds |= interleaved({'reference_2d': partial(call, selective_scan_ref, inputs)}, rounds=3, warmup=1)
             row |= {f'{what}_{name}_ms': 1e3 * s for name, s in seconds.items()}
+        alone = interleaved(
+            {
+                'batch': partial(forward, selective_scan, inputs),
+                'one_image': partial(forward, selective_scan, one_image),
+            },
+            args.rounds,
+            repeats=5,
+        )
+        row['one_image_throughput'] = alone['batch'] / args.batch_size / alone['one_image']
         positions = args.batch_size * size * size * dim * 4
         row['forward_ns_per_element'] = 1e6 * row['forward_scan_2d_ms'] / positions
         rows.append(row)
@@ -96,6 +107,7 @@ def main() -> None:
         'x Linear',
         '2-D / 1-D',
         'reference x',
+        'batch 1',
         'step ms',
         'x Linear step',
         'step / forward',
@@ -116,6 +128,7 @@ def main() -> None:
             f'{r["forward_scan_2d_ms"] / r["forward_linear_ms"]:.2f}',
             f'{r["forward_scan_2d_ms"] / r["forward_scan_1d_ms"]:.2f}',
             over_reference('forward'),
+            f'{r["one_image_throughput"]:.2f}',
             f'{r["step_scan_2d_ms"]:.2f}',
             f'{r["step_scan_2d_ms"] / r["step_linear_ms"]:.2f}',
             f'{r["step_scan_2d_ms"] / r["forward_scan_2d_ms"]:.2f}',

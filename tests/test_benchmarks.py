@@ -24,10 +24,12 @@ BENCHMARKS = Path(__file__).parent.parent / 'benchmarks'
             2,
             'images_per_s',
         ),
+        ('size_cpu.py', ['test_vit', 'test_vmamba', '--sizes', '160', '192'], 2, 'per_pixel'),
         ('memory.py', ['test_vmamba', '--sizes', '64', '96'], 2, 'train_mb'),
+        ('memory.py', ['test_vmamba', '--sizes', '64', '--inference'], 1, 'inference_mb'),
         ('report_check.py', ['test_vmamba', '--batch-size', '1', '--steps', '2'], 1, 'report_images_per_s'),
     ],
-    ids=['op', 'fusion', 'model', 'model-train', 'memory', 'report'],
+    ids=['op', 'fusion', 'model', 'model-train', 'size', 'memory', 'memory-inference', 'report'],
 )
 def test_script_writes_its_figures(script, options, rows, key, tmp_path):
     file = tmp_path / 'figures.json'
