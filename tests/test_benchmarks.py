@@ -12,24 +12,30 @@ import torch
 BENCHMARKS = Path(__file__).parent.parent / 'benchmarks'
 
 
+TINY = ['test_vit', 'test_vmamba2d', '--size', '160', '--batch-size', '1']
+
+
 @pytest.mark.parametrize(
     ('script', 'options', 'rows', 'key'),
     [
-        ('op_cpu.py', ['--batch-size', '1', '--no-reference'], 4, 'step_scan_2d_ms'),
-        ('fusion_cpu.py', ['--batch-size', '1'], 4, 'step_merged_ms'),
-        ('model_cpu.py', ['test_vit', 'test_vmamba2d', '--size', '160', '--batch-size', '1'], 2, 'images_per_s'),
-        (
-            'model_cpu.py',
-            ['test_vit', 'test_vmamba2d', '--size', '160', '--batch-size', '1', '--train'],
-            2,
-            'images_per_s',
+        pytest.param('op_cpu.py', ['--batch-size', '1', '--no-reference'], 4, 'step_scan_2d_ms', id='op'),
+        pytest.param('fusion_cpu.py', ['--batch-size', '1'], 4, 'step_merged_ms', id='fusion'),
+        pytest.param('model_cpu.py', TINY, 2, 'products', id='model'),
+        pytest.param('model_cpu.py', [*TINY, '--train'], 2, 'images_per_s', id='model-train', marks=pytest.mark.slow),
+        pytest.param('size_cpu.py', ['test_vit', 'test_vmamba', '--sizes', '160', '192'], 2, 'per_pixel', id='size'),
+        pytest.param(
+            'memory.py', ['test_vmamba', '--sizes', '64', '96'], 2, 'train_mb', id='memory', marks=pytest.mark.slow
         ),
-        ('size_cpu.py', ['test_vit', 'test_vmamba', '--sizes', '160', '192'], 2, 'per_pixel'),
-        ('memory.py', ['test_vmamba', '--sizes', '64', '96'], 2, 'train_mb'),
-        ('memory.py', ['test_vmamba', '--sizes', '64', '--inference'], 1, 'inference_mb'),
-        ('report_check.py', ['test_vmamba', '--batch-size', '1', '--steps', '2'], 1, 'report_images_per_s'),
+        pytest.param('memory.py', ['test_vmamba', '--sizes', '64', '--inference'], 1, 'inference_mb', id='inference'),
+        pytest.param(
+            'report_check.py',
+            ['test_vmamba', '--batch-size', '1', '--steps', '2'],
+            1,
+            'report_images_per_s',
+            id='report',
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=['op', 'fusion', 'model', 'model-train', 'size', 'memory', 'memory-inference', 'report'],
 )
 def test_script_writes_its_figures(script, options, rows, key, tmp_path):
     file = tmp_path / 'figures.json'
