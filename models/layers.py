@@ -76,7 +76,7 @@ def linear_chunks(layer: nn.Module, x: Tensor, chunks: int) -> Tuple[Tensor, ...
 
 
 class Mlp(TimmMlp):
-    """timm's MLP of tokens, (..., C), a group of them at a time: its hidden layer is the widest of the network."""
+    """timm's MLP of tokens, (..., C), a group of them at a time: its hidden layer is the widest of a block."""
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():

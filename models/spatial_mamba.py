@@ -127,7 +127,7 @@ class SpatialMixer(nn.Module):
         init_scan_(self.A_log, self.D, self.dt_weight, self.dt_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Names are used again, so that of the widest maps of the network few live at a time.
+        # Names are used again, so that few of these wide maps live at a time.
         if torch.jit.is_scripting():
             x, z = self.in_proj(x).chunk(2, dim=-1)  # [B, H, W, C] -> two [B, H, W, E]
         else:
