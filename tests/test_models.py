@@ -31,6 +31,7 @@ FULL_SIZE = {  # parameters, GMACs at 224, widths, depths
     'spatial_mamba_base': (95_745_592, 15.8006, (96, 192, 384, 768), (2, 4, 21, 5)),
 }
 SIZES = ((32, 32), (33, 47), (64, 96), (224, 224))
+GRAPH_TOLERANCE = 1e-5  # a graph's large linear layers sum in another order than eager ones, see `models/layers.py`
 every_model = pytest.mark.parametrize('name', MODELS)
 every_test_model = pytest.mark.parametrize('name', SMALL)
 # What computes runs on the small models, and on the tiny ones among the slow tests.
@@ -571,31 +572,31 @@ def test_autocast_trains(name):
 
 
 @every_small_model
-def test_fx(name):
+def test_fx(name, assert_close):
     model = spread(create(name))
     x = images()
     nodes, _ = get_graph_node_names(model)
     traced = create_feature_extractor(model, [nodes[-1]])
-    assert torch.equal(traced(x)[nodes[-1]], model(x))
+    assert_close(traced(x)[nodes[-1]], model(x), GRAPH_TOLERANCE)
     other = images(33, 47)  # no size is baked in
-    assert torch.equal(traced(other)[nodes[-1]], model(other))
+    assert_close(traced(other)[nodes[-1]], model(other), GRAPH_TOLERANCE)
 
 
 @pytest.mark.filterwarnings('ignore:.*torch.jit.*:DeprecationWarning')
 @every_small_model
-def test_torchscript(name):
+def test_torchscript(name, assert_close):
     model = spread(create(name))
     scripted = torch.jit.script(model)
     for x in (images(), images(33, 47)):
-        assert torch.equal(scripted(x), model(x))
+        assert_close(scripted(x), model(x), GRAPH_TOLERANCE)
 
 
 @pytest.mark.filterwarnings('ignore:.*torch.jit.*:DeprecationWarning')
 @every_small_model
-def test_torch_jit_trace(name):
+def test_torch_jit_trace(name, assert_close):
     model = spread(create(name))
     x = images()
-    assert torch.equal(torch.jit.trace(model, x)(x), model(x))
+    assert_close(torch.jit.trace(model, x)(x), model(x), GRAPH_TOLERANCE)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
