@@ -5,7 +5,7 @@ Feature maps are channels-last, (batch, height, width, channels).
 """
 
 import math
-from typing import Callable, Optional, Tuple
+from typing import Callable, Optional, Tuple, Type
 
 import torch
 from timm.layers import Mlp as TimmMlp
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..ops.transforms import is_transformed
 
-__all__ = ['Mlp', 'in_groups', 'linear', 'linear_chunks']
+__all__ = ['Mlp', 'in_groups', 'is_plain', 'linear', 'linear_chunks']
 
 _GROUP_BYTES = 5_000_000  # of the widest tensor, for each thread; twice as much in training, which keeps it anyway
 _CONV_ROWS = 512  # below, a convolution's preparations cost more than it saves
@@ -67,11 +67,15 @@ def linear_chunks(layer: nn.Module, x: Tensor, chunks: int) -> Tuple[Tensor, ...
         x: Its input, (..., C).
         chunks: How many.
     """
-    if not _is_eager_on_cpu(x) or x.numel() < _CONV_ROWS * x.shape[-1] or not _is_plain(layer, x):
+    if not (is_plain(layer, nn.Linear, x) and _has_onednn()) or x.numel() < _CONV_ROWS * x.shape[-1]:
         return (layer(x),) if chunks == 1 else layer(x).chunk(chunks, dim=-1)
     x_as_map = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # [..., C] -> [1, C, rows, 1]
-    biases = (None,) * chunks if layer.bias is None else layer.bias.chunk(chunks)
-    ys = [F.conv2d(x_as_map, w[:, :, None, None], b) for w, b in zip(layer.weight.chunk(chunks), biases, strict=True)]
+    weight, bias = layer.weight.view(*layer.weight.shape, 1, 1), layer.bias
+    if chunks == 1:  # a chunk of one would be copied in the backward
+        weights, biases = (weight,), (bias,)
+    else:
+        weights, biases = weight.chunk(chunks), (None,) * chunks if bias is None else bias.chunk(chunks)
+    ys = [F.conv2d(x_as_map, w, b) for w, b in zip(weights, biases, strict=True)]
     return tuple(y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1) for y in ys)
 
 
@@ -98,16 +102,21 @@ def _is_eager_on_cpu(x: Tensor) -> bool:
     )
 
 
-def _is_plain(layer: nn.Module, x: Tensor) -> bool:
+def is_plain(module: nn.Module, kind: Type[nn.Module], x: Tensor) -> bool:
+    """Whether what a module of that kind computes in float32 on a CPU may stand in for module(x): it is one and no
+    subclass, its parameters are plain too, and neither hooks nor compilers, exporters or autocast look on."""
     return (
-        type(layer) is nn.Linear
-        and type(layer.weight) is nn.Parameter
-        and layer.weight.dtype == x.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
+        type(module) is kind
+        and _is_eager_on_cpu(x)
+        and x.dtype == torch.float32
+        and all(type(p) is nn.Parameter and p.dtype == torch.float32 for p in module.parameters())
         and not torch.is_autocast_enabled('cpu')
-        and not _is_watched(layer)
+        and not _is_watched(module)
     )
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -17,8 +17,10 @@ from timm.models import generate_default_cfgs, named_apply, register_model, regi
 from torch import Tensor, nn
 
 from ..ops import selective_scan, state_fusion
+from ..ops.backend import uses_reference
+from ..ops.gated_readout import gated_readout
 from .backbone import Backbone, Stage, build_backbone, init_linear, register_aliases, rename_checkpoint, stage_dims
-from .layers import Mlp, in_groups, linear, linear_chunks
+from .layers import Mlp, in_groups, is_plain, linear, linear_chunks
 from .ssm import decay_rates, init_scan_
 
 __all__ = ['SpatialMamba']
@@ -143,10 +145,18 @@ class SpatialMixer(nn.Module):
         else:
             y = selective_scan(x, dt, A, B, dt_bias=self.dt_bias, dt_weight=self.dt_weight, ndim=1, orders=self.orders)
         y = self.fusion(y)
-        y = torch.addcmul(self.D.to(x.dtype) * x, C, y)  # [B, H, W, E]
-        y = self.norm(y)
-        y = y * self.act(z)
-        return self.out_proj(y) if torch.jit.is_scripting() else linear(self.out_proj, y)
+        if torch.jit.is_scripting():
+            return self.out_proj(self.read_out(y, x, C, z))
+        fused = is_plain(self.norm, nn.LayerNorm, y) and is_plain(self.act, nn.SiLU, y) and not uses_reference(y)
+        if fused and self.norm.bias is not None:
+            D = self.D.squeeze(0).to(y.dtype)
+            y = gated_readout(y, x, C, D, z, self.norm.weight, self.norm.bias, self.norm.eps)
+        else:
+            y = self.read_out(y, x, C, z)
+        return linear(self.out_proj, y)
+
+    def read_out(self, h: Tensor, x: Tensor, C: Tensor, z: Tensor) -> Tensor:
+        return self.norm(torch.addcmul(self.D.to(x.dtype) * x, C, h)) * self.act(z)  # [B, H, W, E]
 
 
 class Block(nn.Module):

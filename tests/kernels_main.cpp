@@ -3,7 +3,7 @@
 //
 //   kernels_main avx512|avx2|portable THREADS
 //
-// Forward and backward of both ops run on one thread and on THREADS, which must agree bit for bit, and are held to scalar
+// Forward and backward of every op run on one thread and on THREADS, which must agree bit for bit, and are held to scalar
 // loops in double. Every buffer is a heap block of exactly the size that the kernels are told of, filled with NaN: what is
 // read or written beyond it, read before it is written or not written at all shows. Exits with 1 where a result is wrong,
 // 2 where the arguments are, and 77 where the CPU lacks the instructions.
@@ -22,6 +22,7 @@
 #include <random>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -553,6 +554,76 @@ void check_fusion(const Kernels<T>& kernels, const FusionCase& c, Pool& pool) {
   });
 }
 
+// ---- the gated readout -----------------------------------------------------------------------------------------------
+
+// Less than a vector, full groups of vectors, single ones and a rest; fewer rows than tasks and more.
+const std::pair<int64_t, int64_t> kReadoutCases[] = {{1, 2}, {3, 7}, {5, 16}, {70, 33}, {2, 96}, {9, 213}, {130, 20}};
+
+template <class T>
+void check_readout(const Kernels<T>& kernels, int64_t rows, int64_t E, Pool& pool) {
+  Random random;
+  auto made = [&](int64_t size, double low, double high) {
+    auto buffer = poisoned<T>(size);
+    random.fill(buffer, low, high);
+    return buffer;
+  };
+  const auto h = made(rows * E, -2, 2), x = made(rows * E, -2, 2), z = made(rows * E, -8, 8), grad_y = made(rows * E, -2, 2),
+             C = made(rows, -2, 2), D = made(E, 0.7, 1.3), weight = made(E, 0.5, 1.5), bias = made(E, -1, 1);
+  const ReadoutArgs<T> s{rows, E, h.data(), x.data(), z.data(), C.data(), D.data(), weight.data(), bias.data(), T(1e-5)};
+  const int64_t tasks = std::min<int64_t>(rows, 6);
+
+  auto results = [&](Pool* pool) {
+    auto y = poisoned<T>(rows * E), dh = poisoned<T>(rows * E), dx = poisoned<T>(rows * E), dz = poisoned<T>(rows * E),
+         dC = poisoned<T>(rows), parameters = poisoned<T>(tasks * 3 * E);
+    run<T>(pool, rows, kernels.readout_scratch(s),
+           [&](T* scratch, int64_t begin, int64_t end) { kernels.readout_forward(s, y.data(), scratch, begin, end); });
+    const ReadoutGrads<T> grad{grad_y.data(), dh.data(), dx.data(), dz.data(), dC.data(), parameters.data(), tasks};
+    run<T>(pool, tasks, kernels.readout_scratch(s),
+           [&](T* scratch, int64_t begin, int64_t end) { kernels.readout_backward(s, grad, scratch, begin, end); });
+    return std::vector<std::vector<T>>{y, dh, dx, dz, dC, parameters};
+  };
+  const auto one = results(nullptr);
+  const std::string name = std::string(kernels.name) + (sizeof(T) == 8 ? " double" : "") + " readout " +
+                           std::to_string(rows) + "x" + std::to_string(E);
+  hold_bits(name, one, results(&pool));
+
+  Sums y(rows * E), dh(rows * E), dx(rows * E), dz(rows * E), dC(rows), dD(E), dweight(E), dbias(E);
+  std::vector<double> u(E), n(E), dn(E);
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t first = row * E;
+    double mean = 0, variance = 0, mean_dn = 0, mean_dn_n = 0;
+    for (int64_t e = 0; e < E; ++e) mean += (u[e] = C[row] * double(h[first + e]) + D[e] * double(x[first + e])) / E;
+    for (int64_t e = 0; e < E; ++e) variance += (u[e] - mean) * (u[e] - mean) / E;
+    const double rate = 1 / std::sqrt(variance + 1e-5);
+    for (int64_t e = 0; e < E; ++e) {
+      const double gate = 1 / (1 + std::exp(-double(z[first + e]))), silu = z[first + e] * gate, dy = grad_y[first + e];
+      n[e] = (u[e] - mean) * rate;
+      y[first + e] += n[e] * weight[e] * silu, y[first + e] += bias[e] * silu;
+      dz[first + e] += dy * (n[e] * weight[e] + bias[e]) * gate * (1 + z[first + e] * (1 - gate));
+      dweight[e] += dy * silu * n[e];
+      dbias[e] += dy * silu;
+      dn[e] = dy * silu * weight[e];
+      mean_dn += dn[e] / E, mean_dn_n += dn[e] * n[e] / E;
+    }
+    for (int64_t e = 0; e < E; ++e) {
+      for (const double du : {rate * dn[e], -rate * mean_dn, -rate * n[e] * mean_dn_n}) {
+        dh[first + e] += du * C[row];
+        dx[first + e] += du * D[e];
+        dC[row] += du * h[first + e];
+        dD[e] += du * x[first + e];
+      }
+    }
+  }
+  const Sums* const maps[] = {&y, &dh, &dx, &dz, &dC};
+  const char* const names[] = {", y", ", gradient of h", ", gradient of x", ", gradient of z", ", gradient of C"};
+  for (int i = 0; i < 5; ++i) hold<T>(name + names[i], *maps[i], [&](int64_t j) { return one[i][j]; });
+  const Sums* const parameters[] = {&dD, &dweight, &dbias};
+  const char* const kinds[] = {"D", "the weight", "the bias"};
+  for (int i = 0; i < 3; ++i)
+    hold<T>(name + ", gradient of " + kinds[i], *parameters[i],
+            [&](int64_t e) { return sum_parts(one[5], tasks, i * E + e); });
+}
+
 // ----------------------------------------------------------------------------------------------------------------------
 
 template <class T>
@@ -561,6 +632,7 @@ void check_all(const Kernels<T>& kernels, Pool& pool) {
   for (const ScanCase& c : kScanCases)
     for (int64_t lanes : {vector, 2 * vector}) check_scan(kernels, c, lanes, pool);
   for (const FusionCase& c : kFusionCases) check_fusion(kernels, c, pool);
+  for (const auto& [rows, channels] : kReadoutCases) check_readout(kernels, rows, channels, pool);
 }
 
 bool supported(const std::string& path) {

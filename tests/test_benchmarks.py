@@ -20,6 +20,9 @@ TINY = ['test_vit', 'test_vmamba2d', '--size', '160', '--batch-size', '1']
     [
         pytest.param('op_cpu.py', ['--batch-size', '1', '--no-reference'], 4, 'step_scan_2d_ms', id='op'),
         pytest.param('fusion_cpu.py', ['--batch-size', '1'], 4, 'step_merged_ms', id='fusion'),
+        pytest.param(
+            'readout_cpu.py', ['--batch-size', '1'], 4, 'step_operations_ms', id='readout', marks=pytest.mark.slow
+        ),
         pytest.param('model_cpu.py', TINY, 2, 'products', id='model'),
         pytest.param('model_cpu.py', [*TINY, '--train'], 2, 'images_per_s', id='model-train', marks=pytest.mark.slow),
         pytest.param('size_cpu.py', ['test_vit', 'test_vmamba', '--sizes', '160', '192'], 2, 'per_pixel', id='size'),

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "fusion.h"
+#include "readout.h"
 #include "scan.h"
 
 namespace vssm {
@@ -23,6 +24,10 @@ struct Kernels {
   void (*fusion_forward)(const FusionArgs<T>&, T* y, T* scratch, int64_t begin, int64_t end);
   int64_t (*fusion_backward_scratch)(const FusionArgs<T>&);
   void (*fusion_backward)(const FusionArgs<T>&, const FusionGrads<T>&, T* scratch, int64_t begin, int64_t end);
+  // The gated readout: `forward` does the rows [begin, end), `backward` the tasks, which are equal parts of the rows.
+  int64_t (*readout_scratch)(const ReadoutArgs<T>&);
+  void (*readout_forward)(const ReadoutArgs<T>&, T* y, T* scratch, int64_t begin, int64_t end);
+  void (*readout_backward)(const ReadoutArgs<T>&, const ReadoutGrads<T>&, T* scratch, int64_t begin, int64_t end);
 };
 
 extern const Kernels<float> kPortable;

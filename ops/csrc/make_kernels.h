@@ -4,6 +4,7 @@
 
 #include "fusion_kernel.h"
 #include "kernels.h"
+#include "readout_kernel.h"
 #include "scan_kernel.h"
 
 namespace vssm {
@@ -21,7 +22,10 @@ constexpr Kernels<T> make_kernels(const char* name) {
           fusion_forward_scratch<T>,
           fusion_forward<T>,
           fusion_backward_scratch<T>,
-          fusion_backward<T>};
+          fusion_backward<T>,
+          readout_scratch<T>,
+          readout_forward<T>,
+          readout_backward<T>};
 }
 
 }  // namespace

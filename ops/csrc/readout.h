@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+// The gated readout on the CPU: what the op (gated_readout.cpp) and the kernels (readout_kernel.h) share. No torch here.
+#pragma once
+
+#include "common.h"
+
+namespace vssm {
+
+template <class T>
+struct ReadoutArgs {
+  int64_t rows, channels;
+  const T *h, *x, *z;           // (rows, channels)
+  const T* C;                   // (rows)
+  const T *D, *weight, *bias;   // (channels)
+  T eps;
+};
+
+// Gradients. The parameters' come as one part a task; tasks depend on the shape alone, never on the number of threads, and
+// parts are added up in a fixed order: the result is the same for any number of threads.
+template <class T>
+struct ReadoutGrads {
+  const T* y;       // (rows, channels)
+  T *h, *x, *z;     // (rows, channels)
+  T* C;             // (rows)
+  T* parameters;    // of D, weight and bias: (tasks, 3, channels)
+  int64_t tasks;
+};
+
+}  // namespace vssm
