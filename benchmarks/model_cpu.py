@@ -7,16 +7,14 @@ that matrix products and convolutions take, by the profiler: the floor under all
     python benchmarks/model_cpu.py --batch-size 8 --json benchmarks/results/model_cpu.json
 """
 
-import argparse
 from functools import partial
-from pathlib import Path
 from typing import Callable
 
 import timm
 import torch
 from rich.console import Console
 from rich.table import Table
-from timing import conditions, interleaved, write_json
+from timing import conditions, cpu_parser, interleaved, parse, write_json
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -50,18 +48,11 @@ def share_of_products(call: Callable[[], None], rounds: int = 3) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cpu_parser(__doc__, rounds=9)
     parser.add_argument('models', nargs='*', default=MODELS, help='timm names; ratios are to the first')
-    parser.add_argument('--batch-size', type=int, default=8)
     parser.add_argument('--size', type=int, default=224)
-    parser.add_argument('--rounds', type=int, default=9)
-    parser.add_argument('--threads', type=int, default=0, help="0: PyTorch's choice")
     parser.add_argument('--train', action='store_true', help='time forward and backward')
-    parser.add_argument('--json', type=Path)
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
+    args = parse(parser)
 
     calls = {}
     for name in args.models:

@@ -7,14 +7,12 @@ is the throughput with one image over that with a batch.
     python benchmarks/op_cpu.py --batch-size 8 --json benchmarks/results/op_cpu.json
 """
 
-import argparse
 from functools import partial
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from timing import conditions, interleaved, write_json
+from timing import conditions, cpu_parser, interleaved, parse, write_json
 from torch import nn
 from vssm.ops import selective_scan, selective_scan_ref
 
@@ -50,18 +48,11 @@ def step(scan, inputs: dict, grad: torch.Tensor, **options) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--batch-size', type=int, default=8)
-    parser.add_argument('--rounds', type=int, default=15)
-    parser.add_argument('--threads', type=int, default=0, help="0: PyTorch's choice")
+    parser = cpu_parser(__doc__, rounds=15)
     parser.add_argument(
         '--no-reference', action='store_true', help='leave out the reference, which takes most of the time'
     )
-    parser.add_argument('--json', type=Path)
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
+    args = parse(parser)
 
     rows = []
     for size, dim in STAGES:

@@ -6,15 +6,13 @@ Shapes are those of the four stages of Spatial-Mamba-T at 224x224, float32.
     python benchmarks/readout_cpu.py --batch-size 8 --json benchmarks/results/readout_cpu.json
 """
 
-import argparse
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from timing import conditions, interleaved, write_json
+from timing import conditions, cpu_parser, interleaved, parse, write_json
 from vssm.ops.gated_readout import gated_readout
 
 STAGES = ((56, 128), (28, 256), (14, 512), (7, 1024))  # (H = W, E)
@@ -36,15 +34,7 @@ def step(op, tensors) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--batch-size', type=int, default=8)
-    parser.add_argument('--rounds', type=int, default=15)
-    parser.add_argument('--threads', type=int, default=0, help="0: PyTorch's choice")
-    parser.add_argument('--json', type=Path)
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
+    args = parse(cpu_parser(__doc__, rounds=15))
 
     rows = []
     for size, dim in STAGES:

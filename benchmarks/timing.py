@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interleaved timing and the description of the machine, shared by the benchmark scripts."""
+"""Options, interleaved timing and the description of the machine, shared by the benchmark scripts."""
 
+import argparse
 import json
 import os
 import platform
@@ -13,6 +14,25 @@ import timm
 import torch
 
 import vssm
+
+
+def cpu_parser(description: str, rounds: int) -> argparse.ArgumentParser:
+    """The options that scripts on the CPU share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--batch-size', type=int, default=8)
+    parser.add_argument('--rounds', type=int, default=rounds)
+    parser.add_argument('--threads', type=int, default=0, help="0: PyTorch's choice")
+    parser.add_argument('--json', type=Path)
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Its arguments, with the threads and the seed set."""
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    return args
 
 
 def interleaved(

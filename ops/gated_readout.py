@@ -10,8 +10,6 @@ from typing import Any, Tuple
 import torch
 from torch import Tensor
 
-from . import backend  # noqa: F401  loads the kernels
-
 
 def gated_readout(
     h: Tensor, x: Tensor, C: Tensor, D: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float
