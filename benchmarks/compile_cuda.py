@@ -14,11 +14,12 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any
 
 CAPABILITIES = ('7.5', '8.0', '8.6', '8.9', '9.0', '10.0', '12.0')
 DTYPES = ('float32', 'float16', 'bfloat16')
@@ -42,15 +43,16 @@ class Card:
         return GPUTarget('cuda', self.capability, 32)
 
 
-def calls(dtype: str, all_tiles: bool, which: str) -> Iterator[Tuple[bool, str]]:
+def calls(dtype: str, all_tiles: bool, which: str) -> Iterator[tuple[bool, str]]:
     """Run the ops so that every kernel is launched with every option; yields whether the tile is a default one."""
     import torch
-    from vssm.ops import selective_scan_triton as scan
-    from vssm.ops import state_fusion_triton as fusion
+
+    from vssm.ops.fusion import triton as fusion
+    from vssm.ops.scan.triton import kernels as scan
 
     type_ = getattr(torch, dtype)
 
-    def inputs(channels: int, K: int, rank: int, **options: Any) -> Tuple:
+    def inputs(channels: int, K: int, rank: int, **options: Any) -> tuple:
         maps = torch.zeros(1, 8, 40, K, max(rank, channels), dtype=type_)
         parameter = torch.zeros(K, channels)
         full = options.get('has_C', True)
@@ -97,7 +99,7 @@ def calls(dtype: str, all_tiles: bool, which: str) -> Iterator[Tuple[bool, str]]
     yield True, 'state fusion'
 
 
-def compile_all(capability: str, dtype: str, all_tiles: bool, options: str) -> List[Dict[str, Any]]:
+def compile_all(capability: str, dtype: str, all_tiles: bool, options: str) -> list[dict[str, Any]]:
     """A row for each kernel that is compiled, in a process of its own."""
     os.environ.pop('TRITON_INTERPRET', None)
     os.environ['TRITON_CACHE_DIR'] = tempfile.mkdtemp()
@@ -107,7 +109,7 @@ def compile_all(capability: str, dtype: str, all_tiles: bool, options: str) -> L
 
     driver.set_active(Card(int(capability.replace('.', ''))))
     triton.knobs.nvidia.dump_ptxas_log = True
-    rows: List[Dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     run = JITFunction.run
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:

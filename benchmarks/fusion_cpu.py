@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from timing import conditions, cpu_parser, interleaved, parse, write_json
+
 from vssm.ops import state_fusion
 
 STAGES = ((56, 128), (28, 256), (14, 512), (7, 1024))  # (H = W, E)

@@ -18,9 +18,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from timing import write_json
-from vssm.tools._measure import NO_PEAK, conditions, peak_growth
 
 import vssm  # noqa: F401  registers the models
+from vssm.tools._measure import NO_PEAK, conditions, peak_growth
 
 MODELS = ('swin_tiny_patch4_window7_224', 'vmamba_tiny', 'vmamba2d_tiny', 'spatial_mamba_tiny')
 

@@ -7,8 +7,8 @@ that matrix products and convolutions take, by the profiler: the floor under all
     python benchmarks/model_cpu.py --batch-size 8 --json benchmarks/results/model_cpu.json
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Callable
 
 import timm
 import torch

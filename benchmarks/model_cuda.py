@@ -12,9 +12,10 @@ Without a GPU, `--dry-run` makes every call once on the CPU, with small images, 
 
 import argparse
 import gc
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any
 
 import timm
 import torch
@@ -71,7 +72,7 @@ def main() -> None:
     device = 'cpu' if args.dry_run else 'cuda'
     if args.dry_run:
         args.batch_size, args.large, args.rounds = 1, args.size, 1
-    time: Callable[..., Dict[Any, float]] = partial(
+    time: Callable[..., dict[Any, float]] = partial(
         interleaved,
         rounds=args.rounds,
         warmup=0 if args.dry_run else 3,
@@ -80,7 +81,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = 64  # the models share code, which is compiled for each of them
 
-    def make(name: str, layout: str, size: int, batch: int, train: bool) -> Tuple[nn.Module, torch.Tensor]:
+    def make(name: str, layout: str, size: int, batch: int, train: bool) -> tuple[nn.Module, torch.Tensor]:
         model_args = dict(img_size=size) if 'swin' in name else {}
         model = timm.create_model(name, **model_args).train(train).to(device, memory_format=FORMATS[layout])
         model = torch.compile(model, fullgraph=True, dynamic=False) if args.compile else model
@@ -92,7 +93,7 @@ def main() -> None:
         gc.collect()
         torch.cuda.empty_cache()
 
-    rows: List[Dict[str, Any]] = [dict(vars(args), json=None, models=None, name=name) for name in args.models]
+    rows: list[dict[str, Any]] = [dict(vars(args), json=None, models=None, name=name) for name in args.models]
     for what, call in (('inference', forward), ('train', step)):
         train = call is step
         calls = {

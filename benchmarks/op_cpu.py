@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from timing import conditions, cpu_parser, interleaved, parse, write_json
 from torch import nn
+
 from vssm.ops import selective_scan, selective_scan_ref
 
 STAGES = ((56, 96), (28, 192), (14, 384), (7, 768))  # (H = W, E)

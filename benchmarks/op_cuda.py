@@ -14,14 +14,16 @@ Without a GPU, `--dry-run` makes every call once on the CPU, on small maps, and 
 import argparse
 import itertools
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from timing import conditions, interleaved, write_json
+
 from vssm.ops import selective_scan, selective_scan_ref
 
 STAGES = ((56, 96, 1), (28, 192, 1), (14, 384, 1), (7, 768, 1))  # (H = W, E, N)
@@ -29,7 +31,7 @@ MAPS = ((14, 96, 1), (56, 96, 1), (200, 96, 1), (200, 96, 16))
 MAPS_OF = ('x', 'dt', 'B', 'C')  # the inputs that a position has; the others are parameters, in float32
 
 
-def scan_inputs(batch: int, size: int, dim: int, N: int, dtype: torch.dtype, device: str) -> Dict[str, torch.Tensor]:
+def scan_inputs(batch: int, size: int, dim: int, N: int, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
     """Inputs as the model makes them: dt, B and C are slices of one projection."""
     K, R = 4, -(-dim // 16)
     proj = torch.randn(batch, size, size, K, R + 2 * N, dtype=dtype, device=device) * 0.5
@@ -46,7 +48,7 @@ def scan_inputs(batch: int, size: int, dim: int, N: int, dtype: torch.dtype, dev
     )
 
 
-def prepare_forward(scan: Callable, inputs: Dict[str, torch.Tensor], **options) -> Callable[[], Any]:
+def prepare_forward(scan: Callable, inputs: dict[str, torch.Tensor], **options) -> Callable[[], Any]:
     def call() -> None:
         with torch.no_grad():
             scan(**inputs, **options)
@@ -54,7 +56,7 @@ def prepare_forward(scan: Callable, inputs: Dict[str, torch.Tensor], **options) 
     return call
 
 
-def prepare_backward(scan: Callable, inputs: Dict[str, torch.Tensor], **options) -> Callable[[], Any]:
+def prepare_backward(scan: Callable, inputs: dict[str, torch.Tensor], **options) -> Callable[[], Any]:
     """A call of the backward pass alone, as often as one likes."""
     leaves = {name: t.detach().requires_grad_() for name, t in inputs.items()}
     y = scan(**leaves, **options)
@@ -62,13 +64,13 @@ def prepare_backward(scan: Callable, inputs: Dict[str, torch.Tensor], **options)
     return lambda: torch.autograd.grad(y, list(leaves.values()), grad, retain_graph=True)
 
 
-def in_turn(calls: List[Callable[[], Any]]) -> Callable[[], Any]:
+def in_turn(calls: list[Callable[[], Any]]) -> Callable[[], Any]:
     """One of them a time."""
     endless = itertools.cycle(calls)
     return lambda: next(endless)()
 
 
-def moved_bytes(inputs: Dict[str, torch.Tensor], backward: bool) -> int:
+def moved_bytes(inputs: dict[str, torch.Tensor], backward: bool) -> int:
     """What has to be read and written at least."""
     size = {name: t.numel() * t.element_size() for name, t in inputs.items()}
     maps = sum(size[name] for name in MAPS_OF)
@@ -149,7 +151,7 @@ def main() -> None:
         cells = [r['dtype'], r['batch'], r['size'], r['dim'], r['states']]
         for what in ('forward', 'backward'):
             ms = r[f'{what}_2d_ms']
-            reference: Optional[float] = r.get(f'{what}_reference_ms')
+            reference: float | None = r.get(f'{what}_reference_ms')
             cells += [
                 f'{ms:.3f}',
                 f'{r[f"{what}_of_copy"]:.0%}',

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from timing import conditions, cpu_parser, interleaved, parse, write_json
-from vssm.ops.gated_readout import gated_readout
+
+from vssm.ops import gated_readout
 
 STAGES = ((56, 128), (28, 256), (14, 512), (7, 1024))  # (H = W, E)
 

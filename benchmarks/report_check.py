@@ -20,9 +20,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from timing import conditions, write_json
-from vssm.tools.main import main as vssm_main
 
 import vssm  # noqa: F401  registers the models
+from vssm.tools.main import main as vssm_main
 
 MODELS = ('vmamba_tiny', 'vmamba2d_tiny', 'spatial_mamba_tiny', 'swin_tiny_patch4_window7_224')
 

@@ -12,12 +12,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Dict
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from timing import conditions, write_json
+
 from vssm.models.mil import create_mil_model
 
 NETWORKS = {
@@ -27,7 +27,7 @@ NETWORKS = {
 }
 
 
-def measure(name: str, grid: int, tissue: float, in_dim: int) -> Dict[str, float]:
+def measure(name: str, grid: int, tissue: float, in_dim: int) -> dict[str, float]:
     """Seconds and GB, of 10^9 bytes, of one step on a square grid whose middle is tissue."""
     side = round(grid * tissue**0.5)
     first = (grid - side) // 2

@@ -24,7 +24,7 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 import h5py
 import matplotlib
@@ -37,6 +37,7 @@ from matplotlib.colors import ListedColormap
 from rich.console import Console
 from rich.table import Table
 from timing import write_json
+
 from vssm.tools.main import main as vssm_main
 
 PATCH_SIZE = 512
@@ -84,7 +85,7 @@ def neighbours(mask: np.ndarray) -> np.ndarray:
     return mask | padded[2:, 1:-1] | padded[:-2, 1:-1] | padded[1:-1, 2:] | padded[1:-1, :-2]
 
 
-def grow(rng: np.random.Generator, start: np.ndarray, free: np.ndarray, cells: int) -> Optional[np.ndarray]:
+def grow(rng: np.random.Generator, start: np.ndarray, free: np.ndarray, cells: int) -> np.ndarray | None:
     """A connected region of so many free cells that begins in one of `start`; None where there is no room."""
     region = np.zeros_like(free)
     border = start & free
@@ -97,7 +98,7 @@ def grow(rng: np.random.Generator, start: np.ndarray, free: np.ndarray, cells: i
     return region
 
 
-def touching(rng: np.random.Generator, touch: bool, cells: int = 8) -> Tuple[np.ndarray, np.ndarray]:
+def touching(rng: np.random.Generator, touch: bool, cells: int = 8) -> tuple[np.ndarray, np.ndarray]:
     """Where a slide has patches, and what is on each: two lumps in a field of stroma, which touch or not."""
     while True:
         mask = tissue(rng)
@@ -127,7 +128,7 @@ def write_slide(path: Path, rng: np.random.Generator, mask: np.ndarray, kinds: n
         file['coords'] = cells[:, ::-1] * PATCH_SIZE + rng.integers(0, PATCH_SIZE, 2)  # x before y
 
 
-def write_touching(folder: Path, counts: Dict[str, int], seed: int = 0) -> None:
+def write_touching(folder: Path, counts: dict[str, int], seed: int = 0) -> None:
     """FOLDER/labels.csv and a file for each slide, half of each split touching."""
     rng = np.random.default_rng(seed)
     rows = [(split, i % 2 == 1) for split, count in counts.items() for i in range(count)]
@@ -140,7 +141,7 @@ def write_touching(folder: Path, counts: Dict[str, int], seed: int = 0) -> None:
             write_slide(folder / f'slide{number}.h5', rng, *touching(rng, touch))
 
 
-def write_survival(folder: Path, counts: Dict[str, int], seed: int = 0) -> Dict[str, float]:
+def write_survival(folder: Path, counts: dict[str, int], seed: int = 0) -> dict[str, float]:
     """FOLDER/survival.csv and a file for each slide; gives the log-risk of each case, which no file holds."""
     rng = np.random.default_rng(seed)
     splits = [split for split, count in counts.items() for _ in range(count)]
@@ -172,7 +173,7 @@ def vssm(*arguments: object) -> None:
         sys.exit(status)
 
 
-def train(config: str, data: Path, work_dir: Path, seeds: List[int], options: Dict[str, object]) -> Dict[str, Any]:
+def train(config: str, data: Path, work_dir: Path, seeds: list[int], options: dict[str, object]) -> dict[str, Any]:
     """What `vssm wsi-repeat` writes: the test metrics of each seed, their mean and deviation."""
     changes = [f'{key}={value!r}' for key, value in (TRAINING | options).items()]
     where = ['--data-root', data, '--work-dir', work_dir]
@@ -180,7 +181,7 @@ def train(config: str, data: Path, work_dir: Path, seeds: List[int], options: Di
     return json.loads((work_dir / 'results.json').read_text())
 
 
-def run_touch(folder: Path, args: argparse.Namespace) -> List[Dict[str, Any]]:
+def run_touch(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     write_touching(folder, dict(train=args.train or 1200, val=100, test=300))
     vssm('wsi-check', folder / 'labels.csv', folder, '--patch-size', PATCH_SIZE)
     rows = []
@@ -199,7 +200,7 @@ def run_touch(folder: Path, args: argparse.Namespace) -> List[Dict[str, Any]]:
     return rows
 
 
-def run_survival(folder: Path, args: argparse.Namespace) -> List[Dict[str, Any]]:
+def run_survival(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     risks = write_survival(folder, dict(train=args.train or 300, val=100, test=200))
     vssm('wsi-check', folder / 'survival.csv', folder, '--patch-size', PATCH_SIZE)
     rows = []
@@ -217,7 +218,7 @@ def run_survival(folder: Path, args: argparse.Namespace) -> List[Dict[str, Any]]
     return rows
 
 
-def true_c_index(predictions: Path, risks: Dict[str, float]) -> float:
+def true_c_index(predictions: Path, risks: dict[str, float]) -> float:
     """The concordance index of the log-risk that made the data, on the cases of a test."""
     from torchsurv.metrics.cindex import ConcordanceIndex
 
@@ -229,7 +230,7 @@ def true_c_index(predictions: Path, risks: Dict[str, float]) -> float:
     return ConcordanceIndex()(risk, censored == 0, months).item()
 
 
-def draw_touch(rows: List[Dict[str, Any]], path: Path) -> None:
+def draw_touch(rows: list[dict[str, Any]], path: Path) -> None:
     """Slides of both classes, and the accuracies of the networks."""
     rng = np.random.default_rng(3)
     colours = ListedColormap(['white', '0.85', 'tab:purple', 'tab:orange'])

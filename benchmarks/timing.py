@@ -7,8 +7,9 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional
+from typing import Any
 
 import timm
 import torch
@@ -36,12 +37,12 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def interleaved(
-    calls: Dict[str, Callable[[], Any]],
+    calls: dict[str, Callable[[], Any]],
     rounds: int,
     warmup: int = 2,
     synchronize: Callable[[], None] = lambda: None,
     repeats: int = 1,
-) -> Dict[str, float]:
+) -> dict[str, float]:
     """Median seconds of each call. Rounds are interleaved, so that a machine's drift hits all calls alike.
 
     Args:
@@ -63,7 +64,7 @@ def interleaved(
     return {name: statistics.median(s[warmup:]) for name, s in seconds.items()}
 
 
-def conditions(device: str = 'cpu') -> Dict[str, Any]:
+def conditions(device: str = 'cpu') -> dict[str, Any]:
     """What a figure depends on: processor, threads, versions, kernel path."""
     gpu = {}
     if device == 'cuda':
@@ -92,7 +93,7 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def write_json(path: Path, script: str, rows: Any, taken_under: Optional[Dict[str, Any]] = None) -> None:
+def write_json(path: Path, script: str, rows: Any, taken_under: dict[str, Any] | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix('.tmp')
     content = dict(command=script, conditions=taken_under or conditions(), rows=rows)

@@ -33,6 +33,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
+
 from vssm.models.mm import GuardedDataset, RunError, save_for_timm
 from vssm.models.mm.utils import mix_seeds, replacing, seed_everything
 from vssm.tools._common import UsageError, add_run_arguments, read_config

@@ -3,13 +3,13 @@
 
     python examples/mixing_matrices.py mixing-matrices.png
 
-Nothing here calls the ops; tests/test_theory.py holds both against each other. For one channel of a map of H x W
+Nothing here calls the ops; tests/ops/test_theory.py holds both against each other. For one channel of a map of H x W
 positions, M is (HW, HW): what every position (row) takes from every position (column), both in raster order. It belongs
 to one image, for the step sizes, B and C are computed from the image itself.
 """
 
 import sys
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor

@@ -8,7 +8,8 @@ Feature maps are channels-last, (batch, height, width, channels).
 import re
 import warnings
 from collections import OrderedDict
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type, Union
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from timm.layers import create_classifier, trunc_normal_
@@ -16,8 +17,8 @@ from timm.models import build_model_with_cfg, checkpoint_seq, register_model_dep
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .checkpoints import pretrained_kwargs
 from .layers import in_groups
+from .weights import pretrained_kwargs
 
 __all__ = [
     'ALIASES',
@@ -70,7 +71,7 @@ class NormPoolHead(nn.Module):
         self.num_features = dim * self.global_pool.feat_mult()  # after pooling
         self.drop = nn.Dropout(drop_rate)
 
-    def reset(self, num_classes: int, pool_type: Optional[str] = None, device=None, dtype=None) -> None:
+    def reset(self, num_classes: int, pool_type: str | None = None, device=None, dtype=None) -> None:
         if pool_type is None:
             pool_type = self.global_pool.pool_type
         self.global_pool, self.fc = create_classifier(
@@ -130,7 +131,7 @@ class Backbone(nn.Module):
         return {'stages.*.mixer.A_log', 'stages.*.mixer.D', 'stages.*.mixer.dt_bias'}
 
     @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         return dict(
             stem=r'^stem',
             blocks=r'^stages\.(\d+)'
@@ -151,7 +152,7 @@ class Backbone(nn.Module):
     def get_classifier(self) -> nn.Module:
         return self.head.fc
 
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         self.num_classes = num_classes
         weight = self.stem.conv1.weight
         self.head.reset(num_classes, global_pool, device=weight.device, dtype=weight.dtype)
@@ -160,12 +161,12 @@ class Backbone(nn.Module):
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: Optional[Union[int, List[int]]] = None,
+        indices: int | list[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = 'NCHW',
         intermediates_only: bool = False,
-    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """The stages' outputs along with the final feature map.
 
         Args:
@@ -201,10 +202,10 @@ class Backbone(nn.Module):
 
     def prune_intermediate_layers(
         self,
-        indices: Union[int, List[int]] = 1,
+        indices: int | list[int] = 1,
         prune_norm: bool = False,
         prune_head: bool = True,
-    ) -> List[int]:
+    ) -> list[int]:
         """Drop what `forward_intermediates` with these indices does not need, and return the kept indices."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         pruned = max_index < len(self.stages) - 1
@@ -233,7 +234,7 @@ class Backbone(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def stage_dims(name: str, dims: Union[int, Sequence[int]], depths: Sequence[int]) -> Tuple[int, ...]:
+def stage_dims(name: str, dims: int | Sequence[int], depths: Sequence[int]) -> tuple[int, ...]:
     """One width per stage, from those or from the first one's, which then doubles at every stage."""
     if isinstance(dims, int):
         return tuple(dims * 2**i for i in range(len(depths)))
@@ -264,10 +265,10 @@ _MIXER_RENAMES = (
 
 
 def rename_checkpoint(
-    state_dict: Dict[str, Any],
+    state_dict: dict[str, Any],
     model: nn.Module,
-    renames: Sequence[Tuple[str, Union[str, Callable[[re.Match], str]]]],
-) -> Dict[str, Tensor]:
+    renames: Sequence[tuple[str, str | Callable[[re.Match], str]]],
+) -> dict[str, Tensor]:
     """Bring a published checkpoint to our names and shapes; the model's own names and tensors pass unchanged.
 
     Names that no rule knows, or that would become a name that is there already, are kept as they are, so that a strict
@@ -312,10 +313,10 @@ def rename_checkpoint(
 
 
 def build_backbone(
-    cls: Type[Backbone],
+    cls: type[Backbone],
     variant: str,
     pretrained: bool,
-    filter_fn: Callable[[Dict[str, Any], nn.Module], Dict[str, Tensor]],
+    filter_fn: Callable[[dict[str, Any], nn.Module], dict[str, Tensor]],
     output_stride: int = 32,
     **kwargs,
 ) -> Backbone:
@@ -339,10 +340,10 @@ def build_backbone(
     )
 
 
-ALIASES: Dict[str, str] = {}  # further names of registered models
+ALIASES: dict[str, str] = {}  # further names of registered models
 
 
-def register_aliases(module: str, aliases: Dict[str, str]) -> None:
+def register_aliases(module: str, aliases: dict[str, str]) -> None:
     """Let `timm.create_model` take further names, such as those of the papers' code, for registered models.
 
     timm keeps a name out of its listings only as a deprecated one. An alias is not, so its warning is silenced.

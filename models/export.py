@@ -4,16 +4,15 @@
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Optional, Union
 
 import torch
 from torch import Tensor, nn
 
-from ..ops.selective_scan_decomp import DECOMPOSITIONS
+from ..ops.decompositions import DECOMPOSITIONS
 
 
 @torch.no_grad()
-def export_onnx(model: nn.Module, path: Union[str, os.PathLike], images: Optional[Tensor] = None) -> None:
+def export_onnx(model: nn.Module, path: str | os.PathLike, images: Tensor | None = None) -> None:
     """Write `model` as one ONNX file that takes any batch, and any size of image that the model takes.
 
     A scan becomes ONNX `Scan` nodes, which go along a walk one step after the other: standard, but not fast.

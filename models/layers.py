@@ -5,14 +5,14 @@ Feature maps are channels-last, (batch, height, width, channels).
 """
 
 import math
-from typing import Callable, Optional, Tuple, Type
+from collections.abc import Callable
 
 import torch
 from timm.layers import Mlp as TimmMlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops.transforms import is_transformed
+from ..ops._register import is_transformed
 
 __all__ = ['Mlp', 'in_groups', 'is_plain', 'linear', 'linear_chunks']
 
@@ -24,7 +24,7 @@ def in_groups(
     module: nn.Module,
     x: Tensor,
     growth: float = 4.0,
-    forward: Optional[Callable[[Tensor], Tensor]] = None,
+    forward: Callable[[Tensor], Tensor] | None = None,
     while_training: bool = False,
 ) -> Tensor:
     """module(x), on a CPU a few entries of the first axis at a time.
@@ -56,7 +56,7 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
     return linear_chunks(layer, x, 1)[0]
 
 
-def linear_chunks(layer: nn.Module, x: Tensor, chunks: int) -> Tuple[Tensor, ...]:
+def linear_chunks(layer: nn.Module, x: Tensor, chunks: int) -> tuple[Tensor, ...]:
     """layer(x) in equal chunks of its channels; a plain linear layer in float32 on a CPU as the convolution that it is.
 
     PyTorch hands a linear layer to MKL, after a pass that writes the bias. Convolutions it hands to oneDNN, which adds
@@ -102,7 +102,7 @@ def _is_eager_on_cpu(x: Tensor) -> bool:
     )
 
 
-def is_plain(module: nn.Module, kind: Type[nn.Module], x: Tensor) -> bool:
+def is_plain(module: nn.Module, kind: type[nn.Module], x: Tensor) -> bool:
     """Whether what a module of that kind computes in float32 on a CPU may stand in for module(x): it is one and no
     subclass, its parameters are plain too, and neither hooks nor compilers, exporters or autocast look on."""
     return (

@@ -8,7 +8,7 @@ Feature maps are channels-last, (batch, height, width, channels), from the end o
 """
 
 import math
-from typing import Any, Dict, Tuple, Union
+from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -16,9 +16,8 @@ from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, named_apply, register_model, register_notrace_function
 from torch import Tensor, nn
 
-from ..ops import selective_scan, state_fusion
+from ..ops import gated_readout, selective_scan, state_fusion
 from ..ops.backend import uses_reference
-from ..ops.gated_readout import gated_readout
 from .backbone import Backbone, Stage, build_backbone, init_linear, register_aliases, rename_checkpoint, stage_dims
 from .layers import Mlp, in_groups, is_plain, linear, linear_chunks
 from .ssm import decay_rates, init_scan_
@@ -208,8 +207,8 @@ class SpatialMamba(Backbone):
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = 'avg',
-        depths: Tuple[int, ...] = (2, 4, 8, 4),
-        dims: Union[int, Tuple[int, ...]] = 64,
+        depths: tuple[int, ...] = (2, 4, 8, 4),
+        dims: int | tuple[int, ...] = 64,
         mlp_ratio: float = 4.0,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -228,7 +227,7 @@ class SpatialMamba(Backbone):
         super().__init__(stem, stages, dims, in_chans, num_classes, global_pool, drop_rate, **dd)
         named_apply(init_linear, self)
 
-    def load_state_dict(self, state_dict: Dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As nn.Module's, for published names too."""
         return super().load_state_dict(checkpoint_filter_fn(state_dict, self), strict=strict, assign=assign)
 
@@ -251,12 +250,12 @@ _RENAMES = (
 )
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Bring a published Spatial-Mamba checkpoint to our names and shapes, see `rename_checkpoint`."""
     return rename_checkpoint(state_dict, model, _RENAMES)
 
 
-def _cfg(drive_id: str = '', **kwargs) -> Dict[str, Any]:
+def _cfg(drive_id: str = '', **kwargs) -> dict[str, Any]:
     return {
         'url': '',
         # No URL that timm could load: `vssm download` fetches, converts and caches the file.

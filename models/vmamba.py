@@ -10,7 +10,7 @@ Feature maps are channels-last, (batch, height, width, channels), from the stem'
 """
 
 import math
-from typing import Any, Dict, Tuple, Union
+from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -162,8 +162,8 @@ class VMamba(Backbone):
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = 'avg',
-        depths: Tuple[int, ...] = (2, 2, 8, 2),
-        dims: Union[int, Tuple[int, ...]] = 96,
+        depths: tuple[int, ...] = (2, 2, 8, 2),
+        dims: int | tuple[int, ...] = 96,
         d_state: int = 1,
         ssm_ratio: float = 1.0,
         mlp_ratio: float = 4.0,
@@ -187,7 +187,7 @@ class VMamba(Backbone):
         super().__init__(stem, stages, dims, in_chans, num_classes, global_pool, drop_rate, **dd)
         named_apply(init_linear, self)
 
-    def load_state_dict(self, state_dict: Dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As nn.Module's, for published names too."""
         return super().load_state_dict(checkpoint_filter_fn(state_dict, self), strict=strict, assign=assign)
 
@@ -209,12 +209,12 @@ _RENAMES = (
 )
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Bring a published VMamba or 2DVMamba checkpoint to our names and shapes, see `rename_checkpoint`."""
     return rename_checkpoint(state_dict, model, _RENAMES)
 
 
-def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
+def _cfg(url: str = '', **kwargs) -> dict[str, Any]:
     return {
         'url': url,
         'num_classes': 1000,

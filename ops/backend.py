@@ -3,10 +3,10 @@
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Iterator
 
 import torch
 from torch import Tensor
@@ -56,11 +56,11 @@ def check_precision(op: str, x: Tensor) -> None:
         raise NotImplementedError(f'{op}: the CUDA kernels compute in float32, got {x.dtype}; call vssm.ops.{op}.')
 
 
-def load_triton(op: str) -> ModuleType:
+def load_triton(op: str, module: str) -> ModuleType:
     """The module of an op's CUDA kernels: imported when the first CUDA tensor arrives, and not before."""
     if importlib.util.find_spec('triton') is None:
         raise ImportError(
             f'{op}: CUDA tensors need Triton, which is not installed: run `pip install triton`, or on Windows '
             '`pip install triton-windows`.'
         )
-    return importlib.import_module(f'.{op}_triton', __package__)
+    return importlib.import_module(f'.{module}', __package__)

@@ -9,7 +9,7 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,7 +64,7 @@ def pytest_collection_modifyitems(items):
 _need_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f'golden files not found, set VSSM_GOLDEN (now {GOLDEN})')
 
 
-def read_tensors(path: Path) -> Tuple[Dict[str, torch.Tensor], Dict[str, Any]]:
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and decoded metadata of a safetensors file."""
     with safe_open(path, 'pt') as f:
         tensors = {name: f.get_tensor(name) for name in f.keys()}
@@ -77,12 +77,12 @@ def read_tensors(path: Path) -> Tuple[Dict[str, torch.Tensor], Dict[str, Any]]:
     return tensors, metadata
 
 
-def under(tensors: Dict[str, torch.Tensor], prefix: str) -> Dict[str, torch.Tensor]:
+def under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     """The tensors whose names begin with `prefix`, without it."""
     return {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def _golden_scans() -> List:
+def _golden_scans() -> list:
     """(tensors, sizes and options) of every golden case of the op; without the folder one skipped placeholder."""
     if not GOLDEN.is_dir():
         return [pytest.param(None, id='absent', marks=_need_golden)]
@@ -113,7 +113,7 @@ def golden():
 
 
 @contextmanager
-def cpu_capability(name: Optional[str]):
+def cpu_capability(name: str | None):
     """Force one CPU path of the kernels; None leaves the choice to them."""
     before = os.environ.pop(CAPABILITY, None)
     if name is not None:
@@ -126,7 +126,7 @@ def cpu_capability(name: Optional[str]):
             os.environ[CAPABILITY] = before
 
 
-def _available_paths() -> List[str]:
+def _available_paths() -> list[str]:
     paths = []
     for name in ('avx512', 'avx2', 'portable'):
         with cpu_capability(name):
@@ -177,7 +177,8 @@ def _through_cuda(function):
 @contextmanager
 def triton_kernels():
     """Run the CUDA kernels on tensors of the CPU: through the GPU, or where there is none in Triton's interpreter."""
-    from vssm.ops import selective_scan_triton, state_fusion_triton
+    from vssm.ops.fusion import triton as fusion
+    from vssm.ops.scan.triton import kernels as scan
 
     if INTERPRETED:
         from triton.runtime.interpreter import ScanOps
@@ -186,7 +187,7 @@ def triton_kernels():
     library = torch.library.Library('vssm', 'IMPL')
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*verrid', UserWarning)
-        for module, op in ((selective_scan_triton, 'selective_scan'), (state_fusion_triton, 'state_fusion')):
+        for module, op in ((scan, 'selective_scan'), (fusion, 'state_fusion')):
             for name in ('', '_backward'):
                 function = _through_cuda(getattr(module, f'{op}_triton{name}'))
                 library.impl(op + name, function, 'CPU', allow_override=True)
@@ -196,7 +197,7 @@ def triton_kernels():
         library._destroy()
 
 
-def kernel_path_context(name: Optional[str]):
+def kernel_path_context(name: str | None):
     """Force one path of the kernels: of the CPU, or 'triton'."""
     return triton_kernels() if name == 'triton' else cpu_capability(name)
 
@@ -205,7 +206,7 @@ def kernel_path_context(name: Optional[str]):
 class Backend:
     """One way to compute an op: the reference, or the kernels along one path; and in which dtype."""
 
-    path: Optional[str]  # None is the reference
+    path: str | None  # None is the reference
     dtype: torch.dtype
 
     def __str__(self) -> str:
@@ -302,7 +303,7 @@ def data(tmp_path_factory):
     """Miniature data sets in the real layout, see make_datasets.py."""
     pytest.importorskip('mmdet', reason="mmdet is not installed: pip install '.[mmlab]'")
     root = tmp_path_factory.mktemp('data')
-    runpy.run_path(str(Path(__file__).with_name('make_datasets.py')))['main'](root)
+    runpy.run_path(str(Path(__file__).parent / 'mm' / 'make_datasets.py'))['main'](root)
     return root
 
 

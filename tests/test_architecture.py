@@ -23,9 +23,9 @@ ALLOWED = {
     'configs': {'vssm.configs'},  # which are data
 }
 ALSO = {  # what single files may besides
-    'ops/selective_scan_triton.py': {'triton'},
-    'ops/state_fusion_triton.py': {'triton'},
-    'models/checkpoints.py': {'safetensors', 'vssm.version'},
+    'ops/scan/triton/kernels.py': {'triton'},
+    'ops/fusion/triton.py': {'triton'},
+    'models/weights/_all.py': {'safetensors', 'vssm.version'},
     'models/mm/classification.py': {'mmengine'},
     'models/mm/data.py': {'PIL', 'mmengine', 'numpy', 'sklearn', 'torchvision'},
     'models/mm/features.py': {'mmengine'},
@@ -35,9 +35,9 @@ ALSO = {  # what single files may besides
     'models/mm/saved.py': {'mmengine', 'numpy'},
     'models/mm/wsi.py': {'mmengine', 'torchmetrics', 'torchsurv'},
     'models/mm/utils.py': {'mmengine', 'numpy', 'safetensors'},
-    'models/mmcv_ext.py': {'mmengine', 'torchvision'},
-    'models/slides.py': {'h5py', 'numpy'},
-    'models/survival.py': {'torchsurv'},
+    'models/mm/mmcv_ext.py': {'mmengine', 'torchvision'},
+    'models/mil/slides.py': {'h5py', 'numpy'},
+    'models/mil/survival.py': {'torchsurv'},
 }
 
 
@@ -104,7 +104,7 @@ def test_importing_vssm_imports_no_optional_package():
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = {name for line, name in imports(path) if line == node.lineno}
                 todo += [files[name] for name in names if name in files and files[name] not in reached]
-    assert {'models/vmamba.py', 'ops/selective_scan.py'} <= reached
+    assert {'models/vmamba.py', 'ops/scan/op.py'} <= reached
     assert not any('/mm' in path or 'triton' in path for path in reached)
 
 

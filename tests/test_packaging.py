@@ -69,7 +69,7 @@ def wheel(source, tmp_path_factory):
     with tarfile.open(sdist) as archive:
         names = {name.partition('/')[2] for name in archive.getnames()}
     needed = {'Makefile', 'constraints.txt', 'ops/csrc/scan.h', 'configs/digits/vmamba_test.py'}
-    needed |= {'tests/conftest.py', 'tests/kernels_main.cpp'}
+    needed |= {'tests/conftest.py', 'tests/ops/kernels_main.cpp'}
     assert needed <= names
     result = run(sys.executable, '-m', 'pip', 'wheel', '--no-build-isolation', '--no-deps', '-w', folder, sdist)
     assert result.returncode == 0, result.stderr

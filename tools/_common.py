@@ -6,14 +6,15 @@ import ast
 import difflib
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, List, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from .. import configs
 from ..models.backbone import ALIASES
-from ..models.checkpoints import list_models
+from ..models.weights import list_models
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -30,7 +31,7 @@ def config_dir() -> Path:
     return Path(configs.__file__).parent
 
 
-def list_configs() -> List[str]:
+def list_configs() -> list[str]:
     """Names of the shipped configs, such as 'digits/vmamba2d_test'."""
     paths = [path for path in config_dir().glob('*/**/*.py') if not path.name.startswith('_')]  # what configs share
     return sorted(path.relative_to(config_dir()).with_suffix('').as_posix() for path in paths)

@@ -3,9 +3,10 @@
 
 import math
 from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,8 @@ class Cost:
     params: int
     activations: int
     macs: int
-    modules: List[Dict[str, Any]]
-    uncounted: List[str]
+    modules: list[dict[str, Any]]
+    uncounted: list[str]
 
 
 def count_fvcore(model: nn.Module, image: Tensor, depth: int = 0) -> Cost:
@@ -76,25 +77,25 @@ def _params(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _both(macs: Optional[Callable], activations: Optional[Callable]) -> Callable:
-    def total(handle: Optional[Callable], inputs: List[Any], outputs: List[Any]) -> int:
+def _both(macs: Callable | None, activations: Callable | None) -> Callable:
+    def total(handle: Callable | None, inputs: list[Any], outputs: list[Any]) -> int:
         count = handle(inputs, outputs) if handle else 0
         return sum(count.values()) if isinstance(count, Counter) else count
 
     return lambda *values: Counter(macs=total(macs, *values), activations=total(activations, *values))
 
 
-def _scan_activations(inputs: List[Any], outputs: List[Any]) -> int:
+def _scan_activations(inputs: list[Any], outputs: list[Any]) -> int:
     """The step sizes of every channel, where the op expands them: a matrix product."""
     x, K, dt_weight = inputs[0].type().sizes(), inputs[2].type().sizes()[0], inputs[7]
     return math.prod(x) * K if dt_weight.isCompleteTensor() else 0
 
 
-def _fusion_activations(inputs: List[Any], outputs: List[Any]) -> int:
+def _fusion_activations(inputs: list[Any], outputs: list[Any]) -> int:
     return 3 * math.prod(inputs[0].type().sizes())  # three convolutions
 
 
-def count_torch(model: nn.Module, image: Tensor, rules: Optional[Dict[Any, Callable]] = None) -> int:
+def count_torch(model: nn.Module, image: Tensor, rules: dict[Any, Callable] | None = None) -> int:
     """Multiply-accumulates by PyTorch's FlopCounterMode, which counts two FLOPs for one.
 
     Args:
@@ -128,7 +129,7 @@ RULES = {
 }
 
 
-def multiply_adds(model: nn.Module, shape: Sequence[int], rules: Optional[Dict[Any, Callable]] = RULES) -> int:
+def multiply_adds(model: nn.Module, shape: Sequence[int], rules: dict[Any, Callable] | None = RULES) -> int:
     """Of a segmentor without its auxiliary head, of a Mask R-CNN with 1000 proposals and 100 masks.
 
     Args:

@@ -9,9 +9,10 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Any
 
 import torch
 
@@ -25,8 +26,8 @@ class Timing:
     """A step to time and what came of it so far: seconds of one step, a round each, or why it failed."""
 
     step: Callable[[], Any]
-    seconds: List[float] = field(default_factory=list)
-    error: Optional[str] = None
+    seconds: list[float] = field(default_factory=list)
+    error: str | None = None
     repeats: int = 1  # of the step in a round
 
 
@@ -70,7 +71,7 @@ def time_interleaved(
                 timing.seconds.append(seconds)
 
 
-def median_and_spread(values: Sequence[float]) -> Tuple[Optional[float], Optional[float]]:
+def median_and_spread(values: Sequence[float]) -> tuple[float | None, float | None]:
     """The median, and half of the interquartile range: half of the values lie about so near the median."""
     if not values:
         return None, None
@@ -114,7 +115,7 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def peak_growth(step: Callable[[], Any], device: torch.device) -> Optional[int]:
+def peak_growth(step: Callable[[], Any], device: torch.device) -> int | None:
     """Bytes by which a step that ran before raises the memory in use at most, None where that cannot be had.
 
     On the CPU they are the process's, as the system sees them: with what the allocator and libraries need beyond the
@@ -150,7 +151,7 @@ def _status_bytes(key: str) -> int:
 # ---- the machine -----------------------------------------------------------------------------------------------------
 
 
-def conditions(device: torch.device) -> Dict[str, Any]:
+def conditions(device: torch.device) -> dict[str, Any]:
     """What a figure depends on besides the options: processor, threads, clock, kernels, versions."""
     from .env import backends
 
@@ -174,7 +175,7 @@ def _cpu_name() -> str:
     return _cpuinfo('model name')[0] if _cpuinfo('model name') else platform.processor() or platform.machine()
 
 
-def _cpuinfo(key: str) -> List[str]:
+def _cpuinfo(key: str) -> list[str]:
     try:
         lines = Path('/proc/cpuinfo').read_text().splitlines()
     except OSError:
@@ -182,7 +183,7 @@ def _cpuinfo(key: str) -> List[str]:
     return [line.partition(':')[2].strip() for line in lines if line.startswith(key)]
 
 
-def _clock_mhz(device: torch.device) -> Optional[int]:
+def _clock_mhz(device: torch.device) -> int | None:
     """The median of the cores' clocks, or the GPU's, now; None where it cannot be read."""
     if device.type == 'cuda':
         try:

@@ -7,8 +7,9 @@ Weights are random unless --pretrained or --checkpoint says otherwise, and then 
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def activation_map(model: nn.Module, image: Tensor, class_index: Optional[int] = None) -> Tuple[Tensor, int, float]:
+def activation_map(model: nn.Module, image: Tensor, class_index: int | None = None) -> tuple[Tensor, int, float]:
     """Where an image speaks for a class.
 
     Args:

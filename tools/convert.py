@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..models.checkpoints import WEIGHTS, convert
+from ..models.weights import WEIGHTS, convert
 from ._common import UsageError, console, find_model
 
 EXAMPLE = 'vssm convert vssm1_tiny_0230s_ckpt_epoch_264.pth vmamba_tiny.safetensors'

@@ -14,8 +14,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Tuple
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -94,7 +95,7 @@ def _fingerprint() -> str:
     return digest.hexdigest()
 
 
-def _train(run_dirs: Dict[str, Path], epochs: int) -> bool:
+def _train(run_dirs: dict[str, Path], epochs: int) -> bool:
     """Run `vssm train` for all scans at the same time, and tell whether every one succeeded."""
     from ..models.mm import progress_bar
 
@@ -140,7 +141,7 @@ def _train(run_dirs: Dict[str, Path], epochs: int) -> bool:
     return True
 
 
-def _read_curves(run_dir: Path, since: float) -> Dict[str, List[float]]:
+def _read_curves(run_dir: Path, since: float) -> dict[str, list[float]]:
     """Training loss and held-out accuracy of every epoch so far, of the run that began after a point in time."""
     files = [path for path in run_dir.glob('*/vis_data/scalars.json') if path.stat().st_mtime >= since]
     records = [json.loads(line) for line in max(files).read_text().splitlines()] if files else []
@@ -150,7 +151,7 @@ def _read_curves(run_dir: Path, since: float) -> Dict[str, List[float]]:
     }
 
 
-def _predict(checkpoints: Dict[str, Path]) -> Tuple['np.ndarray', 'np.ndarray', Dict[str, 'np.ndarray']]:
+def _predict(checkpoints: dict[str, Path]) -> tuple['np.ndarray', 'np.ndarray', dict[str, 'np.ndarray']]:
     """The held-out images, (images, H, W), their labels, (images,), and what each checkpoint says, (images,)."""
     import timm
     import torch
@@ -173,10 +174,10 @@ def _predict(checkpoints: Dict[str, Path]) -> Tuple['np.ndarray', 'np.ndarray', 
 
 def _draw(
     path: Path,
-    curves: Dict[str, Dict[str, List[float]]],
+    curves: dict[str, dict[str, list[float]]],
     images: 'np.ndarray',
     labels: 'np.ndarray',
-    predictions: Dict[str, 'np.ndarray'],
+    predictions: dict[str, 'np.ndarray'],
 ) -> None:
     """Draw the curves of both scans, and below them held-out digits with what each scan takes them for."""
     import matplotlib
@@ -233,7 +234,7 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     os.replace(temporary, path)
 
 
-def _show(metrics: Dict[str, Any], work_dir: Path) -> None:
+def _show(metrics: dict[str, Any], work_dir: Path) -> None:
     table = Table('network', 'held-out accuracy', 'checkpoint')
     for scan in CONFIGS:
         checkpoint = metrics['checkpoints'][scan]

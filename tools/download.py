@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from timm.models import resolve_pretrained_cfg
 
-from ..models.checkpoints import cached_path, download_pretrained, is_cached
+from ..models.weights import cached_path, download_pretrained, is_cached
 from ._common import UsageError, console, find_model
 
 EXAMPLE = 'vssm download spatial_mamba_tiny'

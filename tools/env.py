@@ -7,7 +7,6 @@ import importlib.util
 import os
 import platform
 import sys
-from typing import Dict
 
 from rich.table import Table
 
@@ -64,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def backends() -> Dict[str, str]:
+def backends() -> dict[str, str]:
     """For each kernel of the scan whether it is on, and if not why."""
     import torch
 

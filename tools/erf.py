@@ -17,8 +17,9 @@ import math
 import pickle
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import timm
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional as TF
 
-from ..models.checkpoints import convert, list_models
+from ..models.weights import convert, list_models
 from ._common import UsageError, console, find_timm_model, write_file
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def check_picture_arguments(args: argparse.Namespace) -> None:
 # ---- models ----------------------------------------------------------------------------------------------------------
 
 
-def build_models(args: argparse.Namespace) -> Iterator[Tuple[nn.Module, str, str]]:
+def build_models(args: argparse.Namespace) -> Iterator[tuple[nn.Module, str, str]]:
     """The models in evaluation mode, one at a time, each with its name and a word on its weights."""
     for name, path in zip(args.models, args.checkpoint or ['-'] * len(args.models), strict=True):
         torch.manual_seed(args.seed)
@@ -175,7 +176,7 @@ def read_image(path: Path, size: int) -> Tensor:
     return TF.center_crop(_resize(image, size), [size, size])
 
 
-def read_images(folder: Path, count: int, size: int) -> List[Tensor]:
+def read_images(folder: Path, count: int, size: int) -> list[Tensor]:
     """At most `count` images in a folder and those below it, evenly spread over their sorted paths."""
     if not folder.is_dir():
         raise UsageError(f'--images must be a folder, got {folder}, which is none.')
@@ -188,7 +189,7 @@ def read_images(folder: Path, count: int, size: int) -> List[Tensor]:
     return [read_image(paths[i * len(paths) // count], size) for i in range(count)]
 
 
-def sample_images(size: int) -> List[Tensor]:
+def sample_images(size: int) -> list[Tensor]:
     """Two rows of three crops, as far apart as they come, of each of scikit-learn's two photographs of 427x640.
 
     For more than 427 pixels one row is all there is, and is enlarged.
@@ -279,7 +280,7 @@ def measure_cross(field: Tensor, cell: int) -> Cross:
     inner = cell / 2 / math.sin(math.pi / 8)
     outer = min(row, column, field.shape[0] - 1 - row, field.shape[1] - 1 - column)
 
-    def means(least: float) -> Tuple[float, float, float]:
+    def means(least: float) -> tuple[float, float, float]:
         """Of the row and the column together, and of either diagonal, from a radius outwards."""
         ring = (radius > least) & (radius <= outer)
         distances = x.abs().minimum(y.abs()), (x - y).abs() / math.sqrt(2), (x + y).abs() / math.sqrt(2)

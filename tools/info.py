@@ -13,11 +13,12 @@ import argparse
 import fnmatch
 import math
 import sys
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 from rich.table import Table
 
-from ..models.checkpoints import cached_path, is_cached, list_models
+from ..models.weights import cached_path, is_cached, list_models
 from ._common import console, find_model
 from .published import IMAGENET_TOP1
 

@@ -4,7 +4,7 @@
 import argparse
 import importlib
 import sys
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 from ..version import __version__
 from ._common import UsageError
@@ -64,7 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return the exit status, 2 for bad input."""
     args = make_parser().parse_args(argv)
     try:

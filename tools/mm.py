@@ -3,14 +3,14 @@
 
     python -m vssm.tools.mm SCRIPT ARGS
 
-They import mmcv's operators before they read any config: the stand-in of vssm.models.mmcv_ext must be there first.
+They import mmcv's operators before they read any config: the stand-in of vssm.models.mm.mmcv_ext must be there first.
 """
 
 import runpy
 import sys
 from pathlib import Path
 
-from ..models import mmcv_ext
+from ..models.mm import mmcv_ext
 
 
 def main() -> None:

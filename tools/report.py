@@ -22,8 +22,9 @@ import functools
 import io
 import json
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -45,29 +46,29 @@ class Row:
     """One model at one size, batch size and dtype; None is what was not asked for or cannot be had."""
 
     name: str
-    size: Union[int, str, None] = None
-    batch_size: Optional[int] = None  # the one that ran
-    asked_batch_size: Optional[int] = None
-    dtype: Optional[str] = None
-    device: Optional[str] = None
-    published_top1: Optional[float] = None  # on ImageNet-1K, at 224x224 alone
-    params: Optional[int] = None
-    activations: Optional[int] = None
-    gmacs: Optional[float] = None
-    gmacs_torch: Optional[float] = None
-    images_per_s: Optional[float] = None
-    images_per_s_spread: Optional[float] = None
-    train_images_per_s: Optional[float] = None
-    train_images_per_s_spread: Optional[float] = None
-    latency_ms: Optional[float] = None
-    latency_ms_spread: Optional[float] = None
-    peak_memory_mb: Optional[float] = None
-    train_peak_memory_mb: Optional[float] = None
-    rounds: Optional[int] = None
-    note: Optional[str] = None
-    error: Optional[str] = None
-    modules: List[Dict[str, Any]] = dataclasses.field(default_factory=list)
-    conditions: Dict[str, Any] = dataclasses.field(default_factory=dict)
+    size: int | str | None = None
+    batch_size: int | None = None  # the one that ran
+    asked_batch_size: int | None = None
+    dtype: str | None = None
+    device: str | None = None
+    published_top1: float | None = None  # on ImageNet-1K, at 224x224 alone
+    params: int | None = None
+    activations: int | None = None
+    gmacs: float | None = None
+    gmacs_torch: float | None = None
+    images_per_s: float | None = None
+    images_per_s_spread: float | None = None
+    train_images_per_s: float | None = None
+    train_images_per_s_spread: float | None = None
+    latency_ms: float | None = None
+    latency_ms_spread: float | None = None
+    peak_memory_mb: float | None = None
+    train_peak_memory_mb: float | None = None
+    rounds: int | None = None
+    note: str | None = None
+    error: str | None = None
+    modules: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    conditions: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def add_note(self, note: str) -> None:
         self.note = f'{self.note}; {note}' if self.note else note
@@ -85,7 +86,7 @@ class Row:
         except Exception as error:
             self.fail(one_line(error))
 
-    def record(self) -> Dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         """The row without depth, the conditions beside the figures."""
         record = dataclasses.asdict(self)
         return {**{k: v for k, v in record.items() if k not in ('modules', 'conditions')}, **self.conditions}
@@ -141,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
     files = {name: getattr(args, name) for name in ('md', 'csv', 'json') if getattr(args, name)}
     to_stdout = '-' in files.values()
     names = check(args, files)
-    rows: List[Row] = []
+    rows: list[Row] = []
     interrupted = False
     with contextlib.redirect_stdout(sys.stderr) if to_stdout else contextlib.nullcontext():
         try:
@@ -168,7 +169,7 @@ def run(args: argparse.Namespace) -> int:
 # ---- what is asked for -----------------------------------------------------------------------------------------------
 
 
-def check(args: argparse.Namespace, files: Dict[str, str]) -> List[str]:
+def check(args: argparse.Namespace, files: dict[str, str]) -> list[str]:
     """Refuse what cannot be, before minutes are spent; return the models' names."""
     import torch
 
@@ -208,7 +209,7 @@ def check(args: argparse.Namespace, files: Dict[str, str]) -> List[str]:
     return names
 
 
-def find_models(patterns: Sequence[str]) -> List[str]:
+def find_models(patterns: Sequence[str]) -> list[str]:
     """The names of timm's registry, ours among them, that names and patterns stand for, each once."""
     import timm
 
@@ -224,18 +225,18 @@ def find_models(patterns: Sequence[str]) -> List[str]:
     return list(dict.fromkeys(names))
 
 
-def sizes_of(args: argparse.Namespace) -> List[Optional[int]]:
+def sizes_of(args: argparse.Namespace) -> list[int | None]:
     return list(dict.fromkeys(args.sizes or [None]))
 
 
-def accuracy_of(name: str) -> Optional[float]:
+def accuracy_of(name: str) -> float | None:
     return IMAGENET_TOP1.get(name.partition('.')[0])
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 
-def measure(args: argparse.Namespace, names: Sequence[str], rows: List[Row]) -> None:
+def measure(args: argparse.Namespace, names: Sequence[str], rows: list[Row]) -> None:
     """Append to rows, so that an interrupt finds what is done."""
     import torch
 
@@ -276,7 +277,7 @@ def measure(args: argparse.Namespace, names: Sequence[str], rows: List[Row]) -> 
                         row.conditions = taken
 
 
-def conditions_of(args: argparse.Namespace) -> Dict[str, Any]:
+def conditions_of(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from ._measure import conditions
@@ -286,7 +287,7 @@ def conditions_of(args: argparse.Namespace) -> Dict[str, Any]:
     return conditions(torch.device(args.device if timed else 'cpu')) | options
 
 
-def build(name: str, size: Optional[int]) -> Tuple['nn.Module', 'Tensor']:
+def build(name: str, size: int | None) -> tuple['nn.Module', 'Tensor']:
     """A model with random weights in evaluation mode, and an image, (1, in_chans, H, W)."""
     import timm
     import torch
@@ -298,7 +299,7 @@ def build(name: str, size: Optional[int]) -> Tuple['nn.Module', 'Tensor']:
     return model, torch.zeros(1, channels, *((size, size) if size else own))
 
 
-def count(name: str, size: Optional[int], depth: int) -> Row:
+def count(name: str, size: int | None, depth: int) -> Row:
     """The row of a model with its counts."""
     from ._count import count_fvcore, count_torch
 
@@ -316,7 +317,7 @@ def count(name: str, size: Optional[int], depth: int) -> Row:
     return row
 
 
-def written_size(shape: Sequence[int]) -> Union[int, str]:
+def written_size(shape: Sequence[int]) -> int | str:
     height, width = shape
     return height if height == width else f'{height}x{width}'
 
@@ -349,7 +350,7 @@ def count_config(args: argparse.Namespace) -> Row:
 class Subject:
     """A model on its device, and the steps of it that are timed."""
 
-    def __init__(self, name: str, size: Optional[int], dtype: str, args: argparse.Namespace) -> None:
+    def __init__(self, name: str, size: int | None, dtype: str, args: argparse.Namespace) -> None:
         import torch
 
         model, image = build(name, size)
@@ -367,7 +368,7 @@ class Subject:
             kind: torch.compile(part, dynamic=False) if args.compile else part for kind, part in self.models.items()
         }
 
-    def step(self, kind: str, batch_size: int) -> Tuple[Callable[[], None], int]:
+    def step(self, kind: str, batch_size: int) -> tuple[Callable[[], None], int]:
         """One step of inference or training, and the bytes that it holds before: model and images."""
         import torch
         from torch.nn.functional import cross_entropy
@@ -391,7 +392,7 @@ class Subject:
         return infer if kind == 'inference' else train, sum(t.nbytes for t in held)
 
 
-def time_group(group: Sequence[Row], subjects: Dict[str, Subject], args: argparse.Namespace) -> None:
+def time_group(group: Sequence[Row], subjects: dict[str, Subject], args: argparse.Namespace) -> None:
     """Fill rows, whose models take turns; an interrupt leaves what is done in them."""
     import torch
 
@@ -399,7 +400,7 @@ def time_group(group: Sequence[Row], subjects: Dict[str, Subject], args: argpars
 
     device = torch.device(args.device)
     synchronize = (lambda: torch.cuda.synchronize(device)) if device.type == 'cuda' else (lambda: None)
-    timings: Dict[Tuple[int, str], Timing] = {}
+    timings: dict[tuple[int, str], Timing] = {}
     for i, row in enumerate(group):
         if row.name not in subjects:
             continue
@@ -464,7 +465,7 @@ FIGURES = (  # heading, key, unit of it, digits after the point; None: as many a
 )
 
 
-def tables(rows: Sequence[Row]) -> Iterator[Tuple[str, List[str], List[List[str]]]]:
+def tables(rows: Sequence[Row]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     """(title, header, cells) of the table of all rows, and of the modules of each."""
     shared, header, columns = [], ['model'], [[row.name for row in rows]]
     for key, heading in SHARED.items():
@@ -492,7 +493,7 @@ def tables(rows: Sequence[Row]) -> Iterator[Tuple[str, List[str], List[List[str]
             yield f'{row.name}, size {row.size}', header, parts
 
 
-def figure(row: Row, key: str, unit: float, digits: Optional[int]) -> str:
+def figure(row: Row, key: str, unit: float, digits: int | None) -> str:
     value, spread = getattr(row, key), getattr(row, f'{key}_spread', None)
     if value is None:
         return '-'
@@ -501,7 +502,7 @@ def figure(row: Row, key: str, unit: float, digits: Optional[int]) -> str:
     return f'{value / unit:.{digits}f}' + ('' if spread is None else f' ±{spread:.{digits}f}')
 
 
-def remarks(rows: Sequence[Row]) -> List[str]:
+def remarks(rows: Sequence[Row]) -> list[str]:
     """What does not fit into a table: notes, why a model failed, the conditions."""
     lines = []
     for row in rows:
@@ -566,7 +567,7 @@ def draw(rows: Sequence[Row]) -> 'Figure':
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if row.images_per_s is not None and isinstance(row.size, int)]
-    series: Dict[str, List[Row]] = {}
+    series: dict[str, list[Row]] = {}
     keys = dict(dtype='dtype', asked_batch_size='batch')  # a batch that had to be halved stays on its line
     varying = [key for key in keys if len({getattr(row, key) for row in rows}) > 1]
     for row in rows:
@@ -590,14 +591,14 @@ def _what_ran(rows: Sequence[Row]) -> str:
     return ', '.join([*(f'{h} {next(iter(v))}' for h, v in values.items() if len(v) == 1), *processors])
 
 
-def _styles(series: Dict[str, List[Row]]) -> Iterator[Tuple[str, List[Row], Dict[str, Any]]]:
+def _styles(series: dict[str, list[Row]]) -> Iterator[tuple[str, list[Row], dict[str, Any]]]:
     for i, (label, rows) in enumerate(series.items()):
         style = dict(color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)], markersize=8)
         style |= dict(markerfacecolor='none', markeredgewidth=2)  # one lets another be seen through it
         yield label, rows, style
 
 
-def _draw_accuracy(figure: 'Figure', series: Dict[str, List[Row]]) -> None:
+def _draw_accuracy(figure: 'Figure', series: dict[str, list[Row]]) -> None:
     axes = figure.subplots()
     for label, rows, style in _styles(series):
         speed, spread, top1 = rows[0].images_per_s, rows[0].images_per_s_spread, rows[0].published_top1
@@ -609,7 +610,7 @@ def _draw_accuracy(figure: 'Figure', series: Dict[str, List[Row]]) -> None:
     axes.set_ylabel('published ImageNet-1K top-1 at 224 (%)')
 
 
-def _draw_over_sizes(figure: 'Figure', series: Dict[str, List[Row]]) -> None:
+def _draw_over_sizes(figure: 'Figure', series: dict[str, list[Row]]) -> None:
     speed, memory = figure.subplots(1, 2)
     for label, rows, style in _styles(series):
         sizes = [row.size for row in rows]

@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Optional, Tuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..models.mil import to_cells
-    from ..models.slides import read_slide
+    from ..models.mil.slides import read_slide
 
     if args.output.suffix != '.png' or not args.output.parent.is_dir():
         raise UsageError(f'--output must be a .png file in a folder that exists, got {args.output}.')
@@ -70,8 +70,8 @@ def load_model(path: Path) -> 'MIL':
         ValueError: The file is none of those.
         FileNotFoundError: There is no such file.
     """
-    from ..models.checkpoints import read_checkpoint
     from ..models.mil import create_mil_model, list_mil_models
+    from ..models.weights import read_checkpoint
 
     tensors, metadata = read_checkpoint(path)
     if metadata.get('model') not in list_mil_models():
@@ -87,7 +87,7 @@ def load_model(path: Path) -> 'MIL':
     return model.eval()
 
 
-def read_thumbnail(slide: Optional[Path]) -> Tuple[Optional[Tuple['Image.Image', Tuple[int, int]]], str]:
+def read_thumbnail(slide: Path | None) -> tuple[tuple['Image.Image', tuple[int, int]] | None, str]:
     """A small image of a slide with the slide's width and height in pixels, if it can be had; and in words what for."""
     if slide is None:
         return None, 'the grid: no --slide is given'
@@ -107,10 +107,10 @@ def read_thumbnail(slide: Optional[Path]) -> Tuple[Optional[Tuple['Image.Image',
 def draw(
     relative: Tensor,
     cells: Tensor,
-    grid: Tuple[int, int],
+    grid: tuple[int, int],
     coords: Tensor,
     patch_size: int,
-    thumbnail: Optional[Tuple['Image.Image', Tuple[int, int]]],
+    thumbnail: tuple['Image.Image', tuple[int, int]] | None,
     title: str,
 ) -> 'Figure':
     """The weight of each patch over the mean, (n,), in its cell, (n,), of a grid; cells without a patch stay empty."""

@@ -10,8 +10,9 @@ import csv
 import math
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, List, NamedTuple, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from ._common import UsageError, console
 from .erf import pyplot, save_figure
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_predictions(path: Path) -> List[Case]:
+def read_predictions(path: Path) -> list[Case]:
     """The cases of a file, those above its median risk being of high risk.
 
     Raises:

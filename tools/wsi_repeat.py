@@ -11,7 +11,7 @@ import json
 import statistics
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Dict, List
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     if cfg.get('dataset', {}).get('type') != 'SlideDataset':
         raise UsageError(f'CONFIG must be one whose dataset is a SlideDataset, got {args.config}.')
     runs = [f'seed{seed}' for seed in args.seeds] if args.seeds else [f'fold{fold}' for fold in range(args.folds)]
-    results: Dict[str, Dict[str, float]] = {}
+    results: dict[str, dict[str, float]] = {}
     for i, name in enumerate(runs):
         changed = copy.deepcopy(cfg)
         changed.work_dir = str(Path(cfg.work_dir, name))
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def train_and_test(cfg: 'Config') -> Dict[str, float]:
+def train_and_test(cfg: 'Config') -> dict[str, float]:
     """The metrics of a config's best weights on its test data."""
     from ..models.mm import RunError, numbered_checkpoints
 
@@ -84,7 +84,7 @@ def train_and_test(cfg: 'Config') -> Dict[str, float]:
         raise UsageError(f'{Path(cfg.work_dir).name}: {error}') from error
 
 
-def summarise(results: List[Dict[str, float]]) -> Dict[str, Dict[str, float]]:
+def summarise(results: list[dict[str, float]]) -> dict[str, dict[str, float]]:
     """Mean and standard deviation (n - 1) of each metric over the runs; that of one run is 0."""
     columns = {name: [metrics[name] for metrics in results] for name in results[0]}
     return dict(

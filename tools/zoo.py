@@ -8,8 +8,9 @@ accuracies and links are those of the papers and their repositories; speeds thos
 import argparse
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence, Tuple
+from typing import Any
 
 from ._common import UsageError, console, find_config, write_file
 from .info import count_macs, scan_of
@@ -61,7 +62,7 @@ def replace(page: str, name: str, table: str, file: Path) -> str:
     return page[: page.index(first) + len(first)] + table + page[page.index(last) :]
 
 
-def tables(results: Path) -> Iterator[Tuple[str, str]]:
+def tables(results: Path) -> Iterator[tuple[str, str]]:
     """The name and the text of each."""
     yield 'imagenet', imagenet(results)
     yield 'ade20k', dense('ade20k/upernet_{}_4xb4-160k_ade20k-512x512', ADE20K_MIOU, (512, 2048))
@@ -91,7 +92,7 @@ def imagenet(results: Path) -> str:
     return f'{table(header, rows)}\nimages/s: {conditions}\n'
 
 
-def cost(name: str) -> Tuple[str, str, str]:
+def cost(name: str) -> tuple[str, str, str]:
     """Scan, parameters and multiply-accumulates of a classifier, on the meta device."""
     import timm
     import torch
@@ -101,7 +102,7 @@ def cost(name: str) -> Tuple[str, str, str]:
     return scan_of(model), millions(model), f'{macs / 1e9:.2f}'
 
 
-def read_speeds(results: Path) -> Tuple[Dict[str, str], str]:
+def read_speeds(results: Path) -> tuple[dict[str, str], str]:
     """Of inference, by model; and what it was measured on."""
     file = results / 'model_cpu.json'
     if not file.is_file():
@@ -117,7 +118,7 @@ def read_speeds(results: Path) -> Tuple[Dict[str, str], str]:
     )
 
 
-def dense(pattern: str, accuracies: Dict[str, Tuple[float, float]], shape: Tuple[int, int]) -> str:
+def dense(pattern: str, accuracies: dict[str, tuple[float, float]], shape: tuple[int, int]) -> str:
     """Of segmentors or detectors; the cost at the size at which the papers count it."""
     rows = []
     for name in MODELS:
@@ -133,7 +134,7 @@ def dense(pattern: str, accuracies: Dict[str, Tuple[float, float]], shape: Tuple
     return table(['backbone', 'parameters', cost, *ends, 'source', 'weights', 'config'], rows)
 
 
-def dense_cost(config: str, shape: Tuple[int, int]) -> Tuple[str, str]:
+def dense_cost(config: str, shape: tuple[int, int]) -> tuple[str, str]:
     """Parameters and multiply-accumulates of a whole segmentor or detector, on the meta device."""
     import torch
     from mmengine.config import Config
@@ -153,7 +154,7 @@ def millions(model: Any) -> str:
     return f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M'
 
 
-def source(name: str, accuracies: Dict[str, Any]) -> str:
+def source(name: str, accuracies: dict[str, Any]) -> str:
     return SOURCES[name.rpartition('_')[0]] if name in accuracies else '-'
 
 
@@ -166,7 +167,7 @@ def config_link(name: str) -> str:
     return f'[config](configs/{name}.py)'
 
 
-def table(header: Sequence[str], rows: List[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: list[Sequence[str]]) -> str:
     lines = [header, ['---'] * len(header), *rows]
     return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
 

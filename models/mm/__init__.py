@@ -5,7 +5,7 @@ The one room of the package's models that needs mmengine. A config loads it:
 `custom_imports = dict(imports=['vssm.models.mm'], allow_failed_imports=False)`.
 """
 
-from .. import mmcv_ext
+from . import mmcv_ext
 
 mmcv_ext.install()  # before the first config imports mmdet's or mmseg's models
 

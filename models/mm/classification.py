@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Networks by name, with their weights; and classification of images: losses, what happens to a batch, and accuracy."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Union
+from typing import Any
 
 import timm
 import torch
@@ -14,7 +15,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
-from ..checkpoints import list_models, misfits, read_checkpoint, rename_fn
+from ..weights import list_models, misfits, read_checkpoint, rename_fn
 from .utils import check_init
 
 __all__ = ['Accuracy', 'ImageClassifier', 'ImagePreprocessor', 'NamedModel', 'load_weights']
@@ -40,9 +41,9 @@ class NamedModel(BaseModel):
         self,
         model_name: str,
         model: nn.Module,
-        model_args: Dict[str, Any],
-        data_preprocessor: Union[Dict[str, Any], nn.Module, None] = None,
-        init_cfg: Optional[Dict[str, Any]] = None,
+        model_args: dict[str, Any],
+        data_preprocessor: dict[str, Any] | nn.Module | None = None,
+        init_cfg: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(data_preprocessor, init_cfg)
         self.model_name = model_name
@@ -54,7 +55,7 @@ class NamedModel(BaseModel):
         """What the network is called, whatever alias model_name is."""
         return self.model_name
 
-    def rename(self, state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    def rename(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors under the network's own names, from published ones."""
         return state_dict
 
@@ -87,8 +88,8 @@ class ImagePreprocessor(BaseDataPreprocessor):
         self,
         mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
         std: Sequence[float] = IMAGENET_DEFAULT_STD,
-        random_erasing: Optional[Dict[str, Any]] = None,
-        mixup: Optional[Dict[str, Any]] = None,
+        random_erasing: dict[str, Any] | None = None,
+        mixup: dict[str, Any] | None = None,
         channels_last: bool = False,
         non_blocking: bool = True,
     ) -> None:
@@ -99,7 +100,7 @@ class ImagePreprocessor(BaseDataPreprocessor):
         self.mixup = Mixup(**mixup) if mixup is not None else None
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
-    def forward(self, data: Dict[str, Tensor], training: bool = False) -> Dict[str, Tensor]:
+    def forward(self, data: dict[str, Tensor], training: bool = False) -> dict[str, Tensor]:
         """dict(inputs, data_samples): (batch, C, H, W) uint8, (batch,) -> float32, (batch,) or (batch, num_classes).
 
         Raises:
@@ -141,11 +142,11 @@ class ImageClassifier(NamedModel):
     def __init__(
         self,
         model_name: str,
-        data_preprocessor: Union[Dict[str, Any], nn.Module, None] = None,
+        data_preprocessor: dict[str, Any] | nn.Module | None = None,
         label_smoothing: float = 0.0,
         with_cp: bool = False,
         pretrained: bool = False,
-        init_cfg: Optional[Dict[str, Any]] = None,
+        init_cfg: dict[str, Any] | None = None,
         **model_args: Any,
     ) -> None:
         check_init(type(self).__name__, pretrained, init_cfg)
@@ -164,7 +165,7 @@ class ImageClassifier(NamedModel):
     def architecture(self) -> str:
         return self.model.pretrained_cfg['architecture']
 
-    def rename(self, state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    def rename(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         return (
             rename_fn(self.architecture)(state_dict, self.model) if self.architecture in list_models() else state_dict
         )
@@ -193,9 +194,9 @@ class ImageClassifier(NamedModel):
     def forward(
         self,
         inputs: Tensor,
-        data_samples: Optional[Tensor] = None,
+        data_samples: Tensor | None = None,
         mode: str = 'tensor',
-    ) -> Union[Tensor, Dict[str, Tensor], List[Dict[str, Tensor]]]:
+    ) -> Tensor | dict[str, Tensor] | list[dict[str, Tensor]]:
         """Logits, the loss, or one prediction per image.
 
         Args:
@@ -225,7 +226,7 @@ class ImageClassifier(NamedModel):
         raise ValueError(f"ImageClassifier: mode must be 'tensor', 'loss' or 'predict', got {mode!r}.")
 
 
-def load_weights(classifier: NamedModel, path: Union[str, Path], any_head: bool = False) -> None:
+def load_weights(classifier: NamedModel, path: str | Path, any_head: bool = False) -> None:
     """Load a checkpoint whose names and shapes fit exactly, under published names or ours.
 
     Args:
@@ -272,7 +273,7 @@ class Accuracy(BaseMetric):
         super().__init__(**kwargs)
         self.topk = topk
 
-    def process(self, data_batch: Any, data_samples: Sequence[Dict[str, Tensor]]) -> None:
+    def process(self, data_batch: Any, data_samples: Sequence[dict[str, Tensor]]) -> None:
         scores = torch.stack([sample['pred_score'] for sample in data_samples])  # [batch, classes]
         labels = torch.stack([sample['gt_label'] for sample in data_samples])
         classes = scores.shape[1]
@@ -281,6 +282,6 @@ class Accuracy(BaseMetric):
         best = scores.topk(max(self.topk)).indices
         self.results.extend((best == labels[:, None]).tolist())  # plain values: they will travel between processes
 
-    def compute_metrics(self, results: List[List[bool]]) -> Dict[str, float]:
+    def compute_metrics(self, results: list[list[bool]]) -> dict[str, float]:
         hits = torch.tensor(results)  # [images, max(topk)]
         return {f'top{k}': 100 * hits[:, :k].any(1).sum().item() / len(hits) for k in self.topk}

@@ -3,9 +3,10 @@
 
 import os
 import random
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Union
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ class ImageFolder(Dataset):
         self,
         data_root: str,
         split: str,
-        transform: Optional[Dict[str, Any]] = None,
+        transform: dict[str, Any] | None = None,
         class_split: str = 'train',
     ) -> None:
         root, class_root = Path(data_root, split), Path(data_root, class_split)
@@ -76,12 +77,12 @@ class ImageFolder(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> Dict[str, Any]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         with Image.open(os.fsdecode(self.paths[index])) as image:
             inputs = torch.as_tensor(self.transform(image.convert('RGB')))
         return dict(inputs=inputs, data_samples=int(self.labels[index]))
 
-    def get_data_info(self, index: int) -> Dict[str, Any]:
+    def get_data_info(self, index: int) -> dict[str, Any]:
         """dict(img_path), as mmengine's data sets have it."""
         return dict(img_path=os.fsdecode(self.paths[index]))
 
@@ -91,7 +92,7 @@ def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
     return image.point(lambda value: 0) if bits < 1 else auto_augment.posterize(image, bits, **kwargs)
 
 
-def _subfolders(root: Path) -> List[str]:
+def _subfolders(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir() if path.is_dir())
 
 
@@ -109,7 +110,7 @@ class Digits(Dataset):
 
     metainfo = dict(classes=tuple('0123456789'))
 
-    def __init__(self, split: str, img_size: int = 32, affine: Optional[Dict[str, Any]] = None) -> None:
+    def __init__(self, split: str, img_size: int = 32, affine: dict[str, Any] | None = None) -> None:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 
@@ -130,7 +131,7 @@ class Digits(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> Dict[str, Any]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         return dict(inputs=self.transform(self.images[index]), data_samples=self.labels[index])
 
 
@@ -154,7 +155,7 @@ class SeededSampler(Sampler):
         skip: How many indices of this process a resumed run has used already.
     """
 
-    def __init__(self, dataset: Dataset, sampler: Dict[str, Any], seed: Optional[int] = None, skip: int = 0) -> None:
+    def __init__(self, dataset: Dataset, sampler: dict[str, Any], seed: int | None = None, skip: int = 0) -> None:
         self.dataset = dataset
         self.sampler = DATA_SAMPLERS.build(sampler, default_args=dict(dataset=dataset, seed=seed))
         self.skip = skip
@@ -187,7 +188,7 @@ class GuardedDataset(Dataset):
         skip: An unreadable image is replaced by another one, which its seed decides; else it stops the run.
     """
 
-    def __init__(self, dataset: Union[Dataset, Dict[str, Any]], skip: bool = False) -> None:
+    def __init__(self, dataset: Dataset | dict[str, Any], skip: bool = False) -> None:
         if isinstance(dataset, dict):
             dataset = DATASETS.build(dataset)
             if hasattr(dataset, 'full_init'):
@@ -226,7 +227,7 @@ class GuardedDataset(Dataset):
             index = random.randrange(len(self))
         raise RunError(f'ten images in a row cannot be read, the last: {problem}.')
 
-    def paths(self, index: int) -> List[str]:
+    def paths(self, index: int) -> list[str]:
         """The files of a sample, as far as the data set names them."""
         if not hasattr(self.dataset, 'get_data_info'):
             return []
@@ -238,7 +239,7 @@ class GuardedDataset(Dataset):
 _SIGNATURES: Sequence = ((b'\xff\xd8\xff', b'\xff\xd9'), (b'\x89PNG', b'IEND\xaeB`\x82'))
 
 
-def _truncated(path: str) -> Optional[str]:
+def _truncated(path: str) -> str | None:
     """What is wrong with a JPEG or PNG file that does not end as it should, if something is."""
     try:
         with open(path, 'rb') as file:
@@ -252,7 +253,7 @@ def _truncated(path: str) -> Optional[str]:
     return None
 
 
-def _unreadable(path: str) -> Optional[str]:
+def _unreadable(path: str) -> str | None:
     """Why an image cannot be decoded, None if it can."""
     try:
         with Image.open(path) as image:

@@ -2,8 +2,9 @@
 """timm models as backbones of mmdetection and mmsegmentation."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any
 
 import timm
 import torch
@@ -12,7 +13,7 @@ from mmengine.registry import MODELS
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from ..checkpoints import list_models, misfits, read_checkpoint, rename_fn, strip_prefixes
+from ..weights import list_models, misfits, read_checkpoint, rename_fn, strip_prefixes
 from .utils import check_init
 
 __all__ = ['Float32RoIExtractor', 'TimmFeatures']
@@ -50,7 +51,7 @@ class TimmFeatures(BaseModule):
         norm_eval: bool = False,
         with_cp: bool = False,
         pretrained: bool = False,
-        init_cfg: Optional[Dict[str, Any]] = None,
+        init_cfg: dict[str, Any] | None = None,
         **model_args: Any,
     ) -> None:
         super().__init__(init_cfg)
@@ -75,7 +76,7 @@ class TimmFeatures(BaseModule):
         self.model.model.set_grad_checkpointing(with_cp)
         self.register_load_state_dict_pre_hook(_take_other_names)
 
-    def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Images, (batch, in_chans, H, W) -> a map per level, (batch, C, H/4, W/4), (batch, C', H/8, W/8), ..."""
         features = self.model(x)
         if self.out_norm:
@@ -92,7 +93,7 @@ class TimmFeatures(BaseModule):
                     module.eval()
         return self
 
-    def _frozen(self) -> List[nn.Module]:
+    def _frozen(self) -> list[nn.Module]:
         if self.frozen_stages == -1:
             return []
         stages = getattr(self.model.model, 'stages', ())
@@ -116,7 +117,7 @@ class TimmFeatures(BaseModule):
         elif self.init_cfg is not None:
             self._load(self.init_cfg['checkpoint'])
 
-    def _load(self, path: Union[str, Path]) -> None:
+    def _load(self, path: str | Path) -> None:
         tensors, metadata = read_checkpoint(path)
         if metadata.get('model', self.architecture) != self.architecture:
             raise ValueError(f'checkpoint {path} must hold {self.architecture}, got {metadata["model"]}.')
@@ -140,7 +141,7 @@ class TimmFeatures(BaseModule):
         for name, value in tensors.items():
             own[name].copy_(value)
 
-    def rename(self, state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    def rename(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Published names of this backbone become timm's; all others stay as they are."""
         if self.architecture not in list_models():
             return state_dict
@@ -151,7 +152,7 @@ _INNER = 'model.model.'  # where the network is in a TimmFeatures, below timm's 
 
 
 def _take_other_names(
-    backbone: TimmFeatures, state_dict: Dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
+    backbone: TimmFeatures, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
 ) -> None:
     """Lets a detector that was published load as a whole: its backbone's names become ours, in place."""
     tensors = {}
@@ -176,7 +177,7 @@ class Float32RoIExtractor(nn.Module):
         self.extractor = MODELS.build(dict(type='mmdet.SingleRoIExtractor', **kwargs))
         self.num_inputs = self.extractor.num_inputs
 
-    def forward(self, feats: Sequence[Tensor], rois: Tensor, roi_scale_factor: Optional[float] = None) -> Tensor:
+    def forward(self, feats: Sequence[Tensor], rois: Tensor, roi_scale_factor: float | None = None) -> Tensor:
         """Maps, (batch, C, H, W) each, and boxes, (regions, 5) -> (regions, C, size, size)."""
         with torch.autocast(rois.device.type, enabled=False):
             return self.extractor([f.float() for f in feats], rois.float(), roi_scale_factor)

@@ -7,7 +7,7 @@ import math
 import time
 from numbers import Real
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any
 
 import torch
 from mmengine.dist import all_reduce, get_rank, is_main_process, master_only
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...version import __version__
-from ..checkpoints import read_checkpoint
+from ..weights import read_checkpoint
 from .classification import NamedModel
 from .utils import RunError, check_finite, mix_seeds, replacing, seed_everything, share_buffers, unwrap
 
@@ -66,7 +66,7 @@ class FiniteLossHook(Hook):
     priority = 'HIGH'  # after the loss has come from the device for the log, before averages and checkpoints
 
     def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Optional[Dict[str, Any]] = None
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
     ) -> None:
         loss = outputs['loss'].detach().clone()
         all_reduce(loss, 'mean')
@@ -88,11 +88,11 @@ class SharedBuffersHook(Hook):
 class PendingGradientsHook(Hook):
     """Keeps in a checkpoint the accumulated gradients that no step of the optimizer has used yet."""
 
-    def before_save_checkpoint(self, runner: Runner, checkpoint: Dict[str, Any]) -> None:
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         parameters = unwrap(runner.model).named_parameters()
         checkpoint['gradients'] = {name: p.grad.cpu() for name, p in parameters if p.grad is not None}
 
-    def after_load_checkpoint(self, runner: Runner, checkpoint: Dict[str, Any]) -> None:
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         gradients = checkpoint.get('gradients', {})
         for name, parameter in unwrap(runner.model).named_parameters():
             if name in gradients:
@@ -215,7 +215,7 @@ class BestHook(Hook):
         if runner.epoch % runner.val_interval == 0:
             runner.val_loop.run()
 
-    def after_val_epoch(self, runner: Runner, metrics: Optional[Dict[str, float]] = None) -> None:
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         value = metrics.get(self.metric, math.nan)
         if not math.isfinite(value):
             raise RunError(f'BestHook needs a finite {self.metric}, got {value}: evaluated are {", ".join(metrics)}.')
@@ -238,7 +238,7 @@ def _write_weights(runner: Runner, name: str, epoch: int, **metadata: str) -> No
 
 
 def save_for_timm(
-    path: Path, classifier: NamedModel, state_dict: Dict[str, Tensor], epoch: int, **metadata: str
+    path: Path, classifier: NamedModel, state_dict: dict[str, Tensor], epoch: int, **metadata: str
 ) -> None:
     """Write the weights of a classifier's network, or their average, with what is needed to build it again.
 
@@ -283,7 +283,7 @@ class ProgressHook(Hook):
 
     def __init__(self, seconds: float = 60.0) -> None:
         self.seconds = seconds
-        self.progress: Optional[Progress] = None
+        self.progress: Progress | None = None
         self.metrics = ''
         self.said = math.inf
 
@@ -312,7 +312,7 @@ class ProgressHook(Hook):
             self.progress.update(self.task, status=status)
 
     @master_only
-    def after_val_epoch(self, runner: Runner, metrics: Optional[Dict[str, float]] = None) -> None:
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         numbers = [(name, value) for name, value in metrics.items() if isinstance(value, Real)]
         self.metrics = '  '.join(f'{name} {value:.2f}' for name, value in numbers[:3])  # the first are those one quotes
         if self.progress is not None:  # else an evaluation without training
@@ -332,7 +332,7 @@ class ProgressHook(Hook):
         self.progress.advance(self.task)
 
     @master_only
-    def after_test_epoch(self, runner: Runner, metrics: Optional[Dict[str, float]] = None) -> None:
+    def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         self._stop()
 
     def _status(self, runner: Runner) -> str:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """timm's optimizers with timm's rules for what decays and how fast each layer learns, and bfloat16."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, Optional, Set
+from typing import Any
 
 import torch
 from mmengine.optim import OptimWrapper
@@ -39,7 +40,7 @@ class TimmOptimWrapperConstructor:
     `group_matcher()` tells them) is lr, and that of each group before it layer_decay times that of the next.
     """
 
-    def __init__(self, optim_wrapper_cfg: Dict[str, Any], paramwise_cfg: Optional[Dict[str, Any]] = None) -> None:
+    def __init__(self, optim_wrapper_cfg: dict[str, Any], paramwise_cfg: dict[str, Any] | None = None) -> None:
         if paramwise_cfg is not None:
             raise ValueError(
                 'TimmOptimWrapperConstructor: paramwise_cfg must be None, as the model names what does not decay, got '
@@ -70,7 +71,7 @@ class TimmOptimWrapperConstructor:
         return OPTIM_WRAPPERS.build(cfg, default_args=dict(type='OptimWrapper', optimizer=optimizer))
 
 
-def _layer_scales(model: nn.Module, layer_decay: float) -> Dict[nn.Parameter, float]:
+def _layer_scales(model: nn.Module, layer_decay: float) -> dict[nn.Parameter, float]:
     """What the rate of each parameter of the timm models inside is multiplied by."""
     scales = {}
     for network in model.modules():
@@ -84,7 +85,7 @@ def _layer_scales(model: nn.Module, layer_decay: float) -> Dict[nn.Parameter, fl
     return scales
 
 
-def _no_weight_decay(model: nn.Module) -> Set[str]:
+def _no_weight_decay(model: nn.Module) -> set[str]:
     """The patterns of every module that has `no_weight_decay()`, as full parameter names."""
     patterns = set()
     for prefix, module in model.named_modules():

@@ -8,7 +8,7 @@ import logging
 import re
 import shutil
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple, Union
+from typing import Any
 
 import torch
 from mmengine.device import get_device
@@ -23,7 +23,7 @@ from rich.logging import RichHandler
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..checkpoints import misfits, read_checkpoint
+from ..weights import misfits, read_checkpoint
 from .classification import NamedModel, load_weights
 from .hooks import averaged, console
 from .saved import numbered_checkpoints, read_run
@@ -51,16 +51,16 @@ class TimmRunner(Runner):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._resumed: Optional[Tuple[Path, Dict[str, Any]]] = None  # until it is loaded
+        self._resumed: tuple[Path, dict[str, Any]] | None = None  # until it is loaded
         self._resumed_iterations = 0
-        self._last_checkpoint: Optional[Path] = None
+        self._last_checkpoint: Path | None = None
         super().__init__(*args, **kwargs)
         if self.cfg.get('unreadable', 'stop') not in ('stop', 'skip'):
             raise ValueError(f"unreadable must be 'stop' or 'skip', got {self.cfg.unreadable!r}.")
 
     # ---- surroundings ------------------------------------------------------------------------------------------------
 
-    def setup_env(self, env_cfg: Dict[str, Any]) -> None:
+    def setup_env(self, env_cfg: dict[str, Any]) -> None:
         if self.cfg.get('device', get_device()) not in ('cpu', get_device()):
             raise ValueError(
                 f"device must be 'cpu' or what this machine has, {get_device()!r}, got {self.cfg.device!r}."
@@ -86,7 +86,7 @@ class TimmRunner(Runner):
         logger.handlers[0].addFilter(lambda record: not _OWN_WARNINGS.search(record.getMessage()))
         return logger
 
-    def build_visualizer(self, visualizer: Union[Visualizer, Dict[str, Any], None] = None) -> Visualizer:
+    def build_visualizer(self, visualizer: Visualizer | dict[str, Any] | None = None) -> Visualizer:
         """With TensorBoard's files where TensorBoard is installed."""
         if not isinstance(visualizer, Visualizer) and importlib.util.find_spec('tensorboard') is not None:
             visualizer = copy.deepcopy(visualizer) if visualizer is not None else dict(type='Visualizer')
@@ -95,7 +95,7 @@ class TimmRunner(Runner):
                 backends.append(dict(type='TensorboardVisBackend'))
         return super().build_visualizer(visualizer)
 
-    def register_default_hooks(self, hooks: Optional[Dict[str, Any]] = None) -> None:
+    def register_default_hooks(self, hooks: dict[str, Any] | None = None) -> None:
         ours = dict(
             seed=dict(type='SeedHook'),
             finite_loss=dict(type='FiniteLossHook'),
@@ -116,7 +116,7 @@ class TimmRunner(Runner):
 
     # ---- model and data ----------------------------------------------------------------------------------------------
 
-    def wrap_model(self, model_wrapper_cfg: Optional[Dict[str, Any]], model: nn.Module) -> nn.Module:
+    def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
         if self.device != 'cpu' or is_model_wrapper(model):
             return super().wrap_model(model_wrapper_cfg, model)
         model = revert_sync_batchnorm(model.to('cpu'))  # which GPUs alone have
@@ -127,7 +127,7 @@ class TimmRunner(Runner):
         find_unused = self.cfg.get('find_unused_parameters', False)
         return MMDistributedDataParallel(module=model, broadcast_buffers=False, find_unused_parameters=find_unused)
 
-    def scale_lr(self, optim_wrapper: Any, auto_scale_lr: Optional[Dict[str, Any]] = None) -> None:
+    def scale_lr(self, optim_wrapper: Any, auto_scale_lr: dict[str, Any] | None = None) -> None:
         """By the images of one step of the optimizer, so with accumulated gradients by those of all of its batches."""
         if auto_scale_lr is not None and 'base_batch_size' in auto_scale_lr:
             steps = getattr(optim_wrapper, '_accumulative_counts', 1)
@@ -135,7 +135,7 @@ class TimmRunner(Runner):
         super().scale_lr(optim_wrapper, auto_scale_lr)
 
     def build_dataloader(
-        self, dataloader: Union[DataLoader, Dict[str, Any]], seed: Optional[int] = None, diff_rank_seed: bool = False
+        self, dataloader: DataLoader | dict[str, Any], seed: int | None = None, diff_rank_seed: bool = False
     ) -> DataLoader:
         """With a GuardedDataset; in training with a SeededSampler, which begins where a resumed run stopped.
 
@@ -178,7 +178,7 @@ class TimmRunner(Runner):
                 f'{model.model.num_classes}: --cfg-options model.num_classes={len(classes)}'
             )
 
-    def build_train_loop(self, loop: Union[BaseLoop, Dict[str, Any]]) -> BaseLoop:
+    def build_train_loop(self, loop: BaseLoop | dict[str, Any]) -> BaseLoop:
         loop = super().build_train_loop(loop)
         if isinstance(loop, IterBasedTrainLoop) and self._skips_iterations(self._train_dataloader):
             # mmengine would load and throw away the data of all iterations that were done: here they cost nothing.
@@ -186,7 +186,7 @@ class TimmRunner(Runner):
             loop.dataloader_iterator = itertools.chain(nothing, loop.dataloader_iterator)
         return loop
 
-    def _skips_iterations(self, dataloader: Union[DataLoader, Dict[str, Any]]) -> bool:
+    def _skips_iterations(self, dataloader: DataLoader | dict[str, Any]) -> bool:
         """Whether the sampler's position follows from the number of iterations."""
         return (
             not isinstance(dataloader, DataLoader)
@@ -239,7 +239,7 @@ class TimmRunner(Runner):
                 f'{free[0] / 1e9:.2f} GB: --work-dir names another.'
             )
 
-    def _find_run(self) -> Optional[Tuple[Path, Dict[str, Any]]]:
+    def _find_run(self) -> tuple[Path, dict[str, Any]] | None:
         """The checkpoint to resume from, and what it holds; None where there is none yet."""
         if self._load_from is not None:
             try:
@@ -293,7 +293,7 @@ class TimmRunner(Runner):
             return 'no checkpoint was written'
         return f'last good checkpoint: {self._last_checkpoint}'
 
-    def load_checkpoint(self, filename: Union[str, Path], *args: Any, **kwargs: Any) -> Dict[str, Any]:
+    def load_checkpoint(self, filename: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load weights that fit exactly, of whatever file `read_checkpoint` reads; in a resumption, everything.
 
         Raises:
@@ -339,7 +339,7 @@ class TimmRunner(Runner):
         self._last_checkpoint = path
 
 
-def _load_exactly(model: nn.Module, path: Union[str, Path]) -> None:
+def _load_exactly(model: nn.Module, path: str | Path) -> None:
     tensors, _ = read_checkpoint(path)
     try:
         model.load_state_dict(tensors)

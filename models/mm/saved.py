@@ -4,7 +4,7 @@
 import pickle
 import re
 from pathlib import Path
-from typing import Any, Dict, List, Union
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ def allow_histories() -> None:
     torch.serialization.add_safe_globals(allowed)
 
 
-def read_run(path: Union[str, Path]) -> Dict[str, Any]:
+def read_run(path: str | Path) -> dict[str, Any]:
     """The training checkpoint that `save_checkpoint` of this or of mmengine's Runner wrote.
 
     Raises:
@@ -55,7 +55,7 @@ def read_run(path: Union[str, Path]) -> Dict[str, Any]:
     return run
 
 
-def numbered_checkpoints(work_dir: Union[str, Path]) -> List[Path]:
+def numbered_checkpoints(work_dir: str | Path) -> list[Path]:
     """epoch_N.pth or iter_N.pth of a work dir, by N."""
     found = [(re.fullmatch(r'(epoch|iter)_(\d+)\.pth', path.name), path) for path in Path(work_dir).glob('*.pth')]
     return [path for _, path in sorted((int(match[2]), path) for match, path in found if match)]

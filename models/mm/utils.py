@@ -4,9 +4,10 @@
 import os
 import random
 import re
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def check_init(name: str, pretrained: bool, init_cfg: Optional[Dict[str, Any]]) -> None:
+def check_init(name: str, pretrained: bool, init_cfg: dict[str, Any] | None) -> None:
     """Refuse what a model cannot start from.
 
     Raises:

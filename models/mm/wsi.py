@@ -6,8 +6,9 @@ Needs the extra wsi, and so is imported by the configs of slides alone, beside `
 
 import csv
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..mil import checkpoint_filter_fn, create_mil_model
-from ..slides import SPLITS, Slide, find_slide, read_slide, read_table, split_cases
-from ..survival import cox_loss, risk_score, survival_nll, time_bin, time_edges
+from ..mil.slides import SPLITS, Slide, find_slide, read_slide, read_table, split_cases
+from ..mil.survival import cox_loss, risk_score, survival_nll, time_bin, time_edges
 from .classification import NamedModel
 from .utils import RunError, check_init, replacing
 
@@ -70,9 +71,9 @@ class SlideDataset(Dataset):
         ann_file: str,
         split: str,
         task: str = 'classification',
-        classes: Optional[Sequence[str]] = None,
-        bins: Optional[int] = 4,
-        folds: Optional[int] = None,
+        classes: Sequence[str] | None = None,
+        bins: int | None = 4,
+        folds: int | None = None,
         fold: int = 0,
         fold_seed: int = 0,
         cache: bool = False,
@@ -88,7 +89,7 @@ class SlideDataset(Dataset):
             raise RunError(
                 f'{problems[0]} `vssm wsi-check {self.table} {data_root}` lists all {len(problems)} problems.'
             )
-        by_split: Dict[Optional[str], List[Slide]] = defaultdict(list)
+        by_split: dict[str | None, list[Slide]] = defaultdict(list)
         for slide in slides:
             by_split[splits.get(slide.case_id, slide.split)].append(slide)
         if split not in SPLITS or not by_split[split]:
@@ -97,8 +98,8 @@ class SlideDataset(Dataset):
                 f'folds, got {split!r} with none.'
             )
         self.task = task
-        self.cache: Optional[Dict[int, Tuple]] = {} if cache else None
-        self.metainfo: Dict[str, Any] = {}
+        self.cache: dict[int, tuple] | None = {} if cache else None
+        self.metainfo: dict[str, Any] = {}
         if task == 'classification':
             self.bags = [[slide] for slide in by_split[split]]
             self.classes = tuple(classes or sorted({slide.label for slide in by_split['train']}))
@@ -134,7 +135,7 @@ class SlideDataset(Dataset):
     def __len__(self) -> int:
         return len(self.bags)
 
-    def __getitem__(self, index: int) -> Dict[str, Any]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         bag = self.bags[index]
         parts = self.cache.get(index) if self.cache is not None else None
         if parts is None:
@@ -151,22 +152,22 @@ class SlideDataset(Dataset):
             data_samples['bin'] = time_bin(torch.tensor([first.months]), self.edges).item()
         return dict(inputs=inputs, data_samples=data_samples)
 
-    def _read(self, slide: Slide, path: Path) -> Tuple[Tensor, Tensor]:
+    def _read(self, slide: Slide, path: Path) -> tuple[Tensor, Tensor]:
         try:
             return read_slide(path)
         except (FileNotFoundError, ValueError) as error:
             raise self._error(slide, error) from error
 
 
-def _by_case(slides: Sequence[Slide]) -> List[List[Slide]]:
-    cases: Dict[str, List[Slide]] = defaultdict(list)
+def _by_case(slides: Sequence[Slide]) -> list[list[Slide]]:
+    cases: dict[str, list[Slide]] = defaultdict(list)
     for slide in slides:
         cases[slide.case_id].append(slide)
     return list(cases.values())
 
 
 @FUNCTIONS.register_module()
-def list_bags(samples: Sequence[Dict[str, Any]]) -> Dict[str, List]:
+def list_bags(samples: Sequence[dict[str, Any]]) -> dict[str, list]:
     """A batch of what SlideDataset gives: bags of different sizes stay apart."""
     return {key: [sample[key] for sample in samples] for key in ('inputs', 'data_samples')}
 
@@ -187,23 +188,23 @@ class SlideModel(NamedModel):
     def __init__(
         self,
         model_name: str,
-        data_preprocessor: Union[Dict[str, Any], nn.Module, None] = None,
-        init_cfg: Optional[Dict[str, Any]] = None,
+        data_preprocessor: dict[str, Any] | nn.Module | None = None,
+        init_cfg: dict[str, Any] | None = None,
         **model_args: Any,
     ) -> None:
         check_init(type(self).__name__, False, init_cfg)
         model = create_mil_model(model_name, **model_args)
         super().__init__(model_name, model, model_args, data_preprocessor, init_cfg)
 
-    def rename(self, state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    def rename(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         return checkpoint_filter_fn(state_dict, self.model)
 
     def forward(
         self,
-        inputs: Sequence[Dict[str, Any]],
-        data_samples: Optional[Sequence[Dict[str, Any]]] = None,
+        inputs: Sequence[dict[str, Any]],
+        data_samples: Sequence[dict[str, Any]] | None = None,
         mode: str = 'tensor',
-    ) -> Union[Tensor, Dict[str, Tensor], List[Dict[str, Any]]]:
+    ) -> Tensor | dict[str, Tensor] | list[dict[str, Any]]:
         """Logits, the loss, or one prediction per bag.
 
         Args:
@@ -232,14 +233,14 @@ class SlideModel(NamedModel):
             return self.predict(logits.float(), data_samples)
         raise ValueError(f"{type(self).__name__}: mode must be 'tensor', 'loss' or 'predict', got {mode!r}.")
 
-    def loss(self, logits: Tensor, data_samples: Sequence[Dict[str, Any]]) -> Dict[str, Tensor]:
+    def loss(self, logits: Tensor, data_samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         raise NotImplementedError
 
-    def predict(self, logits: Tensor, data_samples: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    def predict(self, logits: Tensor, data_samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         raise NotImplementedError
 
 
-def _column(data_samples: Sequence[Dict[str, Any]], key: str, like: Tensor) -> Tensor:
+def _column(data_samples: Sequence[dict[str, Any]], key: str, like: Tensor) -> Tensor:
     return torch.tensor([sample[key] for sample in data_samples], device=like.device)
 
 
@@ -247,10 +248,10 @@ def _column(data_samples: Sequence[Dict[str, Any]], key: str, like: Tensor) -> T
 class SlideClassifier(SlideModel):
     """With a cross-entropy loss. Predicts dict(name, label, scores) for each slide, scores being probabilities."""
 
-    def loss(self, logits: Tensor, data_samples: Sequence[Dict[str, Any]]) -> Dict[str, Tensor]:
+    def loss(self, logits: Tensor, data_samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         return dict(loss_cls=F.cross_entropy(logits, _column(data_samples, 'label', logits)))
 
-    def predict(self, logits: Tensor, data_samples: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    def predict(self, logits: Tensor, data_samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         return [
             dict(name=sample['name'], label=sample['label'], scores=scores)
             for sample, scores in zip(data_samples, logits.softmax(1).tolist(), strict=True)
@@ -282,7 +283,7 @@ class SlideSurvival(SlideModel):
         self.loss_name = loss
         self.alpha = alpha
 
-    def loss(self, logits: Tensor, data_samples: Sequence[Dict[str, Any]]) -> Dict[str, Tensor]:
+    def loss(self, logits: Tensor, data_samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         logits, censored = logits.float(), _column(data_samples, 'censored', logits)
         if self.loss_name == 'nll':
             return dict(loss_nll=survival_nll(logits, _column(data_samples, 'bin', logits), censored, self.alpha))
@@ -293,7 +294,7 @@ class SlideSurvival(SlideModel):
             )
         return dict(loss_cox=cox_loss(logits, _column(data_samples, 'months', logits), censored))
 
-    def predict(self, logits: Tensor, data_samples: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    def predict(self, logits: Tensor, data_samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         return [
             dict(name=sample['name'], months=sample['months'], censored=sample['censored'], risk=risk)
             for sample, risk in zip(data_samples, risk_score(logits).tolist(), strict=True)
@@ -306,7 +307,7 @@ class SlideSurvival(SlideModel):
 class _SlideMetric(BaseMetric):
     default_prefix = 'wsi'
 
-    def process(self, data_batch: Any, data_samples: Sequence[Dict[str, Any]]) -> None:
+    def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:
         self.results.extend(data_samples)  # of plain values, which may travel between processes
 
 
@@ -317,7 +318,7 @@ class SlideAccuracy(_SlideMetric):
     All from 0 to 1, as 'wsi/accuracy', 'wsi/macro_f1', 'wsi/auc'; the last is NaN where all slides are of one class.
     """
 
-    def compute_metrics(self, results: List[Dict[str, Any]]) -> Dict[str, float]:
+    def compute_metrics(self, results: list[dict[str, Any]]) -> dict[str, float]:
         from torchmetrics.functional.classification import (
             binary_auroc,
             multiclass_accuracy,
@@ -340,7 +341,7 @@ class SlideAccuracy(_SlideMetric):
 class ConcordanceIndex(_SlideMetric):
     """Harrell's concordance index of risk and survival, 0 to 1, as 'wsi/c_index'; NaN without a pair to compare."""
 
-    def compute_metrics(self, results: List[Dict[str, Any]]) -> Dict[str, float]:
+    def compute_metrics(self, results: list[dict[str, Any]]) -> dict[str, float]:
         from torchsurv.metrics.cindex import ConcordanceIndex as Concordance
 
         risks, months = (torch.tensor([r[key] for r in results], dtype=torch.float64) for key in ('risk', 'months'))
@@ -358,14 +359,14 @@ class PredictionsHook(Hook):
     """
 
     def before_test_epoch(self, runner: Runner) -> None:
-        self.rows: List[Dict[str, Any]] = []
+        self.rows: list[dict[str, Any]] = []
 
     def after_test_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Optional[Sequence] = None
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Sequence | None = None
     ) -> None:
         self.rows.extend(outputs)
 
-    def after_test_epoch(self, runner: Runner, metrics: Optional[Dict[str, float]] = None) -> None:
+    def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         dataset = runner.test_dataloader.dataset
         rows = collect_results(self.rows, len(dataset))
         if rows is None:  # not the first process

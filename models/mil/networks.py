@@ -1,0 +1,447 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multiple-instance learning on whole slides: 2DMambaMIL, its 1-D variant, and the baselines that papers compare with.
+
+Papers:
+* `2DMamba: Efficient State Space Model for Image Representation with Applications on Giga-Pixel Whole Slide Image
+  Classification` (CVPR 2025) - https://arxiv.org/abs/2412.00678
+* `Attention-based Deep Multiple Instance Learning` (ICML 2018) - https://arxiv.org/abs/1802.04712
+
+A slide is a bag of patches: the features that a frozen encoder gives them, (n, in_dim), and their pixel coordinates,
+(n, 2), x before y. The networks have a registry of their own, `create_mil_model(name, **kwargs)`: `timm.create_model`
+and all that is built on it (configurations with an input size, listings, FLOP counters, feature extractors) presume
+images, (batch, channels, H, W), which a bag is not.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+from ...ops import selective_scan
+from ..backbone import rename_checkpoint
+from ..ssm import decay_rates, init_scan_
+
+__all__ = ['MIL', 'MambaMIL', 'create_mil_model', 'list_mil_models', 'to_cells']
+
+MAX_CELLS = 1 << 22  # of a grid: more than any slide has, and what a wrong patch size or coordinate soon exceeds
+
+
+def to_cells(
+    coords: Tensor,
+    patch_size: int,
+    grid_size: tuple[int, int] | None = None,
+    crop: bool = False,
+) -> tuple[Tensor, tuple[int, int]]:
+    """The cell of each patch on the slide's grid, row * width + column, (n,), and the grid's height and width.
+
+    Args:
+        coords: Pixel coordinates of the patches, whole numbers, (n, 2), x before y.
+        patch_size: Side of a cell in the same pixels.
+        grid_size: Height and width of the grid in cells; unless given, it ends with the last patch.
+        crop: Begin the grid with the first patch too: the bounding box of the tissue.
+
+    Raises:
+        ValueError: A patch lies outside of the grid, or two lie in one cell; with their rows in `coords`.
+    """
+    if coords.ndim != 2 or coords.shape[1] != 2 or not len(coords) or coords.is_floating_point():
+        raise ValueError(
+            f'coords must be whole numbers of shape (n, 2) with n >= 1, got {tuple(coords.shape)} of {coords.dtype}.'
+        )
+    columns, rows = coords.long().div(patch_size, rounding_mode='floor').unbind(1)
+    off = (coords < 0).any(1)
+    if grid_size is not None:
+        off |= (rows >= grid_size[0]) | (columns >= grid_size[1])
+    if off.any():
+        row = off.nonzero()[0].item()
+        grid = f'a grid of {grid_size[0]} x {grid_size[1]} cells' if grid_size is not None else 'the grid'
+        raise ValueError(
+            f'coords row {row} must lie on {grid} of {patch_size} pixels each, got {tuple(coords[row].tolist())}.'
+        )
+    if crop:
+        rows, columns = rows - rows.min(), columns - columns.min()
+    height, width = grid_size if grid_size is not None else (rows.max().item() + 1, columns.max().item() + 1)
+    if height * width > MAX_CELLS:
+        raise ValueError(
+            f'coords must span at most {MAX_CELLS} cells, got {height} x {width} of {patch_size} pixels each: is '
+            'patch_size right?'
+        )
+    cells = rows * width + columns
+    ordered, order = cells.sort(stable=True)
+    same = (ordered[1:] == ordered[:-1]).nonzero()
+    if len(same):
+        first, second = order[same[0].item()].item(), order[same[0].item() + 1].item()
+        raise ValueError(
+            f'coords must put one patch into a cell of {patch_size} pixels, got rows {first} and {second} in one, '
+            f'{tuple(coords[first].tolist())} and {tuple(coords[second].tolist())}: is patch_size right?'
+        )
+    return cells, (height, width)
+
+
+class AttentionPool(nn.Module):
+    """Weighted mean of all tokens, by weights that a small network gives each of them (arXiv:1802.04712, eq. 8)."""
+
+    def __init__(self, dim: int, hidden_dim: int = 128, device=None, dtype=None) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim, **dd)
+        self.act = nn.Tanh()
+        self.fc2 = nn.Linear(hidden_dim, 1, **dd)
+
+    def weights(self, x: Tensor) -> Tensor:
+        """(T, C) -> (T,), of sum 1."""
+        return self.fc2(self.act(self.fc1(x))).squeeze(1).softmax(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weights(x)[None] @ x  # [T, C] -> [1, C]
+
+
+class MeanPool(nn.Module):
+    def weights(self, x: Tensor) -> Tensor:
+        return x.new_full((len(x),), 1 / len(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(0, keepdim=True)  # [T, C] -> [1, C]
+
+
+class MaxPool(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.amax(0, keepdim=True)  # [T, C] -> [1, C]
+
+
+_POOLS = {'attention': AttentionPool, 'mean': MeanPool, 'max': MaxPool}
+
+
+class MIL(nn.Module):
+    """Embed every patch, pool, classify: attention MIL, and mean and max pooling. Blind to where a patch lies.
+
+    Args:
+        in_dim: Width of the features.
+        num_classes: Classes, time bins or 1 for a risk.
+        dim: Width of the tokens.
+        pool: 'attention', 'mean' or 'max'.
+        drop_rate: Dropout of the embedded features.
+    """
+
+    def __init__(
+        self,
+        in_dim: int = 1024,
+        num_classes: int = 2,
+        dim: int = 128,
+        pool: str = 'attention',
+        drop_rate: float = 0.25,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        if pool not in _POOLS:
+            raise ValueError(f'{type(self).__name__}: pool must be one of {", ".join(_POOLS)}, got {pool!r}.')
+        self.in_dim = in_dim
+        self.num_classes = num_classes
+        self.embed = nn.Linear(in_dim, dim, **dd)
+        self.act = nn.GELU()
+        self.drop = nn.Dropout(drop_rate)
+        self.pool = AttentionPool(dim, **dd) if pool == 'attention' else _POOLS[pool]()
+        self.head = nn.Linear(dim, num_classes, **dd)
+
+    def forward_features(self, features: Tensor, coords: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One slide -> its tokens, as they are pooled, (T, dim); and which of them each patch is, (n,).
+
+        Args:
+            features: (n, in_dim).
+            coords: Pixel coordinates, (n, 2); not used here.
+        """
+        x = self.drop(self.act(self.embed(features)))  # [n, in_dim] -> [n, C]
+        return x, torch.arange(len(x), device=x.device)
+
+    def forward(self, features: Tensor, coords: Tensor | None = None, lengths: Sequence[int] | None = None) -> Tensor:
+        """A bag -> its logits, (1, num_classes).
+
+        Args:
+            features: Of the patches of one slide, or of all slides of a case one after the other, (n, in_dim).
+            coords: Their pixel coordinates, (n, 2), x before y, each slide's for itself.
+            lengths: How many patches each slide has; one slide unless given. Slides are pooled together.
+
+        Raises:
+            ValueError: An argument is not as said above, or no grid comes of the coordinates, see `to_cells`.
+        """
+        tokens = [self.forward_features(*slide)[0] for slide in self._slides(features, coords, lengths)]
+        return self.head(self.pool(torch.cat(tokens)))  # [T, C] -> [1, C] -> [1, num_classes]
+
+    def attention(self, features: Tensor, coords: Tensor | None = None, lengths: Sequence[int] | None = None) -> Tensor:
+        """The weight of each patch in the pooling, (n,). Their sum is 1, less what cells without a patch have of it.
+
+        Args:
+            features: See `forward`, as for the others.
+
+        Raises:
+            ValueError: Max pooling has no weights; or as in `forward`.
+        """
+        if not hasattr(self.pool, 'weights'):
+            raise ValueError(f'{type(self).__name__}: attention needs a pooling with weights, got that by the maximum.')
+        tokens, patches, total = [], [], 0
+        for slide in self._slides(features, coords, lengths):
+            x, index = self.forward_features(*slide)
+            tokens.append(x)
+            patches.append(index + total)
+            total += len(x)
+        return self.pool.weights(torch.cat(tokens))[torch.cat(patches)]
+
+    def _slides(
+        self, features: Tensor, coords: Tensor | None, lengths: Sequence[int] | None
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        name = type(self).__name__
+        if features.ndim != 2 or features.shape[1] != self.in_dim or not len(features):
+            raise ValueError(f'{name}: features must be (n, {self.in_dim}) with n >= 1, got {tuple(features.shape)}.')
+        if coords is not None and coords.shape != (len(features), 2):
+            raise ValueError(f'{name}: coords must be {(len(features), 2)}, got {tuple(coords.shape)}.')
+        lengths = [len(features)] if lengths is None else list(lengths)
+        if not all(length >= 1 for length in lengths) or sum(lengths) != len(features):
+            raise ValueError(f'{name}: lengths must be positive and add up to {len(features)}, got {lengths}.')
+        parts = coords.split(lengths) if coords is not None else [None] * len(lengths)
+        return list(zip(features.split(lengths), parts, strict=True))
+
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As nn.Module's, for published names too."""
+        return super().load_state_dict(checkpoint_filter_fn(state_dict, self), strict=strict, assign=assign)
+
+
+class MambaMixer(nn.Module):
+    """Mamba's mixer on the map of a slide: a causal depthwise convolution, one selective scan in order 0, a gate."""
+
+    def __init__(
+        self,
+        dim: int,
+        d_state: int = 16,
+        ssm_ratio: float = 2.0,
+        inner_norms: bool = False,
+        scan_ndim: int = 2,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        inner_dim = int(dim * ssm_ratio)
+        self.dt_rank = math.ceil(dim / 16)
+        self.d_state = d_state
+        self.scan_ndim = scan_ndim
+
+        self.in_proj = nn.Linear(dim, 2 * inner_dim, bias=False, **dd)
+        self.conv = nn.Conv1d(inner_dim, inner_dim, kernel_size=4, padding=3, groups=inner_dim, **dd)
+        self.act = nn.SiLU()
+        self.x_proj = nn.Linear(inner_dim, self.dt_rank + 2 * d_state, bias=False, **dd)
+        self.dt_norm = nn.RMSNorm(self.dt_rank, eps=1e-5, **dd) if inner_norms else nn.Identity()
+        self.B_norm = nn.RMSNorm(d_state, eps=1e-5, **dd) if inner_norms else nn.Identity()
+        self.C_norm = nn.RMSNorm(d_state, eps=1e-5, **dd) if inner_norms else nn.Identity()
+        self.dt_weight = nn.Parameter(torch.empty(1, inner_dim, self.dt_rank, **dd))
+        self.dt_bias = nn.Parameter(torch.empty(1, inner_dim, **dd))
+        self.A_log = nn.Parameter(torch.empty(1, inner_dim, d_state, **dd))
+        self.D = nn.Parameter(torch.empty(1, inner_dim, **dd))
+        self.out_proj = nn.Linear(inner_dim, dim, bias=False, **dd)
+        init_scan_(self.A_log, self.D, self.dt_weight, self.dt_bias)
+
+    def forward(self, x: Tensor, tissue: Tensor | None = None) -> Tensor:
+        """The map of a slide, (H, W, C) -> (H, W, C).
+
+        Args:
+            x: The map.
+            tissue: Where it has patches, (H, W, 1), True or False, if the other cells, zero in x, are to take no part:
+                they add nothing to a state, which fades across them as the step's bias says; the convolution begins
+                anew with each row, or it would see the end of the row before; and what comes out there is zero.
+        """
+        H, W, _ = x.shape
+        x, z = self.in_proj(x).chunk(2, dim=-1)  # [H, W, C] -> 2 x [H, W, E]
+        x = (x if tissue is not None else x.reshape(1, H * W, -1)).transpose(1, 2)  # -> [1, E, H W] or [H, E, W]
+        x = self.conv(x)[..., : x.shape[2]].transpose(1, 2).contiguous()  # one copy, or each that follows makes its own
+        x = self.act(x).reshape(1, H, W, -1)  # -> [1, H, W, E]
+        if tissue is not None:
+            x = x * tissue
+        proj = self.x_proj(x).unsqueeze(3)  # -> [1, H, W, K = 1, R + 2N]
+        dt, B, C = proj.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        y = selective_scan(
+            x,
+            self.dt_norm(dt),
+            decay_rates(self.A_log),
+            self.B_norm(B),
+            self.C_norm(C),
+            self.D,
+            self.dt_bias,
+            dt_weight=self.dt_weight,
+            ndim=self.scan_ndim,
+            orders=[0],
+        )
+        return self.out_proj(y[0] * F.silu(z))  # [H, W, E] -> [H, W, C]
+
+
+class MambaBlock(nn.Module):
+    def __init__(self, dim: int, device=None, dtype=None, **mixer_args: Any) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.norm = nn.RMSNorm(dim, eps=1e-5, **dd)
+        self.mixer = MambaMixer(dim, **mixer_args, **dd)
+
+    def forward(self, x: Tensor, tissue: Tensor | None = None) -> Tensor:
+        return x + self.mixer(self.norm(x), tissue)
+
+
+class MambaMIL(MIL):
+    """2DMambaMIL (2-D scan), and its 1-D variant: embed every patch, mix them by state-space blocks, pool, classify.
+
+    The 2-D network puts the patches on the slide's grid. In a cell without a patch stands a pad token, which takes part
+    in scan, convolution and pooling as in the published code; with pad_token='none' such cells take no part, and what
+    surrounds the tissue's bounding box changes nothing. The 1-D network runs over the patches in the order of the file.
+
+    Args:
+        in_dim: Width of the features.
+        num_classes: Classes, time bins or 1 for a risk.
+        dim: Width of the tokens.
+        depth: Blocks.
+        scan_ndim: Which scan, 2 on the grid, 1 in the order of the file.
+        patch_size: Side of a grid cell in pixels, those of the coordinates.
+        grid_size: Height and width of the grid in cells, unless it is to end with the slide's last patch.
+        crop: Let the grid begin with the slide's first patch: fewer pad tokens, and less to compute.
+        pad_token: 'learned', 'zero' or 'none'.
+        d_state: States per channel, N.
+        ssm_ratio: Inner width of the mixer over dim.
+        inner_norms: RMS norms of step, B and C.
+        pool: 'attention', 'mean' or 'max'.
+        drop_rate: Dropout of the embedded features.
+    """
+
+    def __init__(
+        self,
+        in_dim: int = 1024,
+        num_classes: int = 2,
+        dim: int = 128,
+        depth: int = 1,
+        scan_ndim: int = 2,
+        patch_size: int = 512,
+        grid_size: tuple[int, int] | None = None,
+        crop: bool = False,
+        pad_token: str = 'learned',
+        d_state: int = 16,
+        ssm_ratio: float = 2.0,
+        inner_norms: bool = False,
+        pool: str = 'attention',
+        drop_rate: float = 0.25,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(in_dim, num_classes, dim, pool, drop_rate, **dd)
+        if scan_ndim not in (1, 2):
+            raise ValueError(f'MambaMIL: scan_ndim must be 1 or 2, got {scan_ndim!r}.')
+        if pad_token not in ('learned', 'zero', 'none'):
+            raise ValueError(f"MambaMIL: pad_token must be 'learned', 'zero' or 'none', got {pad_token!r}.")
+        if crop and grid_size is not None:
+            raise ValueError(
+                f'MambaMIL: crop leaves grid_size to the tissue, so that it must be None, got {grid_size}.'
+            )
+        self.scan_ndim = scan_ndim
+        self.patch_size = patch_size
+        self.grid_size = tuple(grid_size) if grid_size is not None else None
+        self.crop = crop
+        if scan_ndim == 1 or pad_token == 'none':
+            self.pad_token = None
+        elif pad_token == 'zero':  # which the published files hold too
+            self.register_buffer('pad_token', torch.zeros(dim, **dd))
+        else:
+            self.pad_token = nn.Parameter(torch.empty(dim, **dd))
+            trunc_normal_(self.pad_token, std=0.02)
+        block_args = dict(d_state=d_state, ssm_ratio=ssm_ratio, inner_norms=inner_norms, scan_ndim=scan_ndim)
+        self.blocks = nn.ModuleList([MambaBlock(dim, **block_args, **dd) for _ in range(depth)])
+        self.norm = nn.LayerNorm(dim, **dd)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set:
+        return {'pad_token', 'blocks.*.mixer.A_log', 'blocks.*.mixer.D', 'blocks.*.mixer.dt_bias'}
+
+    def forward_features(self, features: Tensor, coords: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One slide -> its tokens, as they are pooled, (T, dim); and which of them each patch is, (n,).
+
+        Args:
+            features: (n, in_dim).
+            coords: Pixel coordinates, (n, 2), which the 1-D network does not use.
+        """
+        x, patches = super().forward_features(features)  # [n, in_dim] -> [n, C]
+        if self.scan_ndim == 1:
+            for block in self.blocks:
+                x = block(x[None])[0]  # a map of one row
+            return self.norm(x), patches
+
+        if coords is None:
+            raise ValueError('MambaMIL: coords must be (n, 2) for a 2-D scan, got None.')
+        cells, (H, W) = to_cells(coords, self.patch_size, self.grid_size, self.crop)
+        tissue = None
+        if self.pad_token is None:
+            pad = x.new_zeros(x.shape[1])
+            tissue = torch.zeros(H * W, 1, dtype=torch.bool, device=x.device).index_fill(0, cells, True)
+            tissue = tissue.unflatten(0, (H, W))
+        else:
+            pad = self.pad_token.to(x.dtype)
+        x = pad.expand(H * W, -1).index_copy(0, cells, x).unflatten(0, (H, W))  # [n, C] -> [H, W, C]
+        for block in self.blocks:
+            x = block(x, tissue)
+        x = x.flatten(0, 1)  # -> [H W, C]
+        if tissue is not None:
+            return self.norm(x[cells]), patches
+        return self.norm(x), cells
+
+
+_RENAMES = (  # of the published files, in the order in which the rules apply
+    (r'^_fc1\.0\.', 'embed.'),
+    (r'^attention\.0\.', 'pool.fc1.'),
+    (r'^attention\.2\.', 'pool.fc2.'),
+    (r'^classifier\.', 'head.'),
+    (r'^layers\.pad_token$', 'pad_token'),
+    (r'^layers\.layers\.', 'blocks.'),
+    (r'\.mixer\.conv1d\.', '.mixer.conv.'),
+    (r'\.mixer\.dt_proj\.weight$', '.mixer.dt_weight'),
+    (r'\.mixer\.dt_proj\.bias$', '.mixer.dt_bias'),
+    (r'\.mixer\.(dt|B|C)_layernorm\.', r'.mixer.\1_norm.'),
+)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """Bring a published 2DMambaMIL checkpoint to our names and shapes, see `rename_checkpoint`.
+
+    The published 1-D network keeps a pad token that it does not use.
+    """
+    state_dict = rename_checkpoint(state_dict, model, _RENAMES)
+    if getattr(model, 'scan_ndim', None) == 1:
+        state_dict = {name: value for name, value in state_dict.items() if name != 'pad_token'}
+    return state_dict
+
+
+_MODELS = {
+    'mamba2d_mil': (MambaMIL, dict(scan_ndim=2)),
+    'mamba_mil': (MambaMIL, dict(scan_ndim=1)),
+    'attention_mil': (MIL, dict(pool='attention')),
+    'mean_mil': (MIL, dict(pool='mean')),
+    'max_mil': (MIL, dict(pool='max')),
+}
+
+
+def list_mil_models() -> list[str]:
+    """Names for `create_mil_model`."""
+    return list(_MODELS)
+
+
+def create_mil_model(model_name: str, **kwargs: Any) -> MIL:
+    """A network for bags of patches, by its name.
+
+    Args:
+        model_name: One of `list_mil_models()`.
+        kwargs: Of the class, such as in_dim and num_classes.
+
+    Raises:
+        ValueError: There is no such network.
+    """
+    if model_name not in _MODELS:
+        raise ValueError(f'create_mil_model: model_name must be one of {", ".join(_MODELS)}, got {model_name!r}.')
+    cls, model_args = _MODELS[model_name]
+    return cls(**dict(model_args, **kwargs))

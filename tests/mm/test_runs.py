@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs through the command line: killed and resumed, in several processes, on broken data, at the disk's end."""
+
+import os
+import random
+import shutil
+import signal
+import socket
+import time
+
+import pytest
+import torch
+from processes import finish, losses, options, start, wait_for
+
+from vssm.models.weights import read_checkpoint
+
+pytest.importorskip('mmengine', reason="mmengine is not installed: pip install '.[train]'")
+
+FAMILIES = ('test_vmamba', 'test_vmamba2d', 'test_spatial_mamba')
+ROOTS = dict(imagenet='imagenet', ade20k='ADEChallengeData2016', coco='coco')
+
+
+@pytest.fixture
+def command(small_config, data):
+    """The config of a small run and its options: four epochs of two iterations, or eight iterations."""
+
+    def command(task, model_name, **changes):
+        name, changed = small_config(task, model_name)
+        changed.update({'num_threads': 1, 'default_hooks.logger.interval': 1, 'log_processor.window_size': 1})
+        if task == 'ade20k':
+            changed['train_cfg'] = dict(max_iters=8, val_interval=8)
+        else:
+            changed.update({'train_cfg.max_epochs': 4, 'train_cfg.val_interval': 4})
+        return [name, '--data-root', data / ROOTS[task], *options(**changed | changes)]
+
+    return command
+
+
+# The rest belongs to the slow tests: the way from file to loss differs by task, that from map to map by family.
+FAST = {('imagenet', 'test_spatial_mamba'), ('ade20k', 'test_vmamba2d'), ('coco', 'test_vmamba')}
+
+
+@pytest.mark.parametrize(
+    'task, model_name',
+    [
+        pytest.param(task, name, marks=[] if (task, name) in FAST else pytest.mark.slow)
+        for task in ROOTS
+        for name in FAMILIES
+    ],
+)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(task, model_name, command, tmp_path):
+    """Bit for bit, although other workers make its samples."""
+    whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+    loader = {'train_dataloader.num_workers': 2, 'train_dataloader.persistent_workers': True}
+    arguments = command(task, model_name, **loader)
+    unbroken = start('vssm.tools.train', *arguments, '--work-dir', whole)
+    first, last = ('iter_2.pth', 'iter_8.pth') if task == 'ade20k' else ('epoch_1.pth', 'epoch_4.pth')
+    process = start('vssm.tools.train', *arguments, '--work-dir', killed)
+    wait_for(killed / first, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (killed / last).exists()
+    arguments = command(task, model_name, **dict.fromkeys(loader, 0))
+    said = finish(start('vssm.tools.train', *arguments, '--work-dir', killed, '--resume'))
+    assert 'beginning' not in said
+    finish(unbroken)
+
+    assert losses(killed) == losses(whole) and set(losses(whole)) == set(range(1, 9))
+    (expected, _), (weights, _) = (read_checkpoint(folder / last) for folder in (whole, killed))
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in weights.items())
+    metric = dict(imagenet='accuracy/top2', ade20k='mIoU', coco='coco/segm_mAP')[task]
+    checkpoint = 'checkpoint.safetensors' if task == 'imagenet' else last
+    tested = start(
+        'vssm.tools.test', arguments[0], killed / checkpoint, *arguments[1:], '--work-dir', tmp_path / 'test'
+    )
+    assert metric in finish(tested)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment(tmp_path):
+    """Six times, while it trains, evaluates or writes; each time it goes on from its last complete checkpoint."""
+    whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+    changes = {'default_hooks.checkpoint.interval': 1, 'train_cfg.max_epochs': 20, 'default_hooks.logger.interval': 1}
+    arguments = ['vssm.tools.train', 'digits/vmamba2d_test', *options(**changes)]
+    finish(start(*arguments, '--work-dir', whole))
+    moments = random.Random(0)
+    for _ in range(6):
+        before = sorted(killed.glob('epoch_*.pth'))
+        process = start(*arguments, '--work-dir', killed, '--resume')
+        end = time.monotonic() + 60
+        while sorted(killed.glob('epoch_*.pth')) == before and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.8))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (killed / 'epoch_20.pth').exists()
+    finish(start(*arguments, '--work-dir', killed, '--resume'))
+    (expected, _), (weights, metadata) = (read_checkpoint(f / 'checkpoint.safetensors') for f in (whole, killed))
+    assert metadata['epoch'] == '20' and all(torch.equal(value, expected[name]) for name, value in weights.items())
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path):
+    """And resume together. The digits' network knows no batch norm."""
+
+    def train(processes, epochs, work_dir, *arguments):
+        launcher = ()
+        if processes > 1:
+            port = free_port()
+            launcher = ('-m', 'torch.distributed.run', '--nproc-per-node', str(processes), '--master-port', str(port))
+            arguments += ('--launcher', 'pytorch')
+        changes = {
+            'train_cfg.max_epochs': epochs,
+            'train_dataloader.batch_size': 64 // processes,
+            'train_dataloader.num_batch_per_epoch': 5,
+            'param_scheduler': [dict(type='CosineAnnealingLR', T_max=2, end=2, convert_to_iter_based=True)],
+            'default_hooks.checkpoint.interval': 1,
+        }
+        return start(
+            *('vssm.tools.train', 'digits/vmamba2d_test', '--work-dir', work_dir, *arguments, *options(**changes)),
+            launcher=launcher,
+        )
+
+    single = train(1, 2, tmp_path / 'single')
+    finish(train(2, 1, tmp_path / 'double'))
+    finish(train(2, 2, tmp_path / 'double', '--resume'))
+    finish(single)
+    expected, _ = read_checkpoint(tmp_path / 'single' / 'checkpoint.safetensors')
+    weights, metadata = read_checkpoint(tmp_path / 'double' / 'checkpoint.safetensors')
+    assert metadata['epoch'] == '2'
+    first, _ = read_checkpoint(tmp_path / 'double' / 'epoch_1.pth')
+    for name, value in weights.items():
+        assert not torch.equal(value, first[f'model.{name}']) or name.endswith('stages.3.blocks.0.mixer.A_log'), name
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_resume_what_each_knows_alone(command, tmp_path):
+    """Statistics of batch norms, averages that teach, accumulated gradients: bit for bit."""
+
+    def train(work_dir, *arguments):
+        port = free_port()
+        launcher = ('-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', str(port))
+        changes = {
+            'train_dataloader.batch_size': 2,
+            'optim_wrapper.accumulative_counts': 2,
+            'train_cfg.max_epochs': 7,
+            'default_hooks.checkpoint.max_keep_ckpts': -1,
+        }
+        name, *rest = command('imagenet', 'test_spatial_mamba', **changes)
+        return start(
+            *('vssm.tools.train', name, '--work-dir', work_dir, '--launcher', 'pytorch', *arguments, *rest),
+            launcher=launcher,
+        )
+
+    whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
+    finish(train(whole))
+    resumed.mkdir()
+    shutil.copy(whole / 'epoch_3.pth', resumed)
+    finish(train(resumed, '--resume'))
+    expected = losses(whole)
+    assert len(expected) == 7 and losses(resumed) == {step: expected[step] for step in range(4, 8)}
+    (expected, _), (weights, _) = (read_checkpoint(f / 'epoch_7.pth') for f in (whole, resumed))
+    assert all(torch.equal(value, expected[name]) for name, value in weights.items())
+
+
+@pytest.mark.slow
+def test_an_unreadable_image_of_any_process_is_named(command, tmp_path):
+    data = tmp_path / 'data'
+    name, _, root, *rest = command('imagenet', 'test_vmamba', unreadable='skip')
+    shutil.copytree(root, data)
+    for path in sorted((data / 'train').glob('*/*'))[:2]:  # of four, so that each process meets one or more
+        path.write_bytes(path.read_bytes()[:500])
+    launcher = ('-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', str(free_port()))
+    arguments = ('--data-root', data, '--work-dir', tmp_path / 'run', '--launcher', 'pytorch', *rest)
+    finish(start('vssm.tools.train', name, *arguments, launcher=launcher))
+    log = next((tmp_path / 'run').glob('*/*.log')).read_text()
+    assert '2 of 4 images are unreadable' in log and log.count('Unreadable, replaced by another image') == 2

@@ -1,0 +1,896 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole slides from files to figures: tables, splits, features, metrics, and the commands from check to heat map."""
+
+import csv
+import importlib.util
+import json
+import math
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from processes import finish, losses, options, start, wait_for
+
+from vssm.models.mil import create_mil_model
+from vssm.models.mil.survival import time_edges
+from vssm.models.weights import read_checkpoint
+from vssm.tools.main import main
+
+h5py = pytest.importorskip('h5py', reason="h5py is not installed: pip install '.[wsi]'")
+pytest.importorskip('mmengine', reason="mmengine is not installed: pip install '.[wsi]'")
+
+from vssm.models.mil.slides import find_slide, read_slide, read_table, split_cases  # noqa: E402
+from vssm.models.mm import BestHook, RunError  # noqa: E402
+from vssm.models.mm.wsi import ConcordanceIndex, SlideAccuracy, SlideDataset, SlideSurvival  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+BENCHMARKS = Path(__file__).parents[2] / 'benchmarks'
+WIDTH = 6
+PATCHES = 9
+
+# Of both tasks: a network and a training that take a second.
+SMALL = {
+    'model.in_dim': WIDTH,
+    'model.dim': 16,
+    'train_dataloader.num_workers': 0,
+    'train_dataloader.persistent_workers': False,
+    'val_dataloader.num_workers': 0,
+    'val_dataloader.persistent_workers': False,
+    'test_dataloader.num_workers': 0,
+    'train_cfg.max_epochs': 2,
+    'num_threads': 1,
+    'device': 'cpu',
+    'default_hooks.logger.interval': 1,
+    'log_processor.window_size': 1,
+}
+
+
+def write_table(path, header, rows):
+    with open(path, 'w', newline='') as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+def write_slide(path, features=None, coords=None):
+    """A 3 x 3 grid of patches, beginning one cell from the corner and off the cells' corners."""
+    if features is None:
+        features = torch.randn(PATCHES, WIDTH)
+    if coords is None:
+        coords = torch.cartesian_prod(torch.arange(3), torch.arange(3)).flip(1) * 512 + 600
+    with h5py.File(path, 'w') as file:
+        file['features'], file['coords'] = features.numpy(), coords.numpy()
+
+
+@pytest.fixture
+def classification(tmp_path):
+    """A folder with twelve slides of two classes, of which the first feature speaks, and its labels.csv."""
+    folder = tmp_path / 'data'
+    folder.mkdir()
+    rows = []
+    for i in range(12):
+        rows.append([f's{i}', 'ab'[i % 2], ('train', 'train', 'val', 'test')[i // 3]])
+        features = torch.randn(PATCHES, WIDTH)
+        features[:, 0] += 3 * (i % 2)
+        write_slide(folder / f's{i}.h5', features)
+    write_table(folder / 'labels.csv', ['slide_id', 'label', 'split'], rows)
+    return folder
+
+
+@pytest.fixture
+def cases(tmp_path):
+    """A folder with twelve cases of one or two slides, every third one censored, and its survival.csv."""
+    folder = tmp_path / 'data'
+    folder.mkdir()
+    rows = []
+    for i in range(12):
+        for j in range(1 + i % 2):
+            rows.append([f'c{i}', f'c{i}_{j}', int(i % 3 == 2), 1.5 * i + 1])
+            write_slide(folder / f'c{i}_{j}.h5')
+    write_table(folder / 'survival.csv', ['case_id', 'slide_id', 'censorship', 'survival_months'], rows)
+    return folder
+
+
+# ---- tables and splits -----------------------------------------------------------------------------------------------
+
+LABELS = ['slide_id', 'label', 'split']
+SURVIVAL = ['case_id', 'slide_id', 'censorship', 'survival_months']
+
+
+@pytest.mark.parametrize(
+    'task, header, rows, said',
+    [
+        ('classification', LABELS, [['s', 'c', 'train']], "row 2, slide 's': label must be one of a, b, got 'c'"),
+        ('classification', LABELS, [['s', '', 'train']], "row 2, slide 's': label must be one of a, b, got ''"),
+        ('classification', LABELS, [['s', 'a', 'dev']], "split must be one of train, val, test, got 'dev'"),
+        ('classification', LABELS, [['', 'a', 'val']], "slide_id must be a name, got ''"),
+        ('classification', LABELS, [['../s', 'a', 'val']], "slide_id must be a name, got '../s'"),
+        ('classification', LABELS, [['s', 'a', 'val'], ['s', 'b', 'val']], "row 3, slide 's': is in row 2 already"),
+        ('classification', LABELS, [], 'must hold slides, got none'),
+        ('classification', LABELS, [['s']], "row 2, slide 's': split must be one of"),
+        (
+            'classification',
+            ['case_id', *LABELS],
+            [['c', 's', 'a', 'train'], ['c', 't', 'a', 'test']],
+            "row 3, slide 't': split must be that of case 'c' in row 2, 'train', got 'test'",
+        ),
+        ('survival', SURVIVAL, [['c', 's', '2', '5']], "got '5' and '2'"),
+        (
+            'survival',
+            SURVIVAL,
+            [['c', 's', '0', '-1']],
+            "survival_months must be a number from 0 up .* got '-1' and '0'",
+        ),
+        ('survival', SURVIVAL, [['c', 's', '0', 'nan']], "got 'nan' and '0'"),
+        ('survival', SURVIVAL, [['c', 's', '', 'soon']], "got 'soon' and ''"),
+        (
+            'survival',
+            SURVIVAL,
+            [['c', 's', '0', '5'], ['c', 't', '0', '6']],
+            "row 3, slide 't': months must be that of case 'c' in row 2, 5.0, got 6.0",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_table_is_told_with_row_and_slide(task, header, rows, said, tmp_path):
+    write_table(tmp_path / 'table.csv', header, rows)
+    _, problems = read_table(tmp_path / 'table.csv', task, ['a', 'b'] if task == 'classification' else None)
+    assert len(problems) == 1
+    assert re.search(said, problems[0]), problems
+
+
+@pytest.mark.parametrize(
+    'content, task, said',
+    [
+        (
+            'slide,label\n',
+            'classification',
+            'must have the columns slide_id, label for classification, got slide, label',
+        ),
+        ('', 'survival', 'must have the columns .* for survival, got none'),
+        ('slide_id,label\n', 'regression', "task must be one of classification, survival, got 'regression'"),
+        (b'slide_id,label\n\xff\xfe,a\n', 'classification', 'must be a CSV'),
+    ],
+)
+def test_what_is_no_table_is_refused(content, task, said, tmp_path):
+    (tmp_path / 'table.csv').write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=said):
+        read_table(tmp_path / 'table.csv', task)
+
+
+def test_a_spreadsheets_table_is_read(tmp_path):
+    (tmp_path / 'table.csv').write_bytes('\ufeffslide_id,label,site\r\n s1 ,a,x\r\n\r\ns2,b,y\r\n'.encode())
+    slides, problems = read_table(tmp_path / 'table.csv', 'classification')
+    assert not problems and [(s.row, s.slide_id, s.case_id, s.label) for s in slides] == [
+        (2, 's1', 's1', 'a'),
+        (4, 's2', 's2', 'b'),
+    ]
+
+
+def slides_of(labels, slides_per_case=2):
+    return [
+        SimpleNamespace(case_id=f'c{i}', label=label, censored=None)
+        for i, label in enumerate(labels)
+        for _ in range(slides_per_case)
+    ]
+
+
+@pytest.mark.parametrize('folds', [3, 5])
+def test_folds_divide_the_cases(folds):
+    """Every case is tested once; no fold has a case in two splits; each label is spread evenly."""
+    labels = dict(zip((f'c{i}' for i in range(40)), 'a' * 30 + 'b' * 10, strict=True))
+    tested = Counter()
+    for fold in range(folds):
+        splits = split_cases(slides_of(labels.values()), folds, fold)
+        assert splits.keys() == labels.keys() and set(splits.values()) == {'train', 'val', 'test'}
+        test = [case for case, split in splits.items() if split == 'test']
+        tested.update(test)
+        after = split_cases(slides_of(labels.values()), folds, (fold + 1) % folds)
+        assert {case for case, split in splits.items() if split == 'val'} == {
+            case for case, split in after.items() if split == 'test'
+        }
+        counts = Counter(labels[case] for case in test)
+        assert abs(counts['a'] - 30 / folds) <= 1 and abs(counts['b'] - 10 / folds) <= 1
+    assert tested == Counter(labels.keys())
+    assert split_cases(slides_of(labels.values()), folds, 0) != split_cases(
+        slides_of(labels.values()), folds, 0, seed=1
+    )
+
+
+@pytest.mark.parametrize('folds, fold', [(2, 0), (5, 5), (5, -1), (41, 0)])
+def test_bad_folds_are_refused(folds, fold):
+    with pytest.raises(ValueError, match=f'got {folds} folds of 40 cases, and fold {fold}'):
+        split_cases(slides_of('ab' * 20), folds, fold)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('layout', ['h5', 'h5_files', 'float16', 'dict', 'beside', 'h5 beside', 'pt_files'])
+def test_layouts(layout, tmp_path):
+    """Features and coordinates come out the same however they are kept."""
+    features, coords = torch.randn(4, WIDTH), torch.tensor([[0, 0], [512, 0], [0, 512], [1024, 512]])
+    (tmp_path / 'h5_files').mkdir()
+    (tmp_path / 'pt_files').mkdir()
+    if layout in ('h5', 'h5_files'):
+        write_slide(tmp_path / ('h5_files/s.h5' if layout == 'h5_files' else 's.h5'), features, coords.int())
+    elif layout == 'float16':
+        features = features.half().float()
+        write_slide(tmp_path / 's.h5', features.half(), coords)
+    elif layout == 'dict':
+        torch.save(dict(features=features, coords=coords), tmp_path / 's.pt')
+    elif layout == 'beside':
+        torch.save(features, tmp_path / 's.pt')
+        torch.save(coords, tmp_path / 's_coords.pt')
+    else:
+        torch.save(features, tmp_path / ('pt_files/s.pt' if layout == 'pt_files' else 's.pt'))
+        with h5py.File(tmp_path / ('h5_files/s.h5' if layout == 'pt_files' else 's.h5'), 'w') as file:
+            file['coords'] = coords.double().numpy()  # whole numbers all the same
+    assert find_slide(tmp_path, 's') == find_slide(tmp_path, 's.svs')
+    got = read_slide(find_slide(tmp_path, 's'))
+    assert torch.equal(got[0], features) and torch.equal(got[1], coords)
+    assert (got[0].dtype, got[1].dtype) == (torch.float32, torch.int64)
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ('this code must not run',)
+
+
+def h5(**arrays):
+    def write(path):
+        with h5py.File(path / 's.h5', 'w') as file:
+            for key, value in arrays.items():
+                file[key] = value
+
+    return write
+
+
+def features_with(row, value):
+    features = torch.randn(PATCHES, WIDTH)
+    features[row, 2] = value
+    return features
+
+
+CELLS = torch.cartesian_prod(torch.arange(3), torch.arange(3)) * 512
+FILES = {
+    'missing': (lambda path: None, 'no features, neither s.h5 nor s.pt'),
+    'no patches': (lambda path: write_slide(path / 's.h5', torch.empty(0, WIDTH)), 'features must be .* got none'),
+    'nan': (
+        lambda path: write_slide(path / 's.h5', features_with(4, math.nan)),
+        'features row 4 must be finite, got nan',
+    ),
+    'inf': (lambda path: write_slide(path / 's.h5', features_with(7, math.inf)), 'features row 7 .* inf in column 2'),
+    'lengths': (lambda path: write_slide(path / 's.h5', coords=CELLS[:4]), r'coords must be \(9, 2\), got \(4, 2\)'),
+    'fraction': (
+        lambda path: write_slide(path / 's.h5', coords=CELLS + torch.eye(9)[:, :2] / 2),
+        r'coords row 0 must be whole pixels, got \[0.5, 0.0\]',
+    ),
+    'one axis': (lambda path: write_slide(path / 's.h5', torch.randn(9)), r'features must be \(n, width\), got \(9,\)'),
+    'integers': (lambda path: write_slide(path / 's.h5', torch.ones(9, 2).int()), 'features .* torch.int64'),
+    'no coords': (h5(features=torch.randn(3, 2).numpy()), 'must hold features and coords, got features'),
+    'text': (h5(features='abc', coords='abc'), 'must hold numbers as features'),
+    'no HDF5': (lambda path: (path / 's.h5').write_bytes(b'nonsense'), 's.h5 cannot be read as HDF5'),
+    'no pt': (lambda path: (path / 's.pt').write_bytes(b'nonsense'), 's.pt cannot be read as tensors'),
+    'code': (lambda path: torch.save([Evil()], path / 's.pt'), 's.pt cannot be read as tensors'),
+    'lonely pt': (
+        lambda path: torch.save(torch.randn(3, 2), path / 's.pt'),
+        'no coordinates to s.pt, neither s_coords.pt',
+    ),
+    'half a dict': (
+        lambda path: torch.save(dict(features=torch.randn(3, 2)), path / 's.pt'),
+        'must hold features and coords, got features',
+    ),
+}
+GRIDS = {
+    'negative': (
+        lambda path: write_slide(path / 's.h5', coords=CELLS - 1),
+        r'coords row 0 must lie on the grid of 512 pixels each, got \(-1, -1\)',
+    ),
+    'far off': (
+        lambda path: write_slide(path / 's.h5', coords=CELLS * 10**4),
+        'coords must span at most .* is patch_size right',
+    ),
+    'twice': (
+        lambda path: write_slide(path / 's.h5', coords=CELLS // 2),
+        r'one patch into a cell .* rows 0 and 1 in one',
+    ),
+    'width': (
+        lambda path: write_slide(path / 's.h5', torch.randn(9, 5)),
+        'as wide as those of the first slide, 6, got 5',
+    ),
+}
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_odd_files_are_refused(name, tmp_path, capsys):
+    write, said = FILES[name]
+    write(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        read_slide(find_slide(tmp_path, 's'))
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize('name', FILES | GRIDS)
+def test_check_names_slide_and_row(name, tmp_path, capsys):
+    write, said = (FILES | GRIDS)[name]
+    write_slide(tmp_path / 'first.h5')
+    write(tmp_path)
+    write_table(tmp_path / 'labels.csv', LABELS, [['first', 'a', 'train'], ['s', 'b', 'test']])
+    assert main(['wsi-check', str(tmp_path / 'labels.csv'), str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert re.search(f"labels.csv row 3, slide 's': .*{said}", captured.out), captured.out
+    assert captured.out.count('\n') == 1 and '1 problems in' in captured.err
+
+
+def test_check_lists_all_problems(classification, capsys):
+    (classification / 's3.h5').unlink()
+    write_slide(classification / 's5.h5', features_with(1, math.nan))
+    command = ['wsi-check', str(classification / 'labels.csv'), str(classification), '--classes', 'a', 'c']
+    assert main(command) == 2
+    captured = capsys.readouterr()
+    assert captured.out.count("must be one of a, c, got 'b'") == 6
+    assert '6 problems' in captured.err  # slides of a wrong row are not looked at
+    assert main(command[:3] + ['--grid-size', '3', '4']) == 2
+    assert capsys.readouterr().out.count('must lie on a grid of 3 x 4 cells') == 10
+
+
+@pytest.mark.parametrize('task', ['classification', 'survival'])
+def test_check_counts(task, request, capsys):
+    folder = request.getfixturevalue('classification' if task == 'classification' else 'cases')
+    table = 'labels.csv' if task == 'classification' else 'survival.csv'
+    assert main(['wsi-check', str(folder / table), str(folder)]) == 0
+    cells = [line.strip('│').split('│') for line in capsys.readouterr().out.splitlines() if line.startswith('│')]
+    counts = {key.strip(): value.strip() for key, value in cells}
+    assert counts['largest grid, height x width'] == '4 x 4' and counts['patches of a slide'] == '9 to 9'
+    if task == 'classification':
+        assert (counts['slides'], counts['slides of train'], counts['slides of class b']) == ('12', '6', '6')
+    else:
+        assert (counts['slides'], counts['cases'], counts['cases with an event']) == ('18', '12', '8')
+
+
+@pytest.mark.parametrize(
+    'argv, said',
+    [
+        (['no.csv', '.'], 'CSV must be a file, got no.csv'),
+        (['labels.csv', 'nowhere'], 'DIR must be a folder, got nowhere'),
+        (['labels.csv', '.', '--patch-size', '0'], '--patch-size must be at least 1, got 0'),
+        (['labels.csv', '.', '--task', 'survival'], 'must have the columns case_id'),
+    ],
+)
+def test_bad_arguments_of_check(argv, said, classification, capsys, monkeypatch):
+    monkeypatch.chdir(classification)
+    assert main(['wsi-check', *argv]) == 2
+    assert said in capsys.readouterr().err
+
+
+# ---- data set --------------------------------------------------------------------------------------------------------
+
+
+def test_slides_are_read_when_asked_for_and_kept_by_an_option(classification, monkeypatch):
+    reads = []
+    monkeypatch.setattr('vssm.models.mm.wsi.read_slide', lambda path: reads.append(path.stem) or read_slide(path))
+    for cache, expected in ((False, ['s0', 's1', 's0']), (True, ['s0', 's1'])):
+        reads.clear()
+        dataset = SlideDataset(str(classification), 'labels.csv', 'train', cache=cache)
+        assert not reads and dataset.metainfo['classes'] == ('a', 'b') and len(dataset) == 6
+        samples = [dataset[0], dataset[1], dataset[0]]
+        assert reads == expected
+        assert torch.equal(samples[0]['inputs']['features'], samples[2]['inputs']['features'])
+        assert [sample['data_samples']['label'] for sample in samples] == [0, 1, 0]
+
+
+def test_a_case_has_all_its_slides(cases):
+    dataset = SlideDataset(str(cases), 'survival.csv', 'test', task='survival', folds=4)
+    names = [dataset[i]['data_samples']['name'] for i in range(len(dataset))]
+    assert len(names) == 3
+    for i, name in enumerate(names):
+        inputs = dataset[i]['inputs']
+        count = 1 + int(name[1:]) % 2
+        assert inputs['lengths'] == [PATCHES] * count
+        first, _ = read_slide(cases / f'{name}_0.h5')
+        assert torch.equal(inputs['features'][:PATCHES], first) and len(inputs['coords']) == PATCHES * count
+
+
+def test_time_bins_come_from_the_training_data(cases):
+    """What the cases of validation and test lived is not looked at."""
+
+    def dataset(split):
+        return SlideDataset(str(cases), 'survival.csv', split, task='survival', folds=4)
+
+    rows = list(csv.reader(open(cases / 'survival.csv')))
+    splits = split_cases(read_table(cases / 'survival.csv', 'survival')[0], 4, 0)
+    lived = {row[0]: (float(row[3]), row[2] == '1') for row in rows[1:] if splits[row[0]] == 'train'}
+    times, censored = map(torch.tensor, zip(*lived.values(), strict=True))
+    train = dataset('train')
+    assert torch.equal(train.edges, time_edges(times, censored, 4)) and len(train.metainfo['classes']) == 4
+    for sample in train:
+        samples = sample['data_samples']
+        assert samples['bin'] == (train.edges <= samples['months']).sum()
+    for row in rows[1:]:
+        if splits[row[0]] != 'train':
+            row[3] = '9999'
+    write_table(cases / 'survival.csv', rows[0], rows[1:])
+    assert torch.equal(dataset('train').edges, train.edges)
+    assert set(dataset('test')[0]['data_samples']) == {'name', 'months', 'censored'}
+
+
+@pytest.mark.parametrize(
+    'change, options, said',
+    [
+        (lambda path: (path / 'labels.csv').unlink(), {}, 'labels.csv does not exist'),
+        (lambda path: (path / 's4.h5').unlink(), {}, "labels.csv row 6, slide 's4': no features, neither s4.h5"),
+        (lambda path: None, dict(classes=['a', 'c']), "row 3, slide 's1': label must be .* lists all 6 problems"),
+        (lambda path: None, dict(split='all'), "split must be train, val or test and have slides, .* got 'all'"),
+        (lambda path: None, dict(folds=2), 'folds must be 3 or more'),
+        (
+            lambda path: write_table(path / 'labels.csv', LABELS[:2], [['s0', 'a'], ['s1', 'b']]),
+            {},
+            "split must be .* by a column of that name or by folds, got 'train' with none",
+        ),
+        (
+            lambda path: write_table(path / 'labels.csv', LABELS, [['s0', 'a', 'train'], ['s1', 'b', 'val']]),
+            dict(split='val'),
+            "row 3, slide 's1': label must be one of the training data, got 'b'",
+        ),
+        (lambda path: None, dict(task='survival'), 'must have the columns case_id, slide_id'),
+    ],
+)
+def test_data_that_cannot_be_trained_on_are_refused(change, options, said, classification):
+    change(classification)
+    with pytest.raises(RunError, match=said):
+        SlideDataset(str(classification), 'labels.csv', **dict(dict(split='train'), **options))
+
+
+def test_a_slide_that_breaks_later_is_named(classification):
+    dataset = SlideDataset(str(classification), 'labels.csv', 'train')
+    write_slide(classification / 's4.h5', features_with(3, math.nan))
+    with pytest.raises(RunError, match="labels.csv row 6, slide 's4': s4.h5: features row 3 must be finite"):
+        dataset[4]
+
+
+# ---- models and metrics ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'options, said',
+    [
+        (dict(loss='cox', num_classes=4), "'cox', with num_classes=1; got 'cox' and 4"),
+        (dict(loss='nll', num_classes=1), "got 'nll' and 1"),
+        (dict(loss='mse', num_classes=4), "got 'mse' and 4"),
+        (dict(alpha=1.5, num_classes=4), 'alpha must be within 0 and 1, got 1.5'),
+    ],
+)
+def test_bad_losses_are_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        SlideSurvival('mean_mil', in_dim=WIDTH, **options)
+
+
+def evaluate(metric, samples):
+    for i in range(0, len(samples), 3):
+        metric.process(None, samples[i : i + 3])
+    return metric.evaluate(len(samples))
+
+
+@pytest.mark.parametrize('classes', [2, 4])
+def test_accuracy_f1_and_auc_are_scikit_learns(classes):
+    sklearn = pytest.importorskip('sklearn.metrics')
+    scores, labels = torch.randn(50, classes).softmax(1), torch.randint(classes, (50,))
+    samples = [
+        dict(name=str(i), label=int(y), scores=s.tolist()) for i, (s, y) in enumerate(zip(scores, labels, strict=True))
+    ]
+    got = evaluate(SlideAccuracy(), samples)
+    aucs = [sklearn.roc_auc_score(labels == k, scores[:, k]) for k in range(classes)]
+    assert got['wsi/accuracy'] == pytest.approx(sklearn.accuracy_score(labels, scores.argmax(1)))
+    assert got['wsi/macro_f1'] == pytest.approx(sklearn.f1_score(labels, scores.argmax(1), average='macro'))
+    assert got['wsi/auc'] == pytest.approx(statistics.fmean(aucs))
+
+
+def test_auc_of_classes_that_do_not_occur():
+    samples = [dict(name='', label=y, scores=s) for y, s in ((0, [0.8, 0.1, 0.1]), (1, [0.3, 0.6, 0.1]))]
+    assert evaluate(SlideAccuracy(), samples)['wsi/auc'] == 1.0
+    assert math.isnan(evaluate(SlideAccuracy(), samples[:1])['wsi/auc'])
+
+
+@pytest.mark.parametrize('ties', [False, True])
+def test_the_concordance_index_is_lifelines(ties):
+    lifelines = pytest.importorskip('lifelines.utils')
+    risk, months, censored = torch.randn(60), torch.rand(60) * 50, torch.rand(60) < 0.4
+    if ties:
+        risk, months = risk.round(decimals=1), (months / 5).round()
+    rows = zip(risk.tolist(), months.tolist(), censored.tolist(), strict=True)
+    samples = [dict(name='', risk=r, months=m, censored=c) for r, m, c in rows]
+    expected = lifelines.concordance_index(months, -risk, ~censored)
+    assert evaluate(ConcordanceIndex(), samples)['wsi/c_index'] == pytest.approx(expected, abs=1e-6)
+    order = torch.randperm(60).tolist()
+    assert evaluate(ConcordanceIndex(), [samples[i] for i in order])['wsi/c_index'] == pytest.approx(expected, abs=1e-6)
+    for sample in samples:
+        sample['censored'] = True
+    assert math.isnan(evaluate(ConcordanceIndex(), samples)['wsi/c_index'])
+
+
+# ---- the way from check to heat map ----------------------------------------------------------------------------------
+
+
+def run(*argv):
+    return main([str(argument) for argument in argv])
+
+
+def test_the_whole_path(classification, tmp_path, capsys):
+    """Check, train, killed and resumed as if nothing had happened, test, heat map: from the command line."""
+    assert run('wsi-check', classification / 'labels.csv', classification) == 0
+    changes = SMALL | {'train_cfg.max_epochs': 6, 'optim_wrapper.optimizer.lr': 3e-3}
+    arguments = ['vssm.tools.train', 'wsi/classification', '--data-root', classification, *options(**changes)]
+    whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+    unbroken = start(*arguments, '--work-dir', whole)
+    workers = {'train_dataloader.num_workers': 1, 'val_dataloader.num_workers': 1}
+    process = start(*arguments[: -len(changes)], *options(**changes | workers)[1:], '--work-dir', killed)
+    wait_for(killed / 'epoch_2.pth', process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (killed / 'epoch_6.pth').exists()
+    finish(start(*arguments, '--work-dir', killed, '--resume'))
+    finish(unbroken)
+    assert losses(killed) == losses(whole) and len(losses(whole)) == 36
+    for name in ('checkpoint.safetensors', 'best.safetensors'):
+        (expected, expected_metadata), (weights, metadata) = (read_checkpoint(f / name) for f in (whole, killed))
+        assert all(torch.equal(value, expected[key]) for key, value in weights.items())
+        assert metadata == expected_metadata
+    assert float(metadata['wsi/auc']) >= 0.5 and metadata['seed'] == '0' and metadata['model'] == 'mamba2d_mil'
+
+    best, test = killed / 'best.safetensors', tmp_path / 'test'
+    arguments = ['--data-root', classification, '--work-dir', test, *options(**changes)]
+    assert run('test', 'wsi/classification', best, *arguments) == 0
+    said = capsys.readouterr().out
+    assert all(metric in said for metric in ('wsi/accuracy', 'wsi/macro_f1', 'wsi/auc'))
+    rows = list(csv.DictReader(open(test / 'predictions.csv')))
+    assert [row['slide_id'] for row in rows] == ['s9', 's10', 's11']
+    model = create_mil_model('mamba2d_mil', **json.loads(metadata['model_args'])).eval()
+    model.load_state_dict(weights)
+    for row in rows:
+        probabilities = model(*read_slide(classification / f'{row["slide_id"]}.h5')).softmax(1)[0]
+        torch.testing.assert_close(torch.tensor([float(row['p_a']), float(row['p_b'])]), probabilities)
+
+    picture = tmp_path / 'heatmap.png'
+    assert run('wsi-heatmap', best, classification / 's9.h5', '--output', picture) == 0
+    assert 'drawn on the grid: no --slide is given' in capsys.readouterr().out.replace('\n', ' ')
+    assert Image.open(picture).size == (750, 650)
+
+
+def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(classification, tmp_path, monkeypatch):
+    """The run stops after its second checkpoint and before the evaluation of it, which is the best, has counted."""
+    judge, cut_off = BestHook.after_val_epoch, True
+
+    def after_val_epoch(self, runner, metrics=None):
+        if cut_off and runner.epoch == 2:
+            raise KeyboardInterrupt
+        judge(self, runner, {'wsi/auc': {1: 0.5, 2: 0.9, 3: 0.7}[runner.epoch]})
+
+    monkeypatch.setattr(BestHook, 'after_val_epoch', after_val_epoch)
+    work_dir = tmp_path / 'run'
+    changes = SMALL | {'train_cfg.max_epochs': 3}
+    command = ['train', 'wsi/classification', '--data-root', classification, '--work-dir', work_dir, '--resume']
+    assert run(*command, *options(**changes)) == 130
+    best = work_dir / 'best.safetensors'
+    assert (work_dir / 'epoch_2.pth').exists() and read_checkpoint(best)[1]['epoch'] == '1'
+    cut_off = False
+    assert run(*command, *options(**changes)) == 0
+    weights, metadata = read_checkpoint(best)
+    assert (metadata['epoch'], metadata['wsi/auc']) == ('2', '0.9')
+    expected, _ = read_checkpoint(work_dir / 'epoch_2.pth')
+    assert all(torch.equal(value, expected[f'model.{name}']) for name, value in weights.items())
+
+
+@pytest.mark.parametrize('config', ['wsi/survival', 'wsi/survival_cox'])
+def test_survival_with_folds(config, cases, tmp_path, capsys):
+    """Every fold trained and tested, all cases predicted once, one table, curves; a second call trains nothing."""
+    changes = dict(SMALL)
+    changes['train_dataloader.batch_size'] = 2
+    if config == 'wsi/survival':
+        changes |= {'dataset.bins': 2, 'model.num_classes': 2, 'model.alpha': 0.5}
+    work_dir = tmp_path / 'runs'
+    command = ['wsi-repeat', config, '--folds', 3, '--data-root', cases, '--work-dir', work_dir, *options(**changes)]
+    assert run(*command) == 0
+    out = capsys.readouterr().out
+    results = json.loads((work_dir / 'results.json').read_text())
+    values = [results['runs'][f'fold{i}']['wsi/c_index'] for i in range(3)]
+    assert results['mean']['wsi/c_index'] == pytest.approx(statistics.fmean(values))
+    assert results['deviation']['wsi/c_index'] == pytest.approx(statistics.stdev(values))
+    assert f'{statistics.fmean(values):.4f}' in out and 'deviation' in out
+
+    predictions = [work_dir / f'fold{i}' / 'predictions.csv' for i in range(3)]
+    rows = [row for path in predictions for row in csv.DictReader(open(path))]
+    assert sorted(row['case_id'] for row in rows) == sorted(f'c{i}' for i in range(12))
+    assert all(float(row['survival_months']) == 1.5 * int(row['case_id'][1:]) + 1 for row in rows)
+    assert run('wsi-km', *predictions, '--output', tmp_path / 'km.png') == 0
+    assert '6 cases of low and 6 of high risk, log-rank p = ' in capsys.readouterr().out
+    assert Image.open(tmp_path / 'km.png').size[0] > 500
+
+    written = {path: path.stat().st_mtime_ns for path in work_dir.glob('fold*/epoch_*.pth')}
+    assert len(written) == 6 and run(*command) == 0
+    assert written == {path: path.stat().st_mtime_ns for path in work_dir.glob('fold*/epoch_*.pth')}
+    assert json.loads((work_dir / 'results.json').read_text()) == results
+
+
+def test_seeds_make_runs_of_their_own(classification, tmp_path, capsys):
+    arguments = ['--data-root', classification, '--work-dir', tmp_path / 'runs', *options(**SMALL)]
+    assert run('wsi-repeat', 'wsi/classification', '--seeds', 3, 4, *arguments) == 0
+    weights = [read_checkpoint(tmp_path / 'runs' / f'seed{seed}' / 'best.safetensors') for seed in (3, 4)]
+    assert [metadata['seed'] for _, metadata in weights] == ['3', '4']
+    assert not torch.equal(weights[0][0]['head.weight'], weights[1][0]['head.weight'])
+    assert set(json.loads((tmp_path / 'runs' / 'results.json').read_text())['runs']) == {'seed3', 'seed4'}
+
+
+@pytest.mark.parametrize('network', ['mamba_mil', 'attention_mil', 'mean_mil', 'max_mil'])
+def test_the_other_networks_train(network, classification, tmp_path):
+    arguments = ['--data-root', classification, '--work-dir', tmp_path / 'run']
+    changes = {**SMALL, 'model.model_name': network, 'train_cfg.max_epochs': 1}
+    assert run('train', 'wsi/classification', *arguments, *options(**changes)) == 0
+    assert read_checkpoint(tmp_path / 'run' / 'best.safetensors')[1]['model'] == network
+
+
+@pytest.mark.parametrize(
+    'config, changes, said',
+    [
+        ('wsi/classification', {'model.num_classes': 5}, 'model.num_classes must be 2, the number of classes'),
+        ('wsi/classification', {'model.in_dim': 7}, 's[0-9]: MambaMIL: features must be .n, 7.'),
+        ('wsi/classification', {'model.patch_size': 1024}, 's[0-9]: coords must put one patch into a cell of 1024'),
+        ('wsi/classification', {'dataset.ann_file': 'none.csv'}, 'none.csv does not exist'),
+        ('wsi/classification', {'custom_hooks.1.metric': 'wsi/f2'}, 'BestHook needs a finite wsi/f2, got nan'),
+        ('wsi/survival', {'dataset.ann_file': 'labels.csv'}, 'must have the columns case_id'),
+        ('wsi/classification', {'model.model_name': 'resnet50'}, "must be one of mamba2d_mil, .*got 'resnet50'"),
+    ],
+)
+def test_what_stops_a_training_is_one_sentence(config, changes, said, classification, tmp_path, capsys):
+    arguments = ['--data-root', classification, '--work-dir', tmp_path / 'run', *options(**SMALL | changes)]
+    assert run('train', config, *arguments) == 2
+    error = capsys.readouterr().err
+    assert re.search(said, error) and error.count('\n') == 1, error
+
+
+def test_cox_needs_two_cases_a_batch(cases, tmp_path, capsys):
+    changes = SMALL | {'dataset.folds': 3, 'train_dataloader.batch_size': 1}
+    arguments = ['--data-root', cases, '--work-dir', tmp_path / 'run', *options(**changes)]
+    assert run('train', 'wsi/survival_cox', *arguments) == 2
+    assert 'two or more, got 1: set train_dataloader.batch_size' in capsys.readouterr().err
+
+
+def test_training_goes_on_from_published_weights(classification, tmp_path, golden):
+    tensors, _ = golden('mil_micro')
+    published = {
+        n.removeprefix('cls1d.state_dict.'): t for n, t in tensors.items() if n.startswith('cls1d.state_dict.')
+    }
+    torch.save(published, tmp_path / 'published.pth')
+    for i in range(12):
+        write_slide(classification / f's{i}.h5', torch.randn(PATCHES, 20))
+    changes = {
+        'model.in_dim': 20,
+        'model.dim': 24,
+        'model.model_name': 'mamba_mil',
+        'model.depth': 2,
+        'model.d_state': 4,
+        'model.init_cfg': dict(type='Pretrained', checkpoint=str(tmp_path / 'published.pth')),
+        'optim_wrapper.optimizer.lr': 0.0,
+    }
+    arguments = ['--data-root', classification, '--work-dir', tmp_path / 'run', *options(**SMALL | changes)]
+    assert run('train', 'wsi/classification', *arguments) == 0
+    weights, _ = read_checkpoint(tmp_path / 'run' / 'checkpoint.safetensors')
+    assert torch.equal(weights['embed.weight'], published['_fc1.0.weight'])
+    assert weights['head.weight'].shape == (2, 24)  # of other classes: the network's own
+
+
+@pytest.mark.parametrize('argv', [['train', 'wsi/classification'], ['wsi-check', 'labels.csv', '.']], ids=' '.join)
+def test_a_missing_extra_is_named(argv, classification):
+    code = f'import sys; sys.modules["h5py"] = None; from vssm.tools.main import main; sys.exit(main({argv}))'
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=classification)
+    assert (
+        result.returncode == 2 and 'needs the package h5py' in result.stderr and 'pip install .[wsi]' in result.stderr
+    )
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    from safetensors.torch import save_file
+
+    args = dict(in_dim=WIDTH, dim=16)
+    model = create_mil_model('mamba2d_mil', **args)
+    path = tmp_path / 'best.safetensors'
+    save_file(dict(model.state_dict()), path, dict(model='mamba2d_mil', model_args=json.dumps(args)))
+    return path
+
+
+def colours(path):
+    return len(Image.open(path).convert('RGB').getcolors(1 << 24))
+
+
+class FakeSlide:
+    """openslide's, as far as it is used: a slide of 2,560 x 2,048 pixels, all green."""
+
+    dimensions = (2560, 2048)
+
+    def __init__(self, path):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        pass
+
+    def get_thumbnail(self, size):
+        return Image.new('RGB', (size[0], size[0] * 4 // 5), (0, 200, 0))
+
+
+def test_a_heat_map_lies_on_the_thumbnail(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'openslide', SimpleNamespace(OpenSlide=FakeSlide, OpenSlideError=OSError))
+    write_slide(tmp_path / 's.h5')
+    slide = tmp_path / 's.svs'
+    command = ['wsi-heatmap', checkpoint, tmp_path / 's.h5', '--output', tmp_path / 'map.png', '--slide', slide]
+    assert run(*command) == 0
+    assert f'drawn on the grid: {slide} does not exist' in capsys.readouterr().out.replace('\n', '')
+    grid = Image.open(tmp_path / 'map.png').convert('RGB')
+    slide.touch()
+    assert run(*command) == 0
+    assert f'drawn on the thumbnail of {slide}' in capsys.readouterr().out.replace('\n', '')
+    on_slide = Image.open(tmp_path / 'map.png').convert('RGB')
+    assert dict(map(reversed, on_slide.getcolors(1 << 24))).get((0, 200, 0), 0) > 10_000
+    assert (0, 200, 0) not in dict(map(reversed, grid.getcolors(1 << 24)))
+    monkeypatch.setitem(sys.modules, 'openslide', None)
+    assert run(*command) == 0
+    assert 'drawn on the grid: openslide is not installed' in capsys.readouterr().out.replace('\n', '')
+
+
+@pytest.mark.parametrize(
+    'argv, said',
+    [
+        (['no.safetensors', 's.h5'], 'no.safetensors does not exist'),
+        (['best.safetensors', 'no.h5'], 'FEATURES must be a .h5 or .pt file, got no.h5'),
+        (['best.safetensors', 's.h5', '--output', 'map.svg'], '--output must be a .png file'),
+        (['best.safetensors', 's.h5', '--patch-size', '-1'], '--patch-size must be at least 1, got -1'),
+        (['best.safetensors', 'wide.h5'], 'features must be (n, 6)'),
+        (
+            ['other.safetensors', 's.h5'],
+            'must be the .safetensors file of a training on slides, got one of test_vmamba',
+        ),
+    ],
+)
+def test_bad_arguments_of_the_heat_map(argv, said, checkpoint, tmp_path, capsys, monkeypatch):
+    from safetensors.torch import save_file
+
+    monkeypatch.chdir(tmp_path)
+    write_slide('s.h5')
+    write_slide('wide.h5', torch.randn(PATCHES, 20))
+    save_file(dict(x=torch.ones(1)), 'other.safetensors', dict(model='test_vmamba'))
+    assert main(['wsi-heatmap', *argv]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err and captured.err.count('\n') == 1
+    assert not list(tmp_path.glob('*.png'))
+
+
+PREDICTED = ['case_id', 'risk', 'censorship', 'survival_months']
+
+
+def test_the_log_rank_p_is_the_textbooks(tmp_path, capsys):
+    """Observed less expected events of the group of high risk, with hypergeometric variances."""
+    stats = pytest.importorskip('scipy.stats')
+    months = [4.0, 1.0, 7.0, 3.0, 9.0, 3.0, 8.0, 12.0, 5.0, 6.0]
+    censored = [0, 0, 0, 0, 1, 0, 0, 1, 1, 0]
+    risks = [5, 9, 2, 8, 1, 7, 3, 0, 4, 6]
+    write_table(tmp_path / 'p.csv', PREDICTED, zip('abcdefghij', risks, censored, months, strict=True))
+    difference, variance = 0.0, 0.0
+    for t in sorted({m for m, c in zip(months, censored, strict=True) if not c}):
+        at_risk = [r > 4.5 for r, m in zip(risks, months, strict=True) if m >= t]
+        events = [r > 4.5 for r, m, c in zip(risks, months, censored, strict=True) if m == t and not c]
+        n, high, d = len(at_risk), sum(at_risk), len(events)
+        difference += sum(events) - d * high / n
+        variance += d * high / n * (1 - high / n) * (n - d) / (n - 1) if n > 1 else 0
+    p = stats.chi2.sf(difference**2 / variance, 1)
+    assert run('wsi-km', tmp_path / 'p.csv', '--output', tmp_path / 'km.png') == 0
+    assert f'5 cases of low and 5 of high risk, log-rank p = {p:.3g}' in capsys.readouterr().out.replace('\n', ' ')
+    assert colours(tmp_path / 'km.png') > 50
+
+
+@pytest.mark.parametrize(
+    'header, rows, said',
+    [
+        (['case_id', 'risk'], [], 'must have the columns'),
+        (PREDICTED, [], 'cases of different risks, got 0'),
+        (PREDICTED, [['a', 1, 0, 3], ['b', 1, 0, 4]], 'cases of different risks, got 2 of one'),
+        (PREDICTED, [['a', 1, 0, 3], ['b', 'x', 0, 4]], "row 3, case 'b'"),
+    ],
+)
+def test_bad_predictions_are_named(header, rows, said, tmp_path, capsys):
+    write_table(tmp_path / 'p.csv', header, rows)
+    assert run('wsi-km', tmp_path / 'p.csv', '--output', tmp_path / 'km.png') == 2
+    assert said in capsys.readouterr().err and not (tmp_path / 'km.png').exists()
+
+
+@pytest.mark.parametrize(
+    'argv, said',
+    [
+        (['digits/vmamba_test', '--seeds', '0'], 'whose dataset is a SlideDataset'),
+        (['wsi/classification', '--seeds', '0', '0'], '--seeds must differ'),
+        (['wsi/classification', '--folds', '2'], '--folds must be at least 3'),
+    ],
+)
+def test_bad_arguments_of_repeat(argv, said, tmp_path, capsys):
+    assert run('wsi-repeat', *argv, '--work-dir', tmp_path) == 2
+    assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+# ---- benchmarks ------------------------------------------------------------------------------------------------------
+
+
+def benchmark(task, folder, *arguments):
+    file = folder / 'figures.json'
+    command = [sys.executable, BENCHMARKS / 'synthetic_slides.py', task, '--seeds', '0', '--json', file, *arguments]
+    command += ['--picture', folder / 'picture.png']
+    result = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert colours(folder / 'picture.png') > 50
+    return {row['name']: row for row in json.loads(file.read_text())['rows']}
+
+
+@pytest.mark.slow
+def test_tissues_that_touch_need_the_grid(tmp_path):
+    rows = benchmark('touch', tmp_path, '--networks', '2DMambaMIL', 'mean')
+    assert rows['2DMambaMIL']['test_accuracy'] >= 0.9
+    assert abs(rows['mean']['test_accuracy'] - 0.5) < 0.1
+
+
+@pytest.mark.slow
+def test_survival_with_a_known_risk(tmp_path):
+    rows = benchmark('survival', tmp_path)
+    assert rows['wsi/survival']['test_c_index'] >= 0.75
+    assert rows['wsi/survival_cox']['test_c_index'] >= 0.75
+    assert rows['the log-risk itself']['test_c_index'] >= 0.75
+
+
+@pytest.fixture(scope='module')
+def synthetic():
+    """The script's functions."""
+    spec = importlib.util.spec_from_file_location('synthetic_slides', BENCHMARKS / 'synthetic_slides.py')
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(BENCHMARKS))
+    spec.loader.exec_module(module)
+    sys.path.remove(str(BENCHMARKS))
+    return module
+
+
+def test_the_synthetic_classes_differ_in_nothing_but_the_touch(synthetic):
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        mask, kinds = synthetic.touching(rng, touch=i % 2 == 1)
+        first, second = (kinds == kind for kind in (synthetic.FIRST, synthetic.SECOND))
+        assert first.sum() == second.sum() == 8 and mask[first | second].all()
+        assert (synthetic.neighbours(first) & second).any() == (i % 2 == 1)
+        rows = np.flatnonzero(first.any(1)), np.flatnonzero(second.any(1))
+        above, below = sorted(rows, key=min)
+        assert below.min() == above.max() + 1  # the one begins where the other ends, in both classes
+
+
+def test_the_synthetic_cases_are_in_no_order(synthetic, tmp_path):
+    """Neither of risk nor of time; what the tables hold is not the risk."""
+    import numpy as np
+
+    risks = synthetic.write_survival(tmp_path, dict(train=40, val=10, test=50))
+    slides, problems = read_table(tmp_path / 'survival.csv', 'survival')
+    assert not problems
+    case = {slide.case_id: slide for slide in slides}
+    names = [name for name in risks if case[name].split == 'test']
+    places = np.arange(len(names))
+    assert len(names) == 50
+    assert abs(np.corrcoef(places, [risks[name] for name in names])[0, 1]) < 0.3
+    assert abs(np.corrcoef(places, [case[name].months for name in names])[0, 1]) < 0.3
+    assert 0.2 < np.mean([slide.censored for slide in case.values()]) < 0.6

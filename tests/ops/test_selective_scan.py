@@ -1,0 +1,919 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The selective scan: the reference against the definition and stored numbers, the kernels against the reference."""
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from scan_cases import (
+    HALF,
+    LAYOUTS,
+    NAMES,
+    SUMMED,
+    assert_matches_oracle,
+    convert,
+    describe,
+    draw_case,
+    lay_out,
+    make_case,
+    oracle,
+    random_like,
+    values_and_grads,
+)
+from torch.utils.flop_counter import FlopCounterMode
+
+import vssm
+from vssm.ops import selective_scan, selective_scan_ref, use_reference
+
+PINNED = Path(__file__).parent / 'data' / 'selective_scan.safetensors'
+
+# ---- stored numbers --------------------------------------------------------------------------------------------------
+
+
+def golden_arguments(leaves, options, group, state):
+    """One group of a golden case as arguments of the op, without C one state of it; differentiable views."""
+    batch, D = options['batch'], options['channels_per_group']
+    height, width = options.get('height', 1), options.get('width', options.get('length'))
+    channels = slice(group * D, (group + 1) * D)
+
+    def per_channel(t):  # (batch, K D, L) -> (batch, H, W, D)
+        return t[:, channels].reshape(batch, D, height, width).permute(0, 2, 3, 1)
+
+    def per_state(t):  # (batch, K, N, L) -> (batch, H, W, 1, N)
+        t = t[:, group].reshape(batch, -1, height, width).permute(0, 2, 3, 1).unsqueeze(3)
+        return t if state is None else t[..., state, None]
+
+    A = leaves['A'][channels].unsqueeze(0)
+    return dict(
+        x=per_channel(leaves['u']),
+        dt=per_channel(leaves['delta']).unsqueeze(3),
+        A=A if state is None else A[..., state, None],
+        B=per_state(leaves['B']),
+        C=per_state(leaves['C']) if 'C' in leaves else None,
+        D=leaves['D'][channels].unsqueeze(0) if 'D' in leaves else None,
+        dt_bias=leaves['delta_bias'][channels].unsqueeze(0) if 'delta_bias' in leaves else None,
+    )
+
+
+def test_golden_cases(golden_scan, backend, assert_close):
+    tensors, options = golden_scan
+    if backend.interpreted and tensors['u'][0, 0].numel() * options['groups'] * options['state'] > 600:
+        pytest.skip('too long a walk for the interpreter')
+    value_tolerance, grad_tolerance = (1e-6, 1e-6) if backend.dtype == torch.float64 else (1e-5, 1e-4)
+    leaves = {
+        name: t.detach().to(backend.dtype).requires_grad_()
+        for name, t in tensors.items()
+        if name not in ('y', 'grad_y') and not name.startswith('grad.')
+    }
+    assert options['has_C'] == ('C' in leaves) and options['has_D'] == ('D' in leaves)
+
+    def scan(group, state=None):
+        y = selective_scan(
+            **golden_arguments(leaves, options, group, state),
+            ndim=options['ndim'],
+            orders=(0,),
+            softplus=options['delta_softplus'],
+        )
+        return y.permute(0, 3, 1, 2).flatten(2)  # (batch, H, W, D) -> (batch, D, L)
+
+    groups = range(options['groups'])
+    if options['has_C']:
+        y = torch.cat([scan(group) for group in groups], 1)
+    else:
+        states = range(options['state'])
+        y = torch.cat([torch.stack([scan(group, n) for n in states], 2) for group in groups], 1)
+    assert_close(y, tensors['y'], value_tolerance, 'y')
+    grads = torch.autograd.grad(
+        y, list(leaves.values()), tensors['grad_y'].to(backend.dtype), allow_unused=True, materialize_grads=True
+    )
+    for name, grad in zip(leaves, grads, strict=True):
+        assert_close(grad, tensors[f'grad.{name}'], grad_tolerance, f'gradient of {name}')
+
+
+PINNED_CASES = {
+    '2d-all-low-rank': dict(height=3, width=4, channels=3, states=2, rank=2),
+    '1d-all-low-rank': dict(height=3, width=2, channels=3, states=1, rank=2, ndim=1),
+    '2d-orders-3-1': dict(height=2, width=5, channels=2, states=3, orders=(3, 1), has_D=False),
+    '1d-orders-0-2': dict(height=1, width=6, channels=2, states=1, orders=(0, 2), ndim=1, has_bias=False),
+    '1d-order-2-no-C': dict(height=2, width=4, channels=3, states=1, orders=(2,), ndim=1, has_C=False, has_D=False),
+    '2d-no-softplus': dict(height=3, width=3, channels=2, states=2, orders=(0,), softplus=False, rank=1),
+    '2d-large-steps': dict(height=3, width=2, channels=2, states=1, large_steps=True),
+}
+
+
+def write_pinned():
+    """Recompute tests/data: inputs in float32, the float64 reference's y and gradients for a random gradient of y."""
+    tensors, metadata = {}, {}
+    for name, sizes in PINNED_CASES.items():
+        inputs, options = make_case(**sizes, batch=1, dtype=torch.float32)
+        grad_y = random_like(inputs['x'])
+        y, grads = values_and_grads(convert(inputs, torch.float64), options, grad_y.double(), selective_scan_ref)
+        tensors |= {f'{name}.{n}': t.contiguous() for n, t in inputs.items() if t is not None}
+        tensors |= {f'{name}.grad.{n}': t.contiguous() for n, t in grads.items()}
+        tensors |= {f'{name}.y': y, f'{name}.grad_y': grad_y}
+        metadata[name] = json.dumps(options)
+    PINNED.write_bytes(save(tensors, metadata=metadata))
+
+
+def read_pinned(name):
+    with safe_open(PINNED, 'pt') as f:
+        tensors = {n.removeprefix(f'{name}.'): f.get_tensor(n) for n in f.keys() if n.startswith(f'{name}.')}
+        return tensors, json.loads(f.metadata()[name])
+
+
+@pytest.mark.parametrize('name', PINNED_CASES)
+def test_pinned_cases(name, backend, assert_close):
+    """Parity for a clone without the golden files."""
+    stored, options = read_pinned(name)
+    inputs = {n: stored[n].to(backend.dtype) if n in stored else None for n in NAMES}
+    y, grads = values_and_grads(inputs, options, stored['grad_y'].to(backend.dtype))
+    # In float64 another machine's exp and sums differ by a few roundings; in float32 as for the golden cases.
+    value_tolerance, grad_tolerance = (1e-12, 1e-12) if backend.dtype == torch.float64 else (1e-5, 1e-4)
+    assert_close(y, stored['y'], value_tolerance, 'y')
+    for n, grad in grads.items():
+        assert_close(grad, stored[f'grad.{n}'], grad_tolerance, f'gradient of {n}')
+
+
+# ---- the definition, in plain loops ----------------------------------------------------------------------------------
+
+
+def walk(order, height, width):
+    """The positions of a walk, as a list over its outer axis of lists over its inner axis."""
+    if order in (0, 2):
+        lines = [[(r, c) for c in range(width)] for r in range(height)]
+    else:
+        lines = [[(r, c) for r in range(height)] for c in range(width)]
+    if order >= 2:
+        lines = [line[::-1] for line in lines[::-1]]
+    return lines
+
+
+def scan_in_loops(x, dt, A, B, C, D, dt_bias, *, dt_weight, ndim, orders, softplus):
+    """The definition, one number at a time."""
+    batch, height, width, channels = x.shape
+    states = A.shape[2]
+    x_, dt_, A_, B_ = x.tolist(), dt.tolist(), A.tolist(), B.tolist()
+    y = torch.zeros(x.shape, dtype=torch.float64)
+
+    def step(n, r, c, k, e):
+        if dt_weight is None:
+            v = dt_[n][r][c][k][e]
+        else:
+            v = sum(float(w) * low for w, low in zip(dt_weight[k, e], dt_[n][r][c][k], strict=True))
+        if dt_bias is not None:
+            v += float(dt_bias[k, e])
+        if not softplus or v > 20:
+            return v
+        return math.log1p(math.exp(v))
+
+    for n, (k, order), e, s in itertools.product(range(batch), enumerate(orders), range(channels), range(states)):
+        lines = walk(order, height, width)
+        a, b = {}, {}
+        for r, c in itertools.chain(*lines):
+            d = step(n, r, c, k, e)
+            a[r, c] = math.exp(d * A_[k][e][s])
+            b[r, c] = d * B_[n][r][c][k][s] * x_[n][r][c][e]
+        h = {}
+        if ndim == 1:
+            last = 0.0
+            for p in itertools.chain(*lines):
+                last = h[p] = a[p] * last + b[p]
+        else:
+            above = dict.fromkeys(range(len(lines[0])), 0.0)  # h of the outer axis's previous line
+            for line in lines:
+                g = 0.0
+                for j, p in enumerate(line):
+                    g = a[p] * g + b[p]
+                    above[j] = h[p] = a[p] * above[j] + g
+        for (r, c), value in h.items():
+            y[n, r, c, e] += value if C is None else float(C[n, r, c, k, s]) * value
+            if D is not None and s == 0:
+                y[n, r, c, e] += float(D[k, e]) * x_[n][r][c][e]
+    return y
+
+
+LOOP_CASES = {
+    **{f'{ndim}d-order-{k}': dict(ndim=ndim, orders=(k,)) for ndim in (1, 2) for k in range(4)},
+    **{
+        f'{ndim}d-order-{k}-no-C': dict(ndim=ndim, orders=(k,), states=1, has_C=False, has_D=False)
+        for ndim in (1, 2)
+        for k in (0, 3)
+    },
+    '2d-all': dict(),
+    '1d-all': dict(ndim=1),
+    '2d-low-rank': dict(rank=3),
+    '1d-orders-3-0-low-rank': dict(ndim=1, orders=(3, 0), rank=2, has_bias=False),
+    '2d-no-softplus-no-D': dict(softplus=False, has_D=False),
+    '2d-large-steps': dict(large_steps=True),
+    '2d-one-row': dict(height=1, width=7),
+    '2d-one-column': dict(height=7, width=1),
+}
+
+
+@pytest.mark.parametrize('case', LOOP_CASES.values(), ids=LOOP_CASES)
+def test_reference_is_the_definition(case, assert_close):
+    tensors, options = make_case(**{**dict(batch=2, height=3, width=4, channels=2), **case})
+    expected = scan_in_loops(**tensors, **options)
+    assert_close(selective_scan_ref(**tensors, **options), expected, 1e-13, 'y')
+
+
+@pytest.mark.parametrize('order', range(4))
+def test_one_row_makes_both_scans_equal(backend, order, assert_close):
+    tensors, options = make_case(height=1, width=9, orders=(order,), rank=2, dtype=backend.dtype)
+    if order in (1, 3):  # whose inner axis is the map's height
+        for name in ('x', 'dt', 'B', 'C'):
+            tensors[name] = tensors[name].transpose(1, 2)
+    grad_y = random_like(tensors['x'])
+    y1, grads1 = values_and_grads(tensors, {**options, 'ndim': 1}, grad_y)
+    y2, grads2 = values_and_grads(tensors, {**options, 'ndim': 2}, grad_y)
+    tolerance = 1e-13 if backend.dtype == torch.float64 else 2e-6
+    assert_close(y1, y2, tolerance, 'y')
+    for name in grads1:
+        assert_close(grads1[name], grads2[name], 5 * tolerance, f'gradient of {name}')
+
+
+def assert_same(first, second, dtype, assert_close):
+    """Two ways to write the same thing: y and gradients agree to a few roundings."""
+    tolerance = 1e-12 if dtype == torch.float64 else 5e-6
+    assert_close(first[0], second[0], tolerance, 'y')
+    assert first[1].keys() == second[1].keys()
+    for name in first[1]:
+        assert_close(first[1][name], second[1][name], 5 * tolerance, f'gradient of {name}')
+
+
+@pytest.mark.parametrize('ndim', (1, 2))
+@pytest.mark.parametrize('order', (1, 2, 3))
+def test_orders_are_transposes_and_flips(backend, ndim, order, assert_close):
+    case = make_case(1, height=5, width=3, channels=19, ndim=ndim, orders=(order,), rank=2, dtype=backend.dtype)
+    tensors, options = case
+    grad_y = random_like(tensors['x'])
+
+    def rewritten(x, dt, A, B, C, *args, orders, **kwargs):
+        def there(t):
+            t = t.transpose(1, 2) if order in (1, 3) else t
+            return t.flip((1, 2)) if order >= 2 else t
+
+        def back(t):
+            t = t.flip((1, 2)) if order >= 2 else t
+            return t.transpose(1, 2) if order in (1, 3) else t
+
+        return back(selective_scan(there(x), there(dt), A, there(B), there(C), *args, orders=(0,), **kwargs))
+
+    assert_same(
+        values_and_grads(tensors, options, grad_y),
+        values_and_grads(tensors, options, grad_y, rewritten),
+        backend.dtype,
+        assert_close,
+    )
+
+
+@pytest.mark.parametrize('ndim', (1, 2))
+@pytest.mark.parametrize('orders', ((0, 1, 2, 3), (3, 1, 0, 2), (2, 1), (0, 3)), ids=lambda o: '-'.join(map(str, o)))
+def test_walks_are_summed(backend, ndim, orders, assert_close):
+    tensors, options = make_case(
+        1, height=5, width=3, channels=19, ndim=ndim, orders=orders, rank=2, dtype=backend.dtype
+    )
+    grad_y = random_like(tensors['x'])
+
+    def rewritten(x, dt, A, B, C, D, dt_bias, *, dt_weight, orders, **kwargs):
+        return sum(
+            selective_scan(
+                x,
+                dt[..., k : k + 1, :],
+                A[k : k + 1],
+                B[..., k : k + 1, :],
+                C[..., k : k + 1, :],
+                D[k : k + 1],
+                dt_bias[k : k + 1],
+                dt_weight=dt_weight[k : k + 1],
+                orders=(order,),
+                **kwargs,
+            )
+            for k, order in enumerate(orders)
+        )
+
+    assert_same(
+        values_and_grads(tensors, options, grad_y),
+        values_and_grads(tensors, options, grad_y, lambda **kwargs: rewritten(**kwargs)),
+        backend.dtype,
+        assert_close,
+    )
+
+
+@pytest.mark.parametrize('ndim', (1, 2))
+@pytest.mark.parametrize('rank', (1, 3, 17))
+def test_low_rank_steps_are_a_matrix_product(backend, ndim, rank, assert_close):
+    tensors, options = make_case(1, height=5, width=3, channels=19, ndim=ndim, rank=rank, dtype=backend.dtype)
+    grad_y = random_like(tensors['x'])
+
+    def rewritten(x, dt, *args, dt_weight, **kwargs):
+        dt = torch.matmul(dt_weight, dt.unsqueeze(-1)).squeeze(-1)  # (K, E, R) @ (batch, H, W, K, R, 1)
+        return selective_scan(x, dt, *args, **kwargs)
+
+    def by_position(x, dt, A, B, C, D, dt_bias, **kwargs):
+        return rewritten(x, dt, A, B, C, D, dt_bias, **kwargs)
+
+    assert_same(
+        values_and_grads(tensors, options, grad_y),
+        values_and_grads(tensors, options, grad_y, by_position),
+        backend.dtype,
+        assert_close,
+    )
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+
+GRADIENT_CASES = {
+    '2d-all-low-rank': dict(rank=2),
+    '1d-all-low-rank': dict(rank=2, ndim=1),
+    '2d-orders-3-1': dict(orders=(3, 1), has_D=False),
+    '1d-order-2-no-softplus': dict(orders=(2,), ndim=1, softplus=False, has_bias=False),
+    '1d-no-C': dict(orders=(0,), ndim=1, states=1, has_C=False, has_D=False),
+    '2d-no-C': dict(orders=(1,), states=1, has_C=False, has_D=False, rank=1),
+}
+
+
+@pytest.mark.parametrize('reference', (True, False), ids=('reference', 'kernel'))
+@pytest.mark.parametrize('case', GRADIENT_CASES.values(), ids=GRADIENT_CASES)
+def test_gradcheck(case, reference):
+    tensors, options = make_case(**{**dict(batch=1, height=2, width=3, channels=2), **case})
+    present = {name: t.requires_grad_() for name, t in tensors.items() if t is not None}
+
+    def scan(*args):
+        return selective_scan(**{**tensors, **dict(zip(present, args, strict=True))}, **options)
+
+    with use_reference(reference):
+        assert torch.autograd.gradcheck(scan, tuple(present.values()))
+
+
+@pytest.mark.parametrize('wanted', (*NAMES, ('x', 'A'), ('dt', 'dt_weight', 'C')), ids=str)
+def test_any_subset_of_inputs_may_need_a_gradient(wanted):
+    wanted = (wanted,) if isinstance(wanted, str) else wanted
+    tensors, options = make_case(rank=2, dtype=torch.float32)
+    grad_y = random_like(tensors['x'])
+    _, expected = values_and_grads(tensors, options, grad_y)
+    leaves = {name: tensors[name].detach().requires_grad_() for name in wanted}
+    selective_scan(**{**tensors, **leaves}, **options).backward(grad_y)
+    for name, leaf in leaves.items():
+        assert torch.equal(leaf.grad, expected[name]), name
+
+
+@pytest.mark.parametrize('mode', (torch.no_grad, torch.inference_mode), ids=('no_grad', 'inference_mode'))
+def test_without_gradients(mode):
+    tensors, options = make_case(rank=2, dtype=torch.float32)
+    expected = selective_scan(**tensors, **options)
+    leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
+    with mode():
+        y = selective_scan(**leaves, **options)
+    assert not y.requires_grad and torch.equal(y, expected)
+
+
+def test_second_derivative_is_refused():
+    tensors, options = make_case(rank=2, dtype=torch.float32)
+    x = tensors['x'].requires_grad_()
+    (grad,) = torch.autograd.grad(selective_scan(**tensors, **options).square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match='second derivative.*use_reference'):
+        grad.sum().backward()
+
+
+def test_reference_has_a_second_derivative():
+    tensors, options = make_case(batch=1, height=2, width=2, channels=1, states=1, rank=1)
+    leaves = {name: t.requires_grad_() for name, t in tensors.items()}
+
+    def scan(*args):
+        return selective_scan(**dict(zip(leaves, args, strict=True)), **options)
+
+    with use_reference():
+        assert torch.autograd.gradgradcheck(scan, tuple(leaves.values()))
+
+
+# ---- the operator ----------------------------------------------------------------------------------------------------
+
+OPERATOR_CASES = {
+    '2d-all': dict(rank=2),
+    '1d-two-full-rank': dict(ndim=1, orders=(1, 2), has_D=False, has_bias=False),
+    '1d-no-C': dict(ndim=1, orders=(0,), states=1, has_C=False, has_D=False),
+    '2d-no-softplus': dict(orders=(3,), softplus=False),
+}
+
+
+def operator_arguments(case, dtype, requires_grad):
+    tensors, options = make_case(batch=1, height=2, width=3, **case, dtype=torch.float32)
+    for name in ('x', 'dt', 'B', 'C'):
+        tensors[name] = None if tensors[name] is None else tensors[name].to(dtype)
+    for t in tensors.values():
+        if t is not None:
+            t.requires_grad_(requires_grad)
+    return (*tensors.values(), options['ndim'], list(options['orders']), options['softplus'])
+
+
+@pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16), ids=('float32', 'bfloat16'))
+@pytest.mark.parametrize('case', OPERATOR_CASES.values(), ids=OPERATOR_CASES)
+def test_opcheck(case, dtype, kernel_path):
+    torch.library.opcheck(torch.ops.vssm.selective_scan.default, operator_arguments(case, dtype, True))
+
+
+@pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16), ids=('float32', 'bfloat16'))
+@pytest.mark.parametrize('case', OPERATOR_CASES.values(), ids=OPERATOR_CASES)
+def test_opcheck_backward(case, dtype, kernel_path):
+    args = operator_arguments(case, dtype, False)
+    grad_y = random_like(args[0])
+    torch.library.opcheck(torch.ops.vssm.selective_scan_backward.default, (grad_y, *args))
+
+
+def test_vmap():
+    tensors, options = make_case(rank=2, dtype=torch.float32)
+    xs = torch.stack([tensors['x'], 2 * tensors['x'], -tensors['x']])
+
+    def scan(x):
+        return selective_scan(**{**tensors, 'x': x}, **options)
+
+    assert torch.equal(torch.vmap(scan)(xs), torch.stack([scan(x) for x in xs]))
+
+
+@pytest.mark.parametrize('path', ('avx1024', 'AVX2', 'sse'))
+def test_unknown_cpu_capability(path, monkeypatch):
+    tensors, options = make_case(dtype=torch.float32)
+    monkeypatch.setenv('VSSM_CPU_CAPABILITY', path)
+    with pytest.raises(RuntimeError, match=f'VSSM_CPU_CAPABILITY.*{path}'):
+        selective_scan(**tensors, **options)
+    with pytest.raises(RuntimeError, match=f'VSSM_CPU_CAPABILITY.*{path}'):
+        torch.ops.vssm.cpu_capability()
+
+
+def test_cpu_capability_is_read_on_every_call(cpu_paths):
+    paths, capability = cpu_paths
+    assert paths[-1] == 'portable'
+    for path in paths:
+        with capability(path):
+            assert torch.ops.vssm.cpu_capability() == path
+    with capability(None):
+        assert torch.ops.vssm.cpu_capability() == paths[0]
+
+
+class CountingScan:
+    """Stands in for the reference and counts its calls."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        return selective_scan_ref(*args, **kwargs)
+
+
+@pytest.fixture
+def counted_reference(monkeypatch):
+    counter = CountingScan()
+    # By the module's name: as an attribute, `vssm.ops.selective_scan` is the function.
+    monkeypatch.setattr(sys.modules['vssm.ops.scan.op'], 'selective_scan_ref', counter)
+    return counter
+
+
+def test_use_reference_selects_nests_and_restores(counted_reference):
+    tensors, options = make_case(dtype=torch.float32)
+
+    def uses_reference():
+        before = counted_reference.calls
+        selective_scan(**tensors, **options)
+        return counted_reference.calls > before
+
+    with use_reference(False):
+        assert not uses_reference()
+        with use_reference():
+            assert uses_reference()
+            with use_reference(False):
+                assert not uses_reference()
+            assert uses_reference()
+            with pytest.raises(KeyError), use_reference(False):
+                raise KeyError
+            assert uses_reference()
+        assert not uses_reference()
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit.*:DeprecationWarning')
+def test_use_reference_holds_while_tracing(counted_reference):
+    tensors, options = make_case(height=2, width=2, dtype=torch.float32)
+    with use_reference():
+        torch.jit.trace(lambda x: selective_scan(**{**tensors, 'x': x}, **options), tensors['x'], check_trace=False)
+    assert counted_reference.calls == 1
+
+
+def test_use_reference_on_the_meta_device():
+    tensors, options = make_case(dtype=torch.float32)
+    with use_reference():
+        y = selective_scan(**{name: t.to('meta') for name, t in tensors.items() if t is not None}, **options)
+    assert y.is_meta and y.shape == tensors['x'].shape
+
+
+def test_environment_variable_selects_the_reference():
+    script = 'import sys, torch, vssm.ops; print(sys.modules["vssm.ops.backend"].uses_reference(torch.empty(1)))'
+    result = subprocess.run(
+        [sys.executable, '-c', script],
+        env={**os.environ, 'VSSM_REFERENCE': '1'},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.strip() == 'True'
+
+
+# ---- autocast and FLOPs ----------------------------------------------------------------------------------------------
+
+
+def autocast_case(dtype=torch.float32):
+    tensors, options = make_case(height=9, width=8, channels=19, rank=2, dtype=dtype)
+    for name, t in tensors.items():  # or casting it would not be seen
+        assert not torch.equal(t, t.bfloat16().to(dtype)), name
+    return tensors, options
+
+
+@pytest.mark.parametrize('dtype', HALF, ids=('bfloat16', 'float16'))
+@pytest.mark.parametrize('reference', [False, True], ids=['kernel', 'reference'])
+def test_autocast_casts_x_dt_B_C_alone(dtype, reference):
+    tensors, options = autocast_case()
+    with use_reference(reference):
+        expected = selective_scan(
+            **{name: t.to(dtype) if name in ('x', 'dt', 'B', 'C') else t for name, t in tensors.items()}, **options
+        )
+        with torch.autocast('cpu', dtype):
+            y = selective_scan(**tensors, **options)
+        assert y.dtype == dtype and torch.equal(y, expected)
+        for name in SUMMED:  # rounding one of these as well would change the result
+            rounded = {n: t.to(dtype) if n in ('x', 'dt', 'B', 'C', name) else t for n, t in tensors.items()}
+            assert not torch.equal(selective_scan(**rounded, **options), expected), name
+
+
+def test_reference_gives_every_input_a_gradient():
+    """On one position, too, where no decay has anything to act on."""
+    tensors, options = make_case(1, 1, 1, 3, rank=2)
+    leaves = {name: t.requires_grad_() for name, t in tensors.items()}
+    selective_scan_ref(**leaves, **options).sum().backward()
+    assert [name for name, t in leaves.items() if t.grad is None] == []
+
+
+def test_autocast_returns_gradients_in_the_inputs_dtypes(assert_close):
+    tensors, options = autocast_case()
+    _, expected = values_and_grads(tensors, options, random_like(tensors['x']))
+    with torch.autocast('cpu', torch.bfloat16):
+        _, grads = values_and_grads(tensors, options, random_like(tensors['x']).bfloat16())
+    for name, grad in grads.items():
+        assert grad.dtype == torch.float32
+        assert_close(grad, expected[name], 2e-2, f'gradient of {name}')
+
+
+def test_autocast_leaves_float64_alone():
+    tensors, options = autocast_case(torch.float64)
+    expected = selective_scan(**tensors, **options)
+    with torch.autocast('cpu', torch.bfloat16):
+        y = selective_scan(**tensors, **options)
+    assert torch.equal(y, expected)
+
+
+class Scan(torch.nn.Module):
+    """The op as a module of tensors alone, as a tracer wants it."""
+
+    def __init__(self, names, options):
+        super().__init__()
+        self.names, self.options = names, options
+
+    def forward(self, *args):
+        return selective_scan(**dict(zip(self.names, args, strict=True)), **self.options)
+
+
+# Positions x orders x channels, then multiply-accumulates for each of them.
+FLOP_CASES = {
+    '2d-low-rank': (dict(rank=3), (2 * 3 * 4) * 4 * 5 * (15 * 2 + 1 + 3)),
+    '1d-low-rank': (dict(rank=3, ndim=1), (2 * 3 * 4) * 4 * 5 * (9 * 2 + 1 + 3)),
+    '2d-no-D': (dict(orders=(1, 3), has_D=False, states=16), (2 * 3 * 4) * 2 * 5 * (15 * 16)),
+    '1d-no-C': (dict(orders=(0,), ndim=1, states=1, has_C=False, has_D=False), (2 * 3 * 4) * 1 * 5 * 7),
+    '2d-no-C': (dict(orders=(2,), states=1, has_C=False, has_D=False, rank=1), (2 * 3 * 4) * 1 * 5 * (13 + 1)),
+}
+
+
+@pytest.mark.parametrize('case, macs', FLOP_CASES.values(), ids=FLOP_CASES)
+def test_flop_counter(case, macs):
+    tensors, options = make_case(**case, dtype=torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        selective_scan(**tensors, **options)
+    assert counter.get_total_flops() == 2 * macs
+    with FlopCounterMode(display=False) as counter:  # the backward pass counts twice the forward
+        values_and_grads(tensors, options, random_like(tensors['x']))
+    assert counter.get_total_flops() == 6 * macs
+
+
+@pytest.mark.parametrize('case, macs', FLOP_CASES.values(), ids=FLOP_CASES)
+def test_fvcore(case, macs):
+    from fvcore.nn import FlopCountAnalysis
+
+    tensors, options = make_case(**case, dtype=torch.float32)
+    present = {name: t for name, t in tensors.items() if t is not None}
+    analysis = FlopCountAnalysis(Scan(list(present), options), tuple(present.values()))
+    analysis.set_op_handle('vssm::selective_scan', vssm.ops.selective_scan_fvcore_macs)
+    assert analysis.total() == macs
+    assert not analysis.unsupported_ops()
+
+
+# ---- kernels against the reference -----------------------------------------------------------------------------------
+
+
+def test_random_cases(draw, cpu_paths):
+    """Every CPU path against the float64 reference; `pytest --draws N` runs N of them."""
+    tensors, options, grad_y = draw_case(draw)
+    expected = oracle(tensors, options, grad_y)
+    paths, capability = cpu_paths
+    for path in paths if tensors['x'].dtype != torch.float64 else paths[:1]:
+        with capability(path):
+            actual = values_and_grads(tensors, options, grad_y)
+        what = f'draw {draw} on {path}, {describe(tensors, options)}'
+        assert_matches_oracle(actual, expected, tensors, options, grad_y, what)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize('seed', range(16), ids='draw{}'.format)
+def test_random_cases_in_triton(seed, triton_path, interpreted):
+    tensors, options, grad_y = draw_case(seed, elements=(100, 400, 1_000) if interpreted else (3_000, 100_000))
+    if tensors['x'].dtype == torch.float64:
+        pytest.skip('the reference computes in float64 on CUDA')
+    expected = oracle(tensors, options, grad_y)
+    actual = values_and_grads(tensors, options, grad_y)
+    assert_matches_oracle(actual, expected, tensors, options, grad_y, f'draw {seed}, {describe(tensors, options)}')
+
+
+FIXED_CASES = {
+    'B1-1x1-E1-N1': dict(batch=1, height=1, width=1, channels=1, states=1),
+    'B3-1x1-E17-N2': dict(batch=3, height=1, width=1, channels=17, rank=2),
+    'B1-1x37-E33': dict(batch=1, height=1, width=37, channels=33, rank=3),
+    'B1-37x1-E33': dict(batch=1, height=37, width=1, channels=33, rank=3),
+    'B1-37x1-E33-1d': dict(batch=1, height=37, width=1, channels=33, rank=3, ndim=1),
+    'B2-7x13-E31-N1-R2': dict(batch=2, height=7, width=13, channels=31, states=1, rank=2),
+    'B2-7x13-E31-N1-R2-1d': dict(batch=2, height=7, width=13, channels=31, states=1, rank=2, ndim=1),
+    'B1-56x56-E24-N1-R6': dict(batch=1, height=56, width=56, channels=24, states=1, rank=6),
+    'B1-14x14-E192-N1-R24': dict(batch=1, height=14, width=14, channels=192, states=1, rank=24),
+    'B1-7x7-E768-N1-R48': dict(batch=1, height=7, width=7, channels=768, states=1, rank=48),
+    'B1-3x3-E1100-N1-R2': dict(batch=1, channels=1100, width=3, states=1, rank=2),
+    'B1-65x9-E16-N3': dict(batch=1, height=65, width=9, channels=16, states=3, rank=1),
+    'B1-9x130-E16-N3': dict(batch=1, height=9, width=130, channels=16, states=3),
+    'B1-5x6-E9-N64': dict(batch=1, height=5, width=6, channels=9, states=64, rank=4),
+    'B1-5x6-E20-N33-1d': dict(batch=1, height=5, width=6, channels=20, states=33, ndim=1),
+    'B1-1x5000-E5-N1-1d': dict(batch=1, height=1, width=5000, channels=5, states=1, ndim=1, orders=(0,), rank=1),
+    'B1-1x5000-E5-N1-reversed': dict(batch=1, height=1, width=5000, channels=5, states=1, ndim=1, orders=(2,)),
+    'B1-400x3-E7-N2': dict(batch=1, height=400, width=3, channels=7, states=2, rank=2),
+    'B1-3x400-E7-N2': dict(batch=1, height=3, width=400, channels=7, states=2, rank=2),
+    # Maps that the backward pass redoes in bands, on every path.
+    'B1-90x100-E3-N2-R2': dict(batch=1, height=90, width=100, channels=3, states=2, rank=2),
+    'B1-33x530-E3-N1': dict(batch=1, height=33, width=530, channels=3, states=1, orders=(0, 3)),
+    'B1-72x100-E3-N2-1d': dict(batch=1, height=72, width=100, channels=3, states=2, ndim=1, orders=(1, 2)),
+    # Batches and widths that it cuts into groups.
+    'B40-2x3-E5-N1': dict(batch=40, height=2, width=3, channels=5, states=1, rank=1),
+    'B70-2x3-E37-N1': dict(batch=70, height=2, width=3, channels=37, states=1, rank=1),
+    'B2-20x20-E21-no-C': dict(
+        batch=2, height=20, width=20, channels=21, states=1, orders=(0,), ndim=1, has_C=False, has_D=False
+    ),
+    'B2-9x9-E21-large-steps': dict(batch=2, height=9, width=9, channels=21, states=2, large_steps=True, rank=3),
+}
+
+
+@pytest.mark.parametrize('case', FIXED_CASES.values(), ids=FIXED_CASES)
+def test_fixed_cases(case, cpu_paths):
+    """Shapes at the edges of the kernels' blocks: vectors, chunks of a row, bands of rows, many states."""
+    tensors, options = make_case(**case, dtype=torch.float32)
+    grad_y = random_like(tensors['x'])
+    expected = oracle(tensors, options, grad_y)
+    paths, capability = cpu_paths
+    for path in paths:
+        with capability(path):
+            actual = values_and_grads(tensors, options, grad_y)
+        assert_matches_oracle(actual, expected, tensors, options, grad_y, path)
+    tensors, grad_y = convert(tensors, torch.float64), grad_y.double()  # one code, whatever the path
+    actual = values_and_grads(tensors, options, grad_y)
+    assert_matches_oracle(actual, expected, tensors, options, grad_y, 'float64')
+
+
+@pytest.mark.parametrize('ndim', (1, 2))
+@pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16), ids=('float32', 'bfloat16'))
+def test_any_number_of_threads_gives_the_same_bits(ndim, dtype, cpu_path):
+    tensors, options = make_case(batch=3, height=20, width=21, channels=100, rank=6, ndim=ndim, dtype=dtype)
+    grad_y = random_like(tensors['x'])
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(values_and_grads(tensors, options, grad_y))
+    finally:
+        torch.set_num_threads(before)
+    y, grads = results[0]
+    for other_y, other_grads in results[1:]:
+        assert torch.equal(y, other_y)
+        for name, grad in grads.items():
+            assert torch.equal(grad, other_grads[name]), name
+
+
+def test_output_is_contiguous_whatever_the_strides(kernel_path):
+    tensors, options = make_case(2, 2, 2, channels=19, rank=2, orders=(1, 2), dtype=torch.float32)
+    expected = selective_scan(**tensors, **options)
+    for layout in LAYOUTS:
+        y = selective_scan(**{name: lay_out(t, layout) for name, t in tensors.items()}, **options)
+        assert y.is_contiguous() and torch.equal(y, expected), layout
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+MAPS = {'x': 4, 'dt': 5, 'A': 3, 'B': 5, 'C': 5, 'D': 2, 'dt_bias': 2, 'dt_weight': 3}  # axes of each argument
+
+
+def assert_refused(tensors, options, *parts):
+    """A ValueError whose message has every part, from the reference too."""
+    for reference in (False, True):
+        with use_reference(reference), pytest.raises(ValueError) as error:
+            selective_scan(**tensors, **options)
+        message = str(error.value)
+        assert message.startswith('selective_scan: '), message
+        for part in parts:
+            assert str(part) in message, f'{part!r} not in {message!r}'
+
+
+def bad_case(**kwargs):
+    return make_case(**{**dict(rank=3, dtype=torch.float32), **kwargs})
+
+
+@pytest.mark.parametrize('more', (True, False), ids=('one-axis-more', 'one-axis-less'))
+@pytest.mark.parametrize('name', NAMES)
+def test_wrong_rank(name, more):
+    tensors, options = bad_case()
+    tensors[name] = tensors[name].unsqueeze(0) if more else tensors[name][0]
+    assert tensors[name].dim() != MAPS[name]
+    assert_refused(tensors, options, f'{name} must be (', f'got {tuple(tensors[name].shape)}')
+
+
+# Which argument the message blames where an axis of `name` has one element more: the sizes come from x, the ranks from
+# dt_weight and the states from A.
+BLAMED = {('x', axis): 'dt' for axis in (0, 1, 2)} | {('x', 3): 'A', ('A', 2): 'B', ('dt_weight', 2): 'dt'}
+
+
+@pytest.mark.parametrize('name, axis', [(name, axis) for name, axes in MAPS.items() for axis in range(axes)])
+def test_mismatched_size(name, axis):
+    tensors, options = bad_case()
+    t = tensors[name]
+    tensors[name] = torch.cat([t, t.narrow(axis, 0, 1)], axis)
+    blamed = BLAMED.get((name, axis), name)
+    assert_refused(tensors, options, f'{blamed} must be (', f'got {tuple(tensors[blamed].shape)}')
+
+
+@pytest.mark.parametrize('name, axis', [('dt', 4), ('dt_bias', 1)])
+def test_mismatched_size_of_full_steps(name, axis):
+    tensors, options = bad_case(rank=None)
+    tensors[name] = tensors[name].narrow(axis, 0, 4)
+    assert_refused(tensors, options, f'{name} must be (', f'got {tuple(tensors[name].shape)}')
+
+
+@pytest.mark.parametrize(
+    'size, blamed',
+    [
+        ('batch', 'x'),
+        ('height', 'x'),
+        ('width', 'x'),
+        ('channels', 'x'),
+        ('states', 'A'),
+        ('rank', 'dt'),
+    ],
+)
+def test_empty_input(size, blamed):
+    tensors, options = bad_case(rank=3)
+    axes = {'batch': 0, 'height': 1, 'width': 2}
+    if size in axes:
+        for name in ('x', 'dt', 'B', 'C'):
+            tensors[name] = tensors[name].narrow(axes[size], 0, 0)
+    elif size == 'channels':
+        for name, axis in dict(x=3, A=1, D=1, dt_bias=1, dt_weight=1).items():
+            tensors[name] = tensors[name].narrow(axis, 0, 0)
+    else:
+        for name in ('A', 'B', 'C') if size == 'states' else ('dt', 'dt_weight'):
+            tensors[name] = tensors[name][..., :0]
+    assert_refused(tensors, options, f'{blamed} must not be empty', f'got {tuple(tensors[blamed].shape)}')
+
+
+@pytest.mark.parametrize('dtype', (torch.int64, torch.bool, torch.complex64), ids=str)
+@pytest.mark.parametrize('name', NAMES)
+def test_dtype_that_is_not_floating(name, dtype):
+    tensors, options = bad_case()
+    tensors[name] = tensors[name].to(dtype)
+    assert_refused(tensors, options, f'{name} must have a floating dtype', f'got {dtype}')
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_tensors_on_two_devices(name):
+    tensors, options = bad_case()
+    tensors[name] = tensors[name].to('meta')
+    blamed, place, other = (name, 'cpu', 'meta') if name != 'x' else ('dt', 'meta', 'cpu')
+    assert_refused(tensors, options, f'{blamed} must be on the device of x, {place}, got {other}')
+
+
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('value', ([[1.0]], 1.0), ids=('list', 'float'))
+def test_argument_that_is_no_tensor(name, value):
+    tensors, options = bad_case()
+    tensors[name] = value
+    assert_refused(tensors, options, f'{name} must be a tensor, got {type(value).__name__}')
+
+
+@pytest.mark.parametrize('name', ('x', 'dt', 'A', 'B'))
+def test_required_argument_is_missing(name):
+    tensors, options = bad_case()
+    tensors[name] = None
+    assert_refused(tensors, options, f'{name} must be a tensor, got NoneType')
+
+
+@pytest.mark.parametrize(
+    'case, got',
+    [
+        (dict(orders=(0,), states=2, has_D=False), 'K = 1, N = 2, D absent'),
+        (dict(orders=(0, 1), states=1, has_D=False), 'K = 2, N = 1, D absent'),
+        (dict(orders=(0,), states=1, has_D=True), 'K = 1, N = 1, D given'),
+    ],
+    ids=('two-states', 'two-orders', 'D'),
+)
+def test_what_needs_C(case, got):
+    tensors, options = bad_case(**case)
+    tensors['C'] = None
+    assert_refused(tensors, options, 'without C', got)
+
+
+@pytest.mark.parametrize(
+    'orders', ((), (0, 1, 2), (0, 0), (0, 1, 2, 2), (4,), (-1,), (0, 1, 2, 3, 0), (0, 5), (0.0,), 0, '0'), ids=repr
+)
+def test_bad_orders(orders):
+    tensors, options = bad_case()
+    assert_refused(tensors, {**options, 'orders': orders}, 'orders must be', f'got {orders!r}')
+
+
+@pytest.mark.parametrize('ndim', (0, 3, '2', None))
+def test_bad_ndim(ndim):
+    tensors, options = bad_case()
+    assert_refused(tensors, {**options, 'ndim': ndim}, 'ndim must be 1 or 2', f'got {ndim!r}')
+
+
+def test_op_itself_refuses_states_without_C():
+    """Called past the public function's checks, it would read beyond its arguments."""
+    tensors, options = bad_case()
+    tensors['C'] = tensors['D'] = None
+    with pytest.raises(RuntimeError, match='without C'):
+        torch.ops.vssm.selective_scan(*tensors.values(), 2, [0, 1, 2, 3], True)
+
+
+@pytest.mark.parametrize('device', ('mps', 'xpu'))
+def test_device_without_a_kernel(device):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    tensors, options = bad_case()
+    with FakeTensorMode():
+        tensors = {name: torch.empty(t.shape, device=device) for name, t in tensors.items()}
+        with pytest.raises(NotImplementedError, match=f'{device!r}.*use_reference.*VSSM_REFERENCE'):
+            selective_scan(**tensors, **options)
+
+
+def test_meta_tensors_give_shapes():
+    tensors, options = bad_case(batch=3)
+    y = selective_scan(**{name: t.to('meta') for name, t in tensors.items()}, **options)
+    assert y.device.type == 'meta' and y.shape == tensors['x'].shape and y.dtype == torch.float32
+
+
+@pytest.mark.parametrize('value', (math.nan, math.inf, -math.inf, 1e38, -1e38), ids=str)
+@pytest.mark.parametrize('name', NAMES)
+def test_values_that_are_not_finite(name, value, kernel_path, interpreted):
+    """They may spoil their own image or channel, never another's."""
+    sizes = dict(height=9, width=5, channels=35)
+    if kernel_path == 'triton' and interpreted:
+        if not math.isnan(value):
+            pytest.skip('the interpreter is slow: NaN must do')
+        sizes = dict(height=1, width=2, channels=3)
+    tensors, options = make_case(**sizes, rank=2, dtype=torch.float32)
+    grad_y = random_like(tensors['x'])
+    y_clean, grads_clean = values_and_grads(tensors, options, grad_y)
+    spoilt = {**tensors, name: tensors[name].clone()}
+    if name in SUMMED:  # of channel 0
+        spoilt[name][:, 0] = value
+        y, grads = values_and_grads(spoilt, options, grad_y)
+        assert torch.equal(y[..., 1:], y_clean[..., 1:])
+        assert torch.equal(grads['x'][..., 1:], grads_clean['x'][..., 1:])
+        for other in SUMMED:
+            assert torch.equal(grads[other][:, 1:], grads_clean[other][:, 1:]), other
+    else:  # of image 0
+        spoilt[name][0] = value
+        y, grads = values_and_grads(spoilt, options, grad_y)
+        assert torch.equal(y[1:], y_clean[1:])
+        for other in ('x', 'dt', 'B', 'C'):
+            assert torch.equal(grads[other][1:], grads_clean[other][1:]), other
+
+
+if __name__ == '__main__':
+    write_pinned()

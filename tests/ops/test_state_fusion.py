@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state fusion: the reference against the definition and stored numbers, the kernels against the reference."""
+
+import random
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from vssm.ops import state_fusion, state_fusion_fvcore_macs, state_fusion_ref, use_reference
+
+
+def make_case(batch=2, height=6, width=7, channels=5, dtype=torch.float64, seed=0):
+    """(h, weight), both needing a gradient, and a gradient of the output."""
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
+
+    h, weight = randn(batch, height, width, channels), randn(3, channels, 3, 3)
+    return h.requires_grad_(), weight.requires_grad_(), randn(batch, height, width, channels)
+
+
+def run(fuse, h, weight, grad):
+    y = fuse(h, weight)
+    return y.detach(), *torch.autograd.grad(y, (h, weight), grad)
+
+
+def assert_agrees(case, assert_close, value=2e-6, summed=2e-6):
+    """The kernels on `case` against the reference in float64, by the scan's error measures."""
+    y, grad_h, grad_weight = run(state_fusion, *case)
+    wide = [t.detach().double() for t in case]
+    expected = run(state_fusion_ref, wide[0].requires_grad_(), wide[1].requires_grad_(), wide[2])
+    assert (y.dtype, grad_h.dtype, grad_weight.dtype) == (case[0].dtype, case[0].dtype, case[1].dtype)
+    assert_close(y, expected[0], value, 'y')
+    assert_close(grad_h, expected[1], value, 'gradient of h')
+    # The weights' gradients sum over positions, where terms cancel: judged by the sum of the terms' sizes.
+    with torch.no_grad():
+        h, grad = wide[0].detach().abs().requires_grad_(), wide[2].abs()
+    terms = run(state_fusion_ref, h, wide[1].detach().abs().requires_grad_(), grad)[2].max()
+    assert (grad_weight.double() - expected[2]).abs().max() <= summed * terms
+
+
+# ---- the definition --------------------------------------------------------------------------------------------------
+
+
+def test_golden_cases(golden, backend, assert_close):
+    tensors, _ = golden('state_fusion_cases')
+    names = sorted({name.split('.')[0] for name in tensors})
+    assert {'1x1', '14x14'} <= set(names)
+    tolerance, grad_tolerance = (1e-6, 1e-6) if backend.dtype == torch.float64 else (1e-5, 1e-4)
+    for case in names:
+        if backend.interpreted and tensors[f'{case}.input'].numel() > 1000:
+            continue
+        t = {k.removeprefix(f'{case}.'): v.to(backend.dtype) for k, v in tensors.items() if k.startswith(f'{case}.')}
+        kernels = [t[f'param.{name}'].requires_grad_() for name in ('kernel_3', 'kernel_3_1', 'kernel_3_2')]
+        alpha = t['param.alpha'].requires_grad_()
+        h = t['input'].permute(0, 2, 3, 1).contiguous().requires_grad_()  # [B, E, H, W] -> [B, H, W, E]
+        y = state_fusion(h, alpha.view(3, 1, 1, 1) * torch.cat(kernels, 1).transpose(0, 1)).permute(0, 3, 1, 2)
+        y.backward(t['grad_output'])
+        assert_close(y, t['output'], tolerance, f'{case} output')
+        assert_close(h.grad.permute(0, 3, 1, 2), t['grad.input'], grad_tolerance, f'{case} input')
+        assert_close(alpha.grad, t['grad.alpha'], grad_tolerance, f'{case} alpha')
+        for name, kernel in zip(('kernel_3', 'kernel_3_1', 'kernel_3_2'), kernels, strict=True):
+            assert_close(kernel.grad, t[f'grad.{name}'], grad_tolerance, f'{case} {name}')
+
+
+@pytest.mark.parametrize('size', [(1, 1), (1, 7), (6, 1), (3, 8), (12, 13)], ids=str)
+def test_reference_is_the_definition(size, assert_close):
+    h, weight, _ = make_case(1, *size, channels=2)
+    height, width = size
+    expected = torch.zeros(h.shape, dtype=h.dtype)
+    with torch.no_grad():
+        for i in range(height):
+            for j in range(width):
+                for d, dilation in enumerate((1, 3, 5)):
+                    for u in range(3):
+                        for v in range(3):
+                            row = min(max(i + (u - 1) * dilation, 0), height - 1)
+                            column = min(max(j + (v - 1) * dilation, 0), width - 1)
+                            expected[0, i, j] += weight[d, :, u, v] * h[0, row, column]
+    assert_close(state_fusion_ref(h, weight), expected, 1e-14)
+
+
+def test_gradcheck():
+    with use_reference():
+        assert torch.autograd.gradcheck(state_fusion, make_case(1, 3, 4, 2)[:2])
+    assert torch.autograd.gradcheck(state_fusion, make_case(1, 7, 4, 3)[:2])
+
+
+# ---- kernels against the reference -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('dtype', (torch.float32, torch.float64), ids=str)
+def test_random_cases(dtype, cpu_path, assert_close):
+    rng = random.Random(0)
+    for seed in range(20):
+        sizes = dict(
+            batch=rng.choice((1, 2, 5)),
+            height=rng.choice((1, 2, 3, 5, 7, 13, 31)),
+            width=rng.choice((1, 2, 4, 6, 11, 16, 33)),
+            channels=rng.choice((1, 3, 4, 8, 17, 40)),
+        )
+        tolerance = 1e-13 if dtype == torch.float64 else 2e-6
+        assert_agrees(make_case(**sizes, dtype=dtype, seed=seed), assert_close, tolerance, tolerance)
+
+
+@pytest.mark.parametrize(
+    'sizes', [(1, 200, 300, 3), (2, 300, 9, 20), (1, 5, 1200, 16), (40, 2, 3, 40)], ids=lambda s: 'x'.join(map(str, s))
+)
+def test_large_maps_are_cut_into_bands(sizes, cpu_path, assert_close):
+    assert_agrees(make_case(*sizes, dtype=torch.float32), assert_close)
+
+
+@pytest.mark.parametrize('dtype', (torch.bfloat16, torch.float16), ids=str)
+def test_half_precision(dtype, assert_close):
+    h, weight, grad = make_case(dtype=dtype)
+    assert_agrees((h, weight, grad), assert_close, 1e-2, 1e-2)
+    assert_agrees((h, weight.detach().float().requires_grad_(), grad), assert_close, 1e-2, 1e-2)
+
+
+def test_any_strides_are_taken(kernel_path, assert_close):
+    base = torch.randn(2, 8, 3, 6)
+    for h in (base.permute(0, 3, 1, 2), base[:, ::2, :, 1:5], base[:, :1].expand(-1, 4, -1, -1), base.flip(1)):
+        weight = torch.randn(3, h.shape[3], 3, 3)
+        y = state_fusion(h, weight)
+        assert y.is_contiguous()
+        assert_close(y, state_fusion(h.contiguous(), weight), 0)
+    h, weight, grad = make_case(2, 2, 7, dtype=torch.float32)
+    assert_agrees((h, weight, grad[:1].expand(2, -1, -1, -1)), assert_close)
+    assert_agrees((h, weight, grad.transpose(1, 3).contiguous().transpose(1, 3)), assert_close)
+
+
+def test_any_number_of_threads_gives_the_same_bits(cpu_path):
+    case = make_case(3, 40, 50, 24, dtype=torch.float32)
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(run(state_fusion, *case))
+    torch.set_num_threads(2)
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
+@pytest.mark.parametrize('value', (float('nan'), float('inf')))
+def test_values_that_are_not_finite_spread_no_further_than_their_reach(value, kernel_path):
+    h, weight, _ = make_case(1, 20, 20, 4, dtype=torch.float32)
+    with torch.no_grad():
+        clean = state_fusion(h, weight)
+        h[0, 10, 10, 2] = value
+        y = state_fusion(h, weight)
+    changed = (y != clean) | y.isnan()
+    assert changed[0, 10, 10, 2] and changed.sum() == 25 and not changed[..., (0, 1, 3)].any()
+
+
+# ---- the operator ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16, torch.float64), ids=str)
+def test_opcheck(dtype, kernel_path):
+    if kernel_path == 'triton' and dtype == torch.float64:
+        pytest.skip('the reference computes in float64 on CUDA')
+    h, weight, grad = make_case(1, 2, 3, 5, dtype=dtype)
+    torch.library.opcheck(torch.ops.vssm.state_fusion, (h, weight))
+    torch.library.opcheck(torch.ops.vssm.state_fusion, (h.detach(), weight))
+    with torch.no_grad():
+        torch.library.opcheck(torch.ops.vssm.state_fusion_backward, (grad, h, weight))
+
+
+def test_second_derivative_is_refused_by_kernels_alone():
+    h, weight, _ = make_case()
+    (grad,) = torch.autograd.grad(state_fusion(h, weight).sum(), weight, create_graph=True)
+    with pytest.raises(NotImplementedError, match='state_fusion.*second derivative.*use_reference'):
+        grad.sum().backward()
+    with use_reference():
+        (grad,) = torch.autograd.grad(state_fusion(h, weight).square().sum(), weight, create_graph=True)
+        grad.sum().backward()
+    assert h.grad.any()
+
+
+@pytest.mark.parametrize('reference', (False, True), ids=('kernels', 'reference'))
+def test_autocast_loses_no_precision(reference, assert_close):
+    h, weight, _ = make_case(dtype=torch.float32)
+    with use_reference(reference), torch.autocast('cpu', torch.bfloat16):
+        y = state_fusion(h, weight)
+    assert y.dtype == torch.float32
+    assert_close(y, state_fusion_ref(h.double(), weight.double()), 1e-6)
+
+
+def test_flops():
+    h, weight, grad = make_case(2, 3, 4, 5)
+    with FlopCounterMode(display=False) as counter:
+        y = state_fusion(h, weight)
+    forward = counter.get_total_flops()
+    assert forward == 2 * 27 * 2 * 3 * 4 * 5  # two a multiply-accumulate, three neighbourhoods of nine
+    with counter:
+        y.backward(grad)
+    assert counter.get_total_flops() == 2 * forward
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit.*:DeprecationWarning')
+def test_fvcore():
+    from fvcore.nn import FlopCountAnalysis
+
+    class Fusion(torch.nn.Module):
+        def forward(self, h, weight):
+            return state_fusion(h, weight)
+
+    h, weight, _ = make_case(2, 3, 4, 5)
+    analysis = FlopCountAnalysis(Fusion(), (h.detach(), weight.detach()))
+    analysis.set_op_handle('vssm::state_fusion', state_fusion_fvcore_macs)
+    assert analysis.total() == 27 * 2 * 3 * 4 * 5
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('h', 'weight', 'parts'),
+    [
+        (torch.zeros(2, 3, 4), torch.zeros(3, 4, 3, 3), ('h must be (batch, H, W, E)', '(2, 3, 4)')),
+        (torch.zeros(2, 0, 4, 5), torch.zeros(3, 5, 3, 3), ('h must', 'not empty', '(2, 0, 4, 5)')),
+        (torch.zeros(2, 3, 4, 5), torch.zeros(3, 4, 3, 3), ('weight must be', '(3, 5, 3, 3)', '(3, 4, 3, 3)')),
+        (torch.zeros(2, 3, 4, 5), torch.zeros(3, 5, 1, 3, 3), ('weight must be', '(3, 5, 1, 3, 3)')),
+        (torch.zeros(2, 3, 4, 5), torch.zeros(3, 5, 3, 3).int(), ('weight must have a floating dtype', 'int32')),
+        (torch.zeros(2, 3, 4, 5), torch.zeros(3, 5, 3, 3, device='meta'), ('weight must be on', 'cpu', 'meta')),
+        ([1.0], torch.zeros(3, 5, 3, 3), ('h must be a tensor', 'list')),
+        (torch.zeros(2, 3, 4, 5), None, ('weight must be a tensor', 'NoneType')),
+    ],
+    ids=('rank', 'empty', 'channels', 'weight-rank', 'dtype', 'device', 'no-tensor', 'missing'),
+)
+def test_bad_input(h, weight, parts):
+    with pytest.raises(ValueError) as error:
+        state_fusion(h, weight)
+    for part in ('state_fusion: ', *parts):
+        assert part in str(error.value)
+
+
+def test_op_itself_refuses_what_it_could_not_read_safely():
+    h, weight, grad = (t.detach() for t in make_case())
+    with pytest.raises(RuntimeError, match='vssm::state_fusion: bad arguments'):
+        torch.ops.vssm.state_fusion(h, weight[:2])
+    with pytest.raises(RuntimeError, match='vssm::state_fusion: grad_y has the wrong shape'):
+        torch.ops.vssm.state_fusion_backward(grad[:1], h, weight)
+
+
+def test_device_without_a_kernel():
+    class Elsewhere(torch.Tensor):
+        device = torch.device('xpu')
+
+    h, weight, _ = make_case()
+    with pytest.raises(NotImplementedError, match="state_fusion.*'xpu'.*VSSM_REFERENCE=1"):
+        state_fusion(h.detach().as_subclass(Elsewhere), weight.detach().as_subclass(Elsewhere))
+
+
+def test_meta_tensors_give_shapes():
+    h, weight, _ = make_case()
+    assert state_fusion(h.to('meta'), weight.to('meta')).shape == h.shape

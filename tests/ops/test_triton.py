@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels: how they cut a walk, what they keep in memory, what they compile to, and what only a GPU shows.
+
+Values and gradients are held to the reference in test_selective_scan.py and test_state_fusion.py, beside the CPU's.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from scan_cases import (
+    assert_matches_oracle,
+    convert,
+    describe,
+    make_case,
+    oracle,
+    random_like,
+    values_and_grads,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import vssm
+from vssm.ops import selective_scan, selective_scan_ref, state_fusion
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.triton
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='PyTorch finds no CUDA device')
+
+
+@pytest.fixture
+def kernels(triton_path):
+    from vssm.ops.scan.triton import kernels
+
+    return kernels
+
+
+def on_device(tensors, interpreted):
+    """For calls past the operator, which moves them itself."""
+    return {name: t if t is None or interpreted else t.cuda() for name, t in tensors.items()}
+
+
+# ---- cutting a walk --------------------------------------------------------------------------------------------------
+
+CUTS = {  # tile (J, S), bands
+    'strips': ((2, 2), 1),
+    'bands': ((4, 4), 2),
+    'strips-in-bands': ((1, 2), 3),
+    'more-bands-than-lines': ((4, 4), 5),
+}
+
+
+@pytest.mark.parametrize('ndim', (1, 2))
+@pytest.mark.parametrize(('tile', 'bands'), CUTS.values(), ids=CUTS)
+def test_strips_and_bands(tile, bands, ndim, kernels, monkeypatch):
+    monkeypatch.setattr(kernels, 'TILES', {1 << 62: (tile,)})
+    monkeypatch.setattr(kernels, 'choose_bands', lambda *args: bands)
+    tensors, options = make_case(1, 4, 5, channels=3, rank=2, orders=(1, 2), ndim=ndim, states=1, dtype=torch.float32)
+    grad_y = random_like(tensors['x'])
+    expected = oracle(tensors, options, grad_y)
+    actual = values_and_grads(tensors, options, grad_y)
+    assert_matches_oracle(actual, expected, tensors, options, grad_y, describe(tensors, options))
+
+
+@pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16), ids=str)
+def test_offsets_of_64_bits(dtype, kernels, monkeypatch):
+    """Maps of 2^31 elements: the same kernels with wide offsets."""
+    monkeypatch.setattr(kernels, 'WIDE_FROM', 0)
+    tensors, options = make_case(1, 2, 3, channels=3, rank=2, orders=(3, 0), states=1, dtype=dtype)
+    grad_y = random_like(tensors['x'])
+    expected = oracle(tensors, options, grad_y)
+    actual = values_and_grads(tensors, options, grad_y)
+    assert_matches_oracle(actual, expected, tensors, options, grad_y, describe(tensors, options))
+
+
+def test_64_states(kernels):
+    tensors, options = make_case(1, 1, 2, channels=3, rank=2, orders=(2,), states=64, dtype=torch.float32)
+    grad_y = random_like(tensors['x'])
+    expected = oracle(tensors, options, grad_y)
+    actual = values_and_grads(tensors, options, grad_y)
+    assert_matches_oracle(actual, expected, tensors, options, grad_y, describe(tensors, options))
+
+
+@pytest.mark.parametrize(
+    ('programs', 'size', 'ndim', 'bands'),
+    [
+        (384, (56, 56), 2, 1),  # a batch of 128 at the first stage: enough for any card
+        (3, (256, 256), 2, 32),  # one image of 1024x1024: at least 8 lines a band
+        (3, (256, 256), 1, 176),  # at least four programs a processor
+        (3, (14, 14), 1, 1),  # too small to be worth a second launch
+        (100, (1024, 1024), 2, 5),
+    ],
+)
+def test_number_of_bands(programs, size, ndim, bands):
+    from vssm.ops.scan.triton.kernels import choose_bands
+
+    assert choose_bands(programs, *size, ndim, wanted=132) == bands
+
+
+class Allocations(TorchDispatchMode):
+    """Elements of every tensor that is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.empty.memory_format, torch.ops.aten.clone.default, torch.ops.aten.sum.dim_IntList):
+            self.elements.append(result.numel())
+        return result
+
+
+@pytest.mark.parametrize('bands', (1, 2))
+def test_nothing_is_a_multiple_of_the_map(bands, kernels, monkeypatch, interpreted):
+    """No tensor that a call makes is larger than the map, whatever the number of orders and states."""
+    monkeypatch.setattr(kernels, 'choose_bands', lambda *args: bands)
+    most = []
+    for orders, states in (((0,), 1), ((0, 1), 2)):
+        tensors, options = make_case(1, 6, 8, channels=32, rank=1, orders=orders, states=states, dtype=torch.float32)
+        tensors = on_device(tensors, interpreted)
+        arguments = (*tensors.values(), 2, orders, True)
+        with Allocations() as allocations:
+            kernels.selective_scan_triton(*arguments)
+            kernels.selective_scan_triton_backward(tensors['x'], *arguments)
+        most.append(max(allocations.elements) / tensors['x'].numel())
+    assert max(most) <= 1
+
+
+def test_backward_inside_autocast_is_as_precise(kernels, interpreted):
+    tensors, options = make_case(1, 1, 2, channels=3, rank=2, orders=(0,), states=1, dtype=torch.float32)
+    tensors = on_device(tensors, interpreted)
+    arguments = (*tensors.values(), *options.values())
+    expected = kernels.selective_scan_triton_backward(tensors['x'], *arguments)
+    with torch.autocast(tensors['x'].device.type, torch.bfloat16):
+        actual = kernels.selective_scan_triton_backward(tensors['x'], *arguments)
+    assert all(map(torch.equal, actual, expected))
+
+
+# ---- what they need --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(('op', 'folder'), (('selective_scan', 'scan'), ('state_fusion', 'fusion')))
+def test_without_triton_a_sentence_says_what_to_install(op, folder, monkeypatch):
+    backend = sys.modules['vssm.ops.backend']
+    monkeypatch.setattr(backend.importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(ImportError, match=f'{op}: CUDA tensors need Triton.*pip install triton'):
+        sys.modules[f'vssm.ops.{folder}.op']._cuda(torch.zeros(1, 1, 1, 1), torch.zeros(1))
+
+
+def test_kernels_are_not_imported_before_a_cuda_tensor_arrives():
+    script = (
+        'import sys, torch, vssm, timm; timm.create_model("test_vmamba2d")(torch.zeros(1, 3, 64, 64)).sum().backward();'
+        'print([name for name in sys.modules if name.startswith("vssm") and "triton" in name])'
+    )
+    result = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == '[]'
+
+
+def test_the_operators_refuse_float64(kernels):
+    """Which the public functions give to the reference on CUDA."""
+    tensors, options = make_case(1, 1, 1, rank=1)
+    with pytest.raises(NotImplementedError, match='selective_scan: .* float32, got torch.float64.*vssm.ops'):
+        torch.ops.vssm.selective_scan(*tensors.values(), *options.values())
+    with pytest.raises(NotImplementedError, match='state_fusion: .* float32, got torch.float64.*vssm.ops'):
+        torch.ops.vssm.state_fusion(torch.zeros(1, 1, 1, 1).double(), torch.zeros(3, 1, 3, 3))
+
+
+# ---- what they compile to --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'options', (['float32', '--all-tiles'], ['float16', 'bfloat16', '--options', 'models']), ids='-'.join
+)
+def test_kernels_compile_for_every_card(options, tmp_path):
+    """And none spills with its default tile."""
+    file = tmp_path / 'kernels.json'
+    command = [sys.executable, str(ROOT / 'benchmarks' / 'compile_cuda.py'), '--json', str(file), '--dtype', *options]
+    result = subprocess.run(command, capture_output=True, text=True)
+    print(result.stdout)  # the table
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr
+    rows = json.loads(file.read_text())['rows']
+    assert {row['capability'] for row in rows} == {'7.5', '8.0', '8.6', '8.9', '9.0', '10.0', '12.0'}
+    assert {row['kernel'] for row in rows} >= {'scan_forward', 'scan_backward', 'fusion_forward', 'fusion_backward'}
+    assert not any(row['spilled'] for row in rows if row['default'])
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+def cuda_case(**kwargs):
+    tensors, options = make_case(**{**dict(batch=2, height=14, width=14, channels=96, states=1, rank=6), **kwargs})
+    return {name: None if t is None else t.float().cuda() for name, t in tensors.items()}, options
+
+
+@needs_gpu
+def test_float64_is_the_references():
+    tensors, options = cuda_case()
+    tensors = convert(tensors, torch.float64)
+    assert torch.equal(selective_scan(**tensors, **options), selective_scan_ref(**tensors, **options))
+
+
+@needs_gpu
+@pytest.mark.parametrize('tuned', (False, True))
+def test_the_same_input_gives_the_same_bits(tuned):
+    torch.use_deterministic_algorithms(not tuned)
+    tensors, options = cuda_case(batch=3, height=33, width=70)
+    grad_y = random_like(tensors['x'].cpu()).cuda()
+    first, second = (values_and_grads(tensors, options, grad_y) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
+
+
+@needs_gpu
+def test_other_sizes_of_images_tune_nothing_again():
+    from vssm.ops.scan.triton.kernels import _chosen
+
+    torch.use_deterministic_algorithms(False)
+
+    def tuned(size):
+        tensors, options = cuda_case(batch=512, height=size, width=size)  # enough for one band
+        selective_scan(**tensors, **options)
+        return len(_chosen)
+
+    tuned(9), tuned(17)
+    assert tuned(17) == tuned(12) == tuned(40) == tuned(23)
+
+
+@needs_gpu
+@pytest.mark.parametrize('bands', (1, 3))
+@pytest.mark.parametrize('ndim', (1, 2))
+def test_every_tile_again_and_again(ndim, bands, monkeypatch):
+    """Each tile of the autotuner against the reference; and fifty times, for a race would show in the bits."""
+    from vssm.ops.scan.triton import kernels
+
+    tensors, options = cuda_case(batch=1, height=30, width=70, channels=40, states=2, ndim=ndim)
+    grad_y = random_like(tensors['x'].cpu()).cuda()
+    expected = oracle(tensors, options, grad_y)
+    monkeypatch.setattr(kernels, 'choose_bands', lambda *args: bands)
+    for tile in {tile for tiles in kernels.TILES.values() for tile in tiles}:
+        monkeypatch.setattr(kernels, 'TILES', {1 << 62: (tile,)})
+        y, grads = values_and_grads(tensors, options, grad_y)
+        assert_matches_oracle((y, grads), expected, tensors, options, grad_y, f'tile {tile}')
+        for _ in range(50):
+            again_y, again = values_and_grads(tensors, options, grad_y)
+            assert torch.equal(y, again_y) and all(torch.equal(grads[n], again[n]) for n in grads), tile
+
+
+@needs_gpu
+def test_a_stream_of_its_own():
+    tensors, options = cuda_case()
+    expected = selective_scan(**tensors, **options)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        x = tensors['x'] * 1  # late, and on this stream alone
+        y = selective_scan(**{**tensors, 'x': x}, **options)
+    stream.synchronize()
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs a second CUDA device')
+def test_a_device_other_than_the_current_one():
+    tensors, options = cuda_case()
+    expected = selective_scan(**tensors, **options)
+    y = selective_scan(**{name: t.to('cuda:1') for name, t in tensors.items()}, **options)
+    assert y.device.index == 1 and torch.equal(y.cpu(), expected.cpu())
+
+
+@needs_gpu
+@pytest.mark.parametrize('tuned', (False, True))
+def test_cuda_graphs(tuned):
+    torch.use_deterministic_algorithms(not tuned)
+    tensors, options = cuda_case(height=33, width=70)
+    selective_scan(**tensors, **options)  # tuned and compiled
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = selective_scan(**tensors, **options)
+    tensors['x'].copy_(torch.randn_like(tensors['x']))
+    graph.replay()
+    assert torch.equal(y, selective_scan(**tensors, **options))
+
+
+@needs_gpu
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ('test_vmamba2d', 'test_spatial_mamba'))
+def test_compiled_training_step_under_autocast(name, fresh_dynamo, assert_close):
+    import timm
+
+    torch.use_deterministic_algorithms(False)  # bicubic and pooling layers have no such gradient on CUDA
+    model = timm.create_model(name).cuda().eval()
+    x = torch.randn(2, 3, 64, 64, device='cuda')
+
+    def step(model):
+        model.zero_grad()
+        with torch.autocast('cuda', torch.bfloat16):
+            y = model(x)
+        y.float().square().sum().backward()
+        return y.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
+
+    y, grads = step(model)
+    compiled_y, compiled_grads = step(torch.compile(model, fullgraph=True))
+    assert_close(compiled_y.float(), y.float(), 3e-2)
+    for n, grad in grads.items():
+        assert_close(compiled_grads[n.removeprefix('_orig_mod.')], grad, 1e-1, n)
+
+
+@needs_gpu
+def test_models_agree_with_the_cpu(assert_close):
+    import timm
+
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.allow_tf32 = False
+    for name in ('test_vmamba', 'test_vmamba2d', 'test_spatial_mamba'):
+        model = timm.create_model(name).eval()
+        x = torch.randn(2, 3, 72, 56)
+        with torch.no_grad():
+            expected = model(x)
+            assert_close(model.cuda()(x.cuda()).cpu(), expected, 1e-4, name)
+
+
+@needs_gpu
+def test_beyond_two_to_the_31_elements(assert_close):
+    """The far corner of a huge map begins two of the walks: it equals the same walks of a small map."""
+    size, channels = 8200, 32
+    if torch.cuda.get_device_properties(0).total_memory < 40e9:
+        pytest.skip('needs 40 GB')
+    x = torch.zeros(1, size, size, channels, dtype=torch.bfloat16, device='cuda')
+    corner = torch.randn(1, 5, 6, channels, dtype=torch.bfloat16, device='cuda')
+    x[:, -5:, -6:] = corner
+    per_position = torch.full((1, size, size, 2, 1), 0.5, dtype=torch.bfloat16, device='cuda')
+    A, weight = -torch.ones(2, channels, 1, device='cuda'), torch.ones(2, channels, 1, device='cuda')
+    options = dict(dt_weight=weight, orders=(2, 3))
+    y = selective_scan(x, per_position, A, per_position, per_position, **options)[:, -5:, -6:]
+    small = per_position[:, :5, :6].contiguous()
+    assert_close(y, selective_scan(corner, small, A, small, small, **options), 1e-2)
+
+
+@needs_gpu
+def test_state_fusion_on_cuda(assert_close):
+    h, weight = torch.randn(2, 14, 14, 96), torch.randn(3, 96, 3, 3)
+    with vssm.ops.use_reference():
+        expected = state_fusion(h.double(), weight.double())
+    assert_close(state_fusion(h.cuda(), weight.cuda()).cpu(), expected, 2e-6)

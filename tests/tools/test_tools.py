@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `vssm`: help, what it prints, and how it refuses bad input."""
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from fvcore.nn import FlopCountAnalysis
+from fvcore.nn.jit_handles import elementwise_flop_counter
+
+import vssm
+from vssm.models.weights import _all as checkpoints
+from vssm.ops import selective_scan_fvcore_macs, state_fusion_fvcore_macs, use_reference
+from vssm.tools import env, info
+from vssm.tools.main import COMMANDS, main, make_parser
+from vssm.tools.published import IMAGENET_TOP1
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_help_shows_an_example_that_parses(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([command, '--help'])
+    assert exit.value.code == 0
+    example = importlib.import_module(f'vssm.tools.{command.replace("-", "_")}').EXAMPLE
+    assert f'example:\n  {example}\n' in capsys.readouterr().out
+    name, *argv = shlex.split(example)
+    assert name == 'vssm'
+    assert make_parser().parse_args(argv).command == command
+
+
+def test_importing_the_command_is_light():
+    """`vssm --help` waits for torch and timm, which the package itself imports, and for nothing else that is slow."""
+    code = (
+        'import sys; from vssm.tools.main import make_parser; make_parser(); '
+        'print([m for m in ("mmengine", "sklearn", "matplotlib", "fvcore") if m in sys.modules])'
+    )
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout == '[]\n'
+
+
+def test_a_subcommand_runs_as_a_module():
+    result = subprocess.run([sys.executable, '-m', 'vssm.tools.configs'], capture_output=True, text=True, check=True)
+    assert 'digits/vmamba_test' in result.stdout and not result.stderr
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        main(['--version'])
+    assert capsys.readouterr().out == f'vssm {vssm.__version__}\n'
+
+
+# ---- info ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'name, scan, params, gmacs, top1, weights',
+    [
+        ('vmamba_tiny', '1-D', '30.249', '4.9056', '82.6', 'url'),
+        ('vmamba_small', '1-D', '50.148', '8.7158', '83.6', 'url'),
+        ('vmamba_base', '1-D', '88.558', '15.3589', '83.9', 'url'),
+        ('vmamba2d_tiny', '2-D', '30.249', '4.9435', '82.8', '-'),
+        ('vmamba2d_small', '2-D', '50.148', '8.8169', '-', '-'),
+        ('vmamba2d_base', '2-D', '88.558', '15.4938', '-', '-'),
+        ('spatial_mamba_tiny', 'fused', '26.749', '4.4677', '83.5', 'fetch'),
+        ('spatial_mamba_small', 'fused', '43.074', '7.1170', '84.6', 'fetch'),
+        ('spatial_mamba_base', 'fused', '95.746', '15.8006', '85.3', 'fetch'),
+    ],
+)
+def test_info_counts_what_was_published(name, scan, params, gmacs, top1, weights, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    expected = [name, scan, params, gmacs, '224x224', top1, weights]
+    assert main(['info', name]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if name in line)
+    assert [cell.strip() for cell in row.strip('│').split('│')] == expected
+
+
+def test_info_tells_cached_weights(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    path = checkpoints.cached_path(timm.get_pretrained_cfg('spatial_mamba_tiny'))
+    path.parent.mkdir(parents=True)
+    safetensors.torch.save_file({}, path)
+    assert main(['info', 'spatial_mamba_*']) == 0
+    weights = {line.split()[1]: line.split()[-2] for line in capsys.readouterr().out.splitlines() if '│' in line}
+    assert weights == dict(spatial_mamba_tiny='cached', spatial_mamba_small='fetch', spatial_mamba_base='fetch')
+
+
+def test_accuracies_are_the_published_ones(golden):
+    reported = {}
+    for variant, numbers in golden('reported.json')['variants'].items():
+        name = variant.replace('2dvmamba', 'vmamba2d').replace('spatialmamba', 'spatial_mamba')
+        name = name.removesuffix('_s1l8').removesuffix('_s2l15')
+        if 'imagenet_top1' in numbers['reported']:
+            reported[name] = numbers['reported']['imagenet_top1']
+    assert IMAGENET_TOP1 == reported
+
+
+@pytest.mark.parametrize('name', ['2dvmamba_tiny', 'vmamba2d_tiny.in1k'])
+def test_info_knows_aliases_and_tags(name, capsys):
+    assert main(['info', name]) == 0
+    assert 'vmamba2d_tiny' in capsys.readouterr().out
+
+
+def test_info_takes_patterns(capsys):
+    assert main(['info', 'test_*']) == 0
+    names = [line.split()[1] for line in capsys.readouterr().out.splitlines() if '│' in line]
+    assert names == [name for name in checkpoints.list_models() if name.startswith('test_')]
+    assert {'test_vmamba', 'test_vmamba2d', 'test_spatial_mamba'} <= set(names)
+
+
+@pytest.mark.parametrize('name', ['test_vmamba', 'test_vmamba2d', 'test_spatial_mamba'])
+def test_macs_follow_the_rules_of_fvcore(name):
+    model = timm.create_model(name).eval()
+    image = torch.zeros(1, 3, 64, 32)
+    analysis = FlopCountAnalysis(model, image).unsupported_ops_warnings(False)
+    analysis.set_op_handle('vssm::selective_scan', selective_scan_fvcore_macs)
+    analysis.set_op_handle('vssm::state_fusion', state_fusion_fvcore_macs)
+    analysis.set_op_handle('aten::batch_norm', elementwise_flop_counter(5, 0))
+    # As fvcore does for its pooling operators, which Spatial-Mamba does not use.
+    analysis.set_op_handle('aten::mean', elementwise_flop_counter(0 if 'spatial' in name else 1, 0))
+    expected = analysis.total()
+    model, image = model.to('meta'), image.to('meta')
+    assert info.count_macs(model, image) == expected
+    with use_reference():
+        assert info.count_macs(model, image) == expected
+
+
+# ---- env -------------------------------------------------------------------------------------------------------------
+
+
+def test_env(capsys):
+    assert main(['env']) == 0
+    out = capsys.readouterr().out
+    versions = dict(line.split()[1::2] for line in out.splitlines() if line.startswith('│') and len(line.split()) == 5)
+    assert versions['vssm'] == vssm.__version__
+    assert versions['timm'] == timm.__version__
+    assert torch.__version__.startswith(versions['torch'])
+    assert f'{torch.get_num_threads()} threads' in out
+
+
+def test_env_names_the_kernels_in_use(cpu_path):
+    assert env.backends()['CPU'] == f'on: {cpu_path}'
+    assert env.backends()['reference'].startswith('off')
+
+
+@pytest.mark.parametrize(
+    'variable, value, backend, state',
+    [
+        ('VSSM_REFERENCE', '1', 'reference', 'on: VSSM_REFERENCE=1'),
+        ('VSSM_REFERENCE', '1', 'CPU', 'off: VSSM_REFERENCE=1'),
+        ('VSSM_CPU_CAPABILITY', 'mmx', 'CPU', 'off: VSSM_CPU_CAPABILITY must be one of'),
+    ],
+)
+def test_env_says_why_a_backend_is_off(variable, value, backend, state, monkeypatch):
+    monkeypatch.setenv(variable, value)
+    assert env.backends()[backend].startswith(state)
+
+
+# ---- configs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'pattern, shown',
+    [(['digits/*'], {'digits/vmamba2d_test', 'digits/vmamba_test'}), (['*2d_test'], {'digits/vmamba2d_test'})],
+    ids=['folder', 'pattern'],
+)
+def test_configs_lists_names_and_what_they_are(pattern, shown, capsys):
+    assert main(['configs', *pattern]) == 0
+    out = capsys.readouterr().out
+    assert {word for word in out.split() if word.startswith('digits/')} == shown
+    assert 'handwritten digits' in out.replace('\n', ' ')
+
+
+def test_configs_lists_all(capsys):
+    assert main(['configs']) == 0
+    names = re.findall(r'^│ (\S+/\S+) ', capsys.readouterr().out, re.MULTILINE)
+    assert len(names) == len(set(names)) == 2 + 9 + 9 + 2 * 9 + 2 + 3
+    assert not [name for name in names if '/_' in name]
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'config, options, said',
+    [
+        ('digits/vmamba_test', ['--cfg-options', 'model.model_name=nope'], ('vmamba_test.py cannot be built', 'nope')),
+        ('digits/vmamba_test', ['--cfg-options', 'unreadable=mend'], ("'stop' or 'skip', got 'mend'",)),
+        (
+            'digits/vmamba_test',
+            ['--cfg-options', 'default_hooks.checkpoint.max_keep_ckpts=1'],
+            ('max_keep_ckpts must be at least 2, or -1 for all, got 1',),
+        ),
+        (
+            'imagenet/vmamba_tiny_8xb128-300e_in1k',
+            ['--data-root', 'nowhere', '--cfg-options', 'model.model_name=test_vmamba'],
+            ('data_root must be a folder, got nowhere, which does not exist', '--data-root'),
+        ),
+    ],
+)
+def test_config_that_cannot_run_gives_one_sentence(config, options, said, capsys, tmp_path):
+    assert main(['train', config, '--work-dir', str(tmp_path), *options]) == 2
+    message = capsys.readouterr().err
+    assert all(part in message for part in said) and message.count('\n') == 1
+
+
+@pytest.mark.parametrize(
+    'argv, said',
+    [
+        (['train', 'digits/vmamba2d'], ("got 'digits/vmamba2d'", "Did you mean 'digits/vmamba2d_test'?")),
+        (['train', 'nowhere.py'], ('nowhere.py does not exist', 'vssm configs')),
+        (['train', 'digits/vmamba_test', '--cfg-options', 'seed'], ('KEY=VALUE', "got 'seed'")),
+        (
+            ['train', 'digits/vmamba_test', '--cfg-options', 'device.index=1'],
+            ('--cfg-options must fit', 'device.index=1'),
+        ),
+        (
+            ['train', 'digits/vmamba_test', '--cfg-options', 'load_from=no.pth'],
+            ('load_from must be a checkpoint', 'got no.pth'),
+        ),
+        (
+            ['train', 'digits/vmamba_test', '--cfg-options', 'custom_hooks=[dict(type="EMAHook")]'],
+            ('must be Python literals', 'custom_hooks=[dict('),
+        ),
+        (['train', 'digits/vmamba_test', '--resume', 'no.pth'], ('must be a checkpoint', 'got no.pth')),
+        (
+            ['train', 'digits/vmamba_test', '--data-root', 'there'],
+            ('--data-root needs a config whose data sets share',),
+        ),
+        (['train', 'digits/vmamba_test', '--auto-scale-lr'], ('--auto-scale-lr needs a config with auto_scale_lr',)),
+        (
+            ['train', 'digits/vmamba_test', '--amp', '--cfg-options', 'optim_wrapper.type=AmpOptimWrapper'],
+            ('--amp needs a config whose optim_wrapper is an OptimWrapper, got AmpOptimWrapper',),
+        ),
+        (['test', 'digits/vmamba_test', 'no.pth'], ('no.pth does not exist', 'vssm train digits/vmamba_test')),
+        (['info', 'vmamba2d_tny'], ("got 'vmamba2d_tny'", "Did you mean 'vmamba2d_tiny'?")),
+        (['info', 'resnet50'], ("got 'resnet50'",)),
+        (['configs', 'nothing*'], ("got 'nothing*'", 'digits/vmamba_test')),
+    ],
+    ids=' '.join,
+)
+def test_bad_input_gives_one_sentence_and_exit_code_2(argv, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f'vssm {argv[0]}: ') and captured.err.count('\n') == 1
+    assert all(part in captured.err for part in said), captured.err
+    assert not captured.out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('argv', [[], ['trian'], ['train']], ids=['nothing', 'unknown command', 'no config'])
+def test_bad_arguments_give_exit_code_2(argv, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(argv)
+    assert exit.value.code == 2
+    assert 'usage: vssm' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    'missing, argv, extra',
+    [
+        ('mmengine', ['train', 'digits/vmamba_test'], 'train'),
+        ('sklearn', ['train', 'digits/vmamba_test'], 'demo'),
+        ('mmengine', ['demo'], 'train'),
+        ('sklearn', ['demo'], 'demo'),
+        ('matplotlib', ['demo'], 'demo'),
+    ],
+)
+def test_a_missing_extra_is_named(missing, argv, extra, capsys, tmp_path, monkeypatch):
+    for module in [missing, *(name for name in sys.modules if name.startswith(f'{missing}.'))]:
+        monkeypatch.setitem(sys.modules, module, None)  # importing it fails as if it were not installed
+    assert main([*argv, '--work-dir', str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f'needs the package {missing}' in error and f'pip install .[{extra}]' in error
+
+
+@pytest.mark.parametrize(
+    'missing, config',
+    [
+        ('mmdet', 'coco/mask-rcnn_vmamba_tiny_fpn_8xb2-1x_coco'),
+        ('mmseg', 'ade20k/upernet_vmamba_tiny_4xb4-160k_ade20k-512x512'),
+    ],
+)
+def test_a_missing_base_is_named(missing, config, capsys, tmp_path, monkeypatch):
+    from mmengine.config import config as module
+
+    monkeypatch.setattr(module, 'check_installed', lambda name: False, raising=False)
+    monkeypatch.setattr(module, 'is_installed', lambda name: False, raising=False)
+    assert main(['train', config, '--work-dir', str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f'needs the package {missing}' in error and 'pip install .[mmlab]' in error
+
+
+def test_a_missing_system_library_is_named(capsys, monkeypatch):
+    def run(args):
+        raise ImportError('libGL.so.1: cannot open shared object file')
+
+    monkeypatch.setattr(env, 'run', run)
+    assert main(['env']) == 2
+    assert 'opencv-python-headless' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('error', [ImportError('something else'), ModuleNotFoundError('no', name='torchfoo')])
+def test_other_import_errors_are_not_hidden(error, monkeypatch):
+    def run(args):
+        raise error
+
+    monkeypatch.setattr(env, 'run', run)
+    with pytest.raises(type(error)):
+        main(['env'])
