@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make miniature data sets in the layout of the real ones, from the two photographs that scikit-learn carries.
 
-    python tests/make_datasets.py FOLDER
+    python tests/mm/make_datasets.py FOLDER
 
 writes FOLDER/imagenet, FOLDER/ADEChallengeData2016 and FOLDER/coco, which take the places of data/imagenet,
 data/ade/ADEChallengeData2016 and data/coco in the configs. The labels say which photograph an image is cut from, or

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CPU kernels without torch, under the sanitizers and valgrind; kernels_main.cpp says what runs and is checked."""
 
-import functools
 import os
 import shlex
 import shutil
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-CSRC = TESTS.parent / 'ops' / 'csrc'
+CSRC = TESTS.parents[1] / 'ops' / 'csrc'
 # As setup.py has it, but -O1: the sanitizers' checks take long to optimize.
 FLAGS = ('-std=c++17', '-O1', '-g', '-ffp-contract=fast', '-Wno-psabi', '-pthread', f'-I{CSRC}')
 BUILDS = {
@@ -30,26 +29,26 @@ def run(*command, **kwargs):
     return subprocess.run([str(c) for c in command], capture_output=True, text=True, **kwargs)
 
 
-@pytest.fixture(scope='module')
-def build(tmp_path_factory):
-    """The program of a build, compiled when first needed."""
+@pytest.fixture(scope='session')
+def build(made_once):
+    """build(name): the program of a build, compiled when first needed."""
     compiler = shlex.split(os.environ.get('CXX', 'g++'))
     sources = [TESTS / 'kernels_main.cpp', *sorted(CSRC.glob('kernels_*.cpp'))]  # kernels.cpp is torch's side
 
-    @functools.cache
-    def compile_it(name):
-        folder = tmp_path_factory.mktemp(name)
-
+    def build(name):
         def make(target, *arguments):
             result = run(*compiler, *FLAGS, *BUILDS[name], *arguments, '-o', target)
             assert result.returncode == 0, result.stderr
             return target
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(lambda source: make(folder / f'{source.stem}.o', '-c', source), sources))
-        return make(folder / 'kernels_main', *objects)
+        def compile_all(folder):
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = list(pool.map(lambda source: make(folder / f'{source.stem}.o', '-c', source), sources))
+            make(folder / 'kernels_main', *objects)
 
-    return compile_it
+        return made_once(f'kernels-{name}', compile_all) / 'kernels_main'
+
+    return build
 
 
 def check(*command):

@@ -469,7 +469,11 @@ def test_a_network_of_endless_depth_is_not_built(tmp_path):
         checkpoints.identify(state)
 
 
-@pytest.mark.parametrize('call', [(copyreg._reconstructor, object, object, None), (getattr, 'text', 'upper')], ids=str)
+@pytest.mark.parametrize(
+    'call',
+    [(copyreg._reconstructor, object, object, None), (getattr, 'text', 'upper')],
+    ids=['reconstructor', 'getattr'],
+)
 def test_harmless_names_of_the_standard_library_stay_inert(call, tmp_path):
     weights = {'x': torch.zeros(2)}
     torch.save({'model': weights, 'config': Payload(*call)}, tmp_path / 'file.pth')

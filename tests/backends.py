@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ways to compute the ops: the reference, the paths of the CPU kernels, the CUDA kernels."""
+
+import importlib.util
+import os
+import re
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+INTERPRETED = not torch.cuda.is_available()
+if INTERPRETED:
+    os.environ['TRITON_INTERPRET'] = '1'  # Triton reads it when it is imported, as timm does
+
+import vssm  # noqa: E402
+
+CAPABILITY = 'VSSM_CPU_CAPABILITY'
+
+# Triton's interpreter takes milliseconds a position. What it leaves out is implied: the comparison with the reference
+# implies what holds for the reference; opcheck of bfloat16, that in float32 and the dtypes of the random cases; and the
+# networks' other inputs and their backbones, the one input whose gradients pass through the same kernels.
+IMPLIED_IF_INTERPRETED = re.compile(
+    r'test_(orders_are_transposes_and_flips|walks_are_summed|low_rank_steps_are_a_matrix_product)\b'
+    r'|test_opcheck.*bfloat16'
+    r'|test_golden_backbone|test_golden_classifier\[(?!.*\bnonsquare\b)'
+)
+SLOW_IF_INTERPRETED = re.compile('test_golden_classifier')
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    if not INTERPRETED:
+        return
+    through_triton = [item for item in items if item.get_closest_marker('triton')]
+    implied = [item for item in through_triton if IMPLIED_IF_INTERPRETED.match(item.name)]
+    config.hook.pytest_deselected(items=implied)
+    items[:] = [item for item in items if item not in set(implied)]
+    for item in through_triton:
+        if SLOW_IF_INTERPRETED.match(item.name):
+            item.add_marker(pytest.mark.slow)
+
+
+@contextmanager
+def cpu_capability(name: str | None):
+    """Force one CPU path of the kernels; None leaves the choice to them."""
+    before = os.environ.pop(CAPABILITY, None)
+    if name is not None:
+        os.environ[CAPABILITY] = name
+    try:
+        yield
+    finally:
+        os.environ.pop(CAPABILITY, None)
+        if before is not None:
+            os.environ[CAPABILITY] = before
+
+
+def _available_paths() -> list[str]:
+    paths = []
+    for name in ('avx512', 'avx2', 'portable'):
+        with cpu_capability(name):
+            try:
+                paths.append(torch.ops.vssm.cpu_capability())
+            except RuntimeError:  # this CPU lacks it
+                continue
+    return paths
+
+
+CPU_PATHS = _available_paths()
+TRITON = pytest.param(
+    'triton',
+    marks=[
+        pytest.mark.triton,
+        pytest.mark.skipif(importlib.util.find_spec('triton') is None, reason='Triton is not installed'),
+    ],
+)
+
+
+def _scan_slices(self, input):
+    """Triton's interpreter scans a tensor element by element; this goes slice by slice along the axis."""
+    data = [np.moveaxis(t.handle.data, self.axis, 0) for t in input]
+    slices = [[self.to_tensor(np.ascontiguousarray(d[i]), t.dtype) for d, t in zip(data, input, strict=True)]
+              for i in range(len(data[0]))]  # fmt: skip
+    for i in range(1, len(slices)):
+        slices[i] = self.combine_fn.fn(*slices[i - 1], *slices[i])
+    columns = zip(*slices, strict=True)
+    return [self.to_tensor(np.stack([t.handle.data for t in c], self.axis), c[0].dtype) for c in columns]
+
+
+def _through_cuda(function):
+    """`function` for tensors on the CPU: their storages go to the GPU, so that they keep their strides, and back."""
+
+    def there(t):
+        if not isinstance(t, torch.Tensor) or INTERPRETED:
+            return t
+        storage = torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage()).cuda().view(t.dtype)
+        return storage.as_strided(t.shape, t.stride(), t.storage_offset())
+
+    def call(*args):
+        results = function(*map(there, args))
+        return results.cpu() if isinstance(results, torch.Tensor) else tuple(t.cpu() for t in results)
+
+    return call
+
+
+@contextmanager
+def triton_kernels():
+    """Run the CUDA kernels on tensors of the CPU: through the GPU, or where there is none in Triton's interpreter."""
+    from vssm.ops.fusion import triton as fusion
+    from vssm.ops.scan.triton import kernels as scan
+
+    if INTERPRETED:
+        from triton.runtime.interpreter import ScanOps
+
+        ScanOps.generic_scan = _scan_slices
+    library = torch.library.Library('vssm', 'IMPL')
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', '.*verrid', UserWarning)
+        for module, op in ((scan, 'selective_scan'), (fusion, 'state_fusion')):
+            for name in ('', '_backward'):
+                function = _through_cuda(getattr(module, f'{op}_triton{name}'))
+                library.impl(op + name, function, 'CPU', allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+def kernel_path_context(name: str | None):
+    """Force one path of the kernels: of the CPU, or 'triton'."""
+    return triton_kernels() if name == 'triton' else cpu_capability(name)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute an op: the reference, or the kernels along one path; and in which dtype."""
+
+    path: str | None  # None is the reference
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f'{self.path or "reference"}-{str(self.dtype).removeprefix("torch.")}'
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether it takes milliseconds a position."""
+        return self.path == 'triton' and INTERPRETED
+
+    @contextmanager
+    def active(self):
+        with vssm.ops.use_reference(self.path is None), kernel_path_context(self.path):
+            yield
+
+
+BACKENDS = [
+    Backend(None, torch.float64),
+    Backend(None, torch.float32),
+    Backend(CPU_PATHS[0], torch.float64),  # one code serves float64, whatever the path
+    *[Backend(path, torch.float32) for path in CPU_PATHS],
+    pytest.param(Backend('triton', torch.float32), marks=TRITON.marks),
+]
+
+
+@pytest.fixture(params=BACKENDS, ids=str)
+def backend(request):
+    """Each way to compute the ops in turn; they take it while the test runs."""
+    with request.param.active():
+        yield request.param
+
+
+@pytest.fixture(params=CPU_PATHS)
+def cpu_path(request):
+    with cpu_capability(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=[*CPU_PATHS, TRITON])
+def kernel_path(request):
+    with kernel_path_context(request.param):
+        yield request.param
+
+
+@pytest.fixture(scope='session')
+def interpreted():
+    """Whether the CUDA kernels run in Triton's interpreter, which takes milliseconds a position."""
+    return INTERPRETED
+
+
+@pytest.fixture(scope='session')
+def cpu_paths():
+    """The CPU paths that this machine has, best first, and the context manager that forces one."""
+    return CPU_PATHS, cpu_capability
+
+
+@pytest.fixture
+def triton_path():
+    """The CUDA kernels, on the GPU or in Triton's interpreter."""
+    pytest.importorskip('triton')
+    with triton_kernels():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _kernels():
+    """Test the kernels, whatever VSSM_REFERENCE says, unless a test asks for the reference."""
+    with vssm.ops.use_reference(False):
+        yield
