@@ -6,7 +6,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow lint format clean
+# A worker of pytest-xdist for each core, which computes with one thread; `make test PYTEST_ARGS='-n 0'` does without.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+# Of what the networks and the ops compute, what takes seconds.
+QUICK := tests/test_architecture.py tests/ops tests/models/test_layers.py tests/models/test_models.py
+
+.PHONY: setup demo check test test-slow lint format clean
 
 setup: $(INSTALLED)
 
@@ -23,11 +28,14 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard ops/csrc/*)
 demo: $(INSTALLED)
 	$(BIN)/vssm demo
 
+check: lint
+	$(PYTEST) -m 'not slow and not triton' --draws 30 $(QUICK) $(PYTEST_ARGS)
+
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

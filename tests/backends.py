@@ -20,29 +20,6 @@ import vssm  # noqa: E402
 
 CAPABILITY = 'VSSM_CPU_CAPABILITY'
 
-# Triton's interpreter takes milliseconds a position. What it leaves out is implied: the comparison with the reference
-# implies what holds for the reference; opcheck of bfloat16, that in float32 and the dtypes of the random cases; and the
-# networks' other inputs and their backbones, the one input whose gradients pass through the same kernels.
-IMPLIED_IF_INTERPRETED = re.compile(
-    r'test_(orders_are_transposes_and_flips|walks_are_summed|low_rank_steps_are_a_matrix_product)\b'
-    r'|test_opcheck.*bfloat16'
-    r'|test_golden_backbone|test_golden_classifier\[(?!.*\bnonsquare\b)'
-)
-SLOW_IF_INTERPRETED = re.compile('test_golden_classifier')
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config, items):
-    if not INTERPRETED:
-        return
-    through_triton = [item for item in items if item.get_closest_marker('triton')]
-    implied = [item for item in through_triton if IMPLIED_IF_INTERPRETED.match(item.name)]
-    config.hook.pytest_deselected(items=implied)
-    items[:] = [item for item in items if item not in set(implied)]
-    for item in through_triton:
-        if SLOW_IF_INTERPRETED.match(item.name):
-            item.add_marker(pytest.mark.slow)
-
 
 @contextmanager
 def cpu_capability(name: str | None):
@@ -162,6 +139,28 @@ BACKENDS = [
     *[Backend(path, torch.float32) for path in CPU_PATHS],
     pytest.param(Backend('triton', torch.float32), marks=TRITON.marks),
 ]
+
+
+# Triton's interpreter takes milliseconds a position. What it leaves out is implied: the comparison with the reference
+# implies what holds for the reference, the smallest cases of an operator stand for its registration, and one input of a
+# network for those of other sizes.
+IMPLIED_IF_INTERPRETED = re.compile(
+    r'test_(orders_are_transposes_and_flips|walks_are_summed|low_rank_steps_are_a_matrix_product|golden_backbone)\b'
+    r'|test_golden_classifier\[(?!.*\bnonsquare\b)'
+    r'|test_opcheck(_backward)?\[.*\b(bfloat16|2d|1d-all|1d-orders|1d-two)\b'
+)
+SLOW_IF_INTERPRETED = re.compile('test_golden_classifier')
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    interpreted = {item for item in items if INTERPRETED and item.get_closest_marker('triton')}
+    implied = {item for item in interpreted if IMPLIED_IF_INTERPRETED.match(item.name)}
+    config.hook.pytest_deselected(items=list(implied))
+    items[:] = [item for item in items if item not in implied]
+    for item in interpreted:
+        if SLOW_IF_INTERPRETED.match(item.name):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(params=BACKENDS, ids=str)

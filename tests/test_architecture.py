@@ -149,7 +149,7 @@ def test_the_library_prints_nothing():
         assert not [n.lineno for n in calls if isinstance(n.func, ast.Name) and n.func.id == 'print'], path
 
 
-def test_version():
+def test_the_version_is_written_once():
     """It is written once; pyproject.toml and the installed package follow."""
     project = tomllib.loads((ROOT / 'pyproject.toml').read_text())
     assert 'version' in project['project']['dynamic'] and 'version' not in project['project']

@@ -514,7 +514,7 @@ def assert_decays(wrapper, model, weight_decay):
 
 
 @pytest.mark.parametrize('name', ADE20K + COCO_1X + COCO_3X)
-def test_a_config_builds_its_whole_run(name, data, tmp_path, monkeypatch):
+def test_a_dense_config_builds_its_whole_run(name, data, tmp_path, monkeypatch):
     segments = name in ADE20K
     cfg = load_config(name, data, tmp_path, **{'auto_scale_lr.enable': True})
     short = name.replace('-ms-3x_', '-1x_')

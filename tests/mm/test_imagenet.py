@@ -59,7 +59,7 @@ def test_every_model_has_its_config():
 
 
 @pytest.mark.parametrize('name', IMAGENET + FINETUNE)
-def test_a_config_builds_its_whole_run(name, data, tmp_path, monkeypatch):
+def test_an_imagenet_config_builds_its_whole_run(name, data, tmp_path, monkeypatch):
     cfg = Config.fromfile(find_config(name))
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
         loader.update(num_workers=0, persistent_workers=False)
@@ -363,7 +363,7 @@ def test_a_training_starts_from_a_file_with_any_head(tmp_path):
         assert model.model.head.fc.weight.shape == (classes, 96)
 
 
-def test_published_names_load(golden, tmp_path):
+def test_a_classifier_takes_published_names(golden, tmp_path):
     tensors, metadata = golden('vmamba_micro')
     state = {k.removeprefix('state_dict.'): v for k, v in tensors.items() if k.startswith('state_dict.')}
     config = metadata['config']

@@ -16,7 +16,6 @@ from vssm.models.weights import read_checkpoint
 
 pytest.importorskip('mmengine', reason="mmengine is not installed: pip install '.[train]'")
 
-FAMILIES = ('test_vmamba', 'test_vmamba2d', 'test_spatial_mamba')
 ROOTS = dict(imagenet='imagenet', ade20k='ADEChallengeData2016', coco='coco')
 
 
@@ -36,17 +35,9 @@ def command(small_config, data):
     return command
 
 
-# The rest belongs to the slow tests: the way from file to loss differs by task, that from map to map by family.
-FAST = {('imagenet', 'test_spatial_mamba'), ('ade20k', 'test_vmamba2d'), ('coco', 'test_vmamba')}
-
-
+# The way from file to loss differs by task, that from map to map by family: each has its turn.
 @pytest.mark.parametrize(
-    'task, model_name',
-    [
-        pytest.param(task, name, marks=[] if (task, name) in FAST else pytest.mark.slow)
-        for task in ROOTS
-        for name in FAMILIES
-    ],
+    'task, model_name', [('imagenet', 'test_spatial_mamba'), ('ade20k', 'test_vmamba2d'), ('coco', 'test_vmamba')]
 )
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(task, model_name, command, tmp_path):
     """Bit for bit, although other workers make its samples."""

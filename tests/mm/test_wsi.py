@@ -686,7 +686,7 @@ def test_training_goes_on_from_published_weights(classification, tmp_path, golde
 
 
 @pytest.mark.parametrize('argv', [['train', 'wsi/classification'], ['wsi-check', 'labels.csv', '.']], ids=' '.join)
-def test_a_missing_extra_is_named(argv, classification):
+def test_the_missing_extra_of_slides_is_named(argv, classification):
     code = f'import sys; sys.modules["h5py"] = None; from vssm.tools.main import main; sys.exit(main({argv}))'
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=classification)
     assert (

@@ -34,7 +34,7 @@ SIZES = ((32, 32), (33, 47), (64, 96), (224, 224))
 GRAPH_TOLERANCE = 1e-5  # a graph's large linear layers sum in another order than eager ones, see `models/layers.py`
 every_model = pytest.mark.parametrize('name', MODELS)
 every_test_model = pytest.mark.parametrize('name', SMALL)
-# What computes runs on the small models, and on the tiny ones among the slow tests.
+# What depends on widths and depths, as numbers, gradients and graphs do, is among the slow tests for the tiny models.
 every_small_model = pytest.mark.parametrize('name', [*SMALL, *(pytest.param(n, marks=pytest.mark.slow) for n in TINY)])
 every_tiny_model = pytest.mark.parametrize('name', TINY)
 
@@ -129,7 +129,7 @@ def test_output_shapes(name, size):
     assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
 
 
-@every_small_model
+@every_test_model
 @pytest.mark.parametrize('size', SIZES, ids=lambda s: f'{s[0]}x{s[1]}')
 def test_output_is_finite(name, size):
     y = create(name)(images(*size))
@@ -204,7 +204,7 @@ def test_features_only_shapes(name, out_indices):
 # ---- timm's methods --------------------------------------------------------------------------------------------------
 
 
-@every_small_model
+@every_test_model
 def test_features_only_gives_the_stages(name):
     model = create(name)
     backbone = create(name, features_only=True)
@@ -216,7 +216,7 @@ def test_features_only_gives_the_stages(name):
         assert torch.equal(feature, expected.permute(0, 3, 1, 2))
 
 
-@every_small_model
+@every_test_model
 @pytest.mark.parametrize('pool, multiple', [('avg', 1), ('max', 1), ('avgmax', 1), ('catavgmax', 2)])
 def test_head(name, pool, multiple):
     model = create(name, num_classes=10, global_pool=pool)
@@ -233,7 +233,7 @@ def test_head(name, pool, multiple):
     assert torch.equal(model(x), pre_logits)
 
 
-@every_small_model
+@every_test_model
 def test_reset_classifier(name):
     model = create(name, num_classes=10, dtype=torch.float64)
     x = images(dtype=torch.float64)
@@ -246,7 +246,7 @@ def test_reset_classifier(name):
     assert model(x).shape == model.forward_features(x).shape
 
 
-@every_small_model
+@every_test_model
 def test_without_pooling(name):
     model = create(name, num_classes=0, global_pool='')
     x = images(70, 96)
@@ -256,7 +256,7 @@ def test_without_pooling(name):
     torch.testing.assert_close(unpooled.mean((1, 2)), model(x))
 
 
-@every_small_model
+@every_test_model
 def test_dropout_before_the_classifier(name):
     model = create(name, drop_rate=0.5)
     features = model.forward_features(images())
@@ -266,7 +266,7 @@ def test_dropout_before_the_classifier(name):
     assert 0.3 < kept.float().mean() < 0.7
 
 
-@every_small_model
+@every_test_model
 @pytest.mark.parametrize('norm', (False, True), ids=('raw', 'norm'))
 @pytest.mark.parametrize('indices, taken', [(None, range(4)), (2, (2, 3)), ([0, 2], (0, 2)), ([-1], (3,))], ids=str)
 def test_forward_intermediates(name, indices, taken, norm):
@@ -309,7 +309,7 @@ def test_forward_intermediates_refuses_other_layouts():
         create('test_vmamba', 'meta').forward_intermediates(images(device='meta'), output_fmt='NLC')
 
 
-@every_small_model
+@every_test_model
 @pytest.mark.parametrize(
     'indices, kept', [(1, [3]), ([0, 2], [0, 2]), ([1], [1]), ((0, 1, 2, 3), [0, 1, 2, 3])], ids=str
 )
@@ -358,7 +358,7 @@ def test_every_parameter_gets_a_gradient(name):
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), parameter_name
 
 
-@every_small_model
+@every_test_model
 def test_one_position_leaves_no_parameter_without_a_gradient(name):
     """A 32x32 image has a last stage of one position, where the decay has nothing to act on."""
     model = create(name).train()
@@ -414,7 +414,7 @@ def test_layer_groups(name):
 
 
 @pytest.mark.parametrize('dtype', (torch.float64, torch.bfloat16, torch.float16), ids=str)
-@every_small_model
+@every_test_model
 def test_construction_in_a_dtype(name, dtype):
     model = create(name, dtype=dtype)
     assert {t.dtype for t in model.state_dict().values() if t.is_floating_point()} == {dtype}
@@ -464,7 +464,7 @@ def test_initialisation(name):
     assert abs(log_steps.mean() + 2) < 0.1 and abs(log_steps.std() - 2 / 12**0.5) < 0.05  # log-uniform
 
 
-@every_small_model
+@every_test_model
 def test_drop_path_rates_grow_linearly(name):
     model = create(name, drop_path_rate=0.4)
     rates = [
@@ -503,7 +503,7 @@ def test_only_the_scan_tells_the_two_apart():
     assert (one - two).abs().max() > 0.01 * one.abs().max()
 
 
-@every_small_model
+@every_test_model
 def test_height_and_width_are_told_apart(name, assert_close):
     """Transposing the image, the kernels of the convolutions and the orders of the scans changes nothing."""
     model = spread(create(name, dtype=torch.float64))
@@ -543,7 +543,7 @@ def test_kernel_and_reference_agree(name, assert_close):
         assert_close(y, model(x), 1e-5)
 
 
-@every_small_model
+@every_test_model
 @pytest.mark.parametrize('how', ('bfloat16', 'autocast'))
 def test_half_precision_is_near_float32(name, how, assert_close):
     model = spread(create(name))
@@ -641,7 +641,7 @@ def test_precision_of_the_tiny_models(name, how, assert_close):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', [*SMALL, *TINY])
+@pytest.mark.parametrize('name', [*SMALL, 'vmamba2d_tiny', 'spatial_mamba_tiny'])
 def test_two_hundred_steps_in_bfloat16(name):
     """With the published learning rate and weight decay, on noise."""
     if name in TINY and not torch.ops.mkldnn._is_mkldnn_bf16_supported():

@@ -365,7 +365,7 @@ def test_cam_draws_models_side_by_side(tmp_path, capsys, grad_cam):
     ],
     ids=lambda value: ' '.join(value) if isinstance(value, list) else '',
 )
-def test_bad_input_gives_one_sentence_and_exit_code_2(argv, said, capsys, tmp_path, monkeypatch):
+def test_bad_input_of_pictures_gives_one_sentence(argv, said, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(argv) == 2
     captured = capsys.readouterr()

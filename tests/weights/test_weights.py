@@ -601,7 +601,7 @@ PREFIXES = ('', 'module.', '_orig_mod.', 'module._orig_mod.', 'model.')
 
 @pytest.mark.parametrize('name', TEST_MODELS)
 @pytest.mark.parametrize('prefix', PREFIXES)
-def test_every_value_lands_in_its_place(name, prefix, publish, tmp_path):
+def test_convert_puts_every_value_in_its_place(name, prefix, publish, tmp_path):
     expected = random_state(name)
     state = {f'{prefix}{key}': value for key, value in publish(name, expected).items()}
     assert not state.keys() & expected.keys()
@@ -761,7 +761,7 @@ def test_convert_refuses_bad_arguments(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize('name', TEST_MODELS)
-def test_checkpoint_path_takes_a_published_file(name, publish, tmp_path, foreign):
+def test_checkpoint_path_takes_a_file_of_foreign_classes(name, publish, tmp_path, foreign):
     expected = random_state(name)
     path = tmp_path / 'published.pth'
     foreign(lambda node: torch.save({'model': publish(name, expected), 'optimizer': {}, 'config': node}, path))
