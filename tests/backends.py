@@ -143,10 +143,11 @@ BACKENDS = [
 
 # Triton's interpreter takes milliseconds a position. What it leaves out is implied: the comparison with the reference
 # implies what holds for the reference, its agreement with the golden files among it; the smallest cases of an operator
-# stand for its registration, and one input of a network for those of other sizes.
+# stand for its registration, two types for the others, and one input of a network for those of other sizes.
 IMPLIED_IF_INTERPRETED = re.compile(
     r'test_(orders_are_transposes_and_flips|walks_are_summed|low_rank_steps_are_a_matrix_product)\b'
-    r'|test_(one_row_makes_both_scans_equal|golden_cases|golden_backbone)\b'
+    r'|test_(one_row_makes_both_scans_equal|golden_scans|golden_fusions|golden_backbone)\b'
+    r'|test_values_and_gradients\[.*\b(float16|bfloat16-float32)\b'
     r'|test_golden_classifier\[(?!.*\bnonsquare\b)'
     r'|test_opcheck(_backward)?\[.*\b(bfloat16|2d|1d-all|1d-orders|1d-two)\b'
 )
