@@ -5,9 +5,11 @@ import ast
 import importlib.metadata
 import sys
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from backends import IMPLIED_IF_INTERPRETED, SLOW_IF_INTERPRETED
 
 import vssm
 
@@ -147,6 +149,15 @@ def test_the_library_prints_nothing():
     for path in sources('src', 'ops', 'models'):
         calls = [n for n in ast.walk(ast.parse((ROOT / path).read_text())) if isinstance(n, ast.Call)]
         assert not [n.lineno for n in calls if isinstance(n.func, ast.Name) and n.func.id == 'print'], path
+
+
+def test_no_test_has_the_name_of_another():
+    """Which `-k` would not tell apart; and what names tests names ones that there are."""
+    trees = [ast.parse((ROOT / path).read_text()) for path in sources('tests')]
+    functions = [node.name for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)]
+    tests = Counter(name for name in functions if name.startswith('test_'))
+    assert [name for name, count in tests.items() if count > 1] == []
+    assert IMPLIED_IF_INTERPRETED.keys() | SLOW_IF_INTERPRETED <= tests.keys()
 
 
 def test_the_version_is_written_once():
