@@ -6,6 +6,7 @@ The golden files and the ways to compute the ops are fixtures too, in files of t
 
 import fcntl
 import os
+import shutil
 
 import pytest
 
@@ -61,6 +62,7 @@ def made_once(tmp_path_factory):
         with open(root / f'{name}.lock', 'w') as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
             if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
                 folder.mkdir()
                 make(folder)
                 done.touch()

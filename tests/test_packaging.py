@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import venv
 import zipfile
@@ -107,7 +106,8 @@ def test_wheel_runs_in_clean_environment(wheel, requirements, tmp_path):
     else:
         result = run(*install, '--no-deps', wheel)
         (installed,) = (tmp_path / 'venv').glob('lib/*/site-packages')
-        (installed / 'others.pth').write_text(sysconfig.get_path('purelib'))  # without that folder's own .pth files
+        others = [path for path in sys.path if Path(path).name == 'site-packages']
+        (installed / 'others.pth').write_text('\n'.join(others))  # the clone is not among them
     assert result.returncode == 0, result.stderr
     env = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
     clean = run(python, '-c', SCRIPT, cwd=tmp_path, env=env)
