@@ -11,8 +11,9 @@ import shutil
 import pytest
 
 IN_WORKER = 'PYTEST_XDIST_WORKER' in os.environ
-if IN_WORKER:
-    os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # OpenMP reads it when it is loaded
+if IN_WORKER:  # which shares the cores with others: OpenMP reads these when it is loaded, in processes of a test too
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
+    os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # which deterministic products need on CUDA
 
 import torch  # noqa: E402
@@ -74,11 +75,16 @@ def made_once(tmp_path_factory):
 # ---- state of the process --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True)
-def _threads():
+@pytest.fixture(scope='session')
+def number_of_threads():
     """Two, or one where the workers of pytest-xdist share the cores: threads that wait would take the others' time."""
+    return 1 if IN_WORKER else 2
+
+
+@pytest.fixture(autouse=True)
+def _threads(number_of_threads):
     before = torch.get_num_threads()
-    torch.set_num_threads(1 if IN_WORKER else 2)
+    torch.set_num_threads(number_of_threads)
     yield
     torch.set_num_threads(before)
 

@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cases that every test of the ops shares: stored ones and random ones."""
+"""What the tests of the ops share: stored cases, random cases, and two threads."""
 
 import pytest
 from golden_files import GOLDEN, need_golden, read_tensors, under
+
+
+@pytest.fixture(scope='session')
+def number_of_threads():
+    """Two, beside other workers too: the kernels divide their work among threads."""
+    return 2
 
 
 def pytest_generate_tests(metafunc):
