@@ -7,9 +7,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 # A worker of pytest-xdist for each core, which computes with one thread; `make test PYTEST_ARGS='-n 0'` does without.
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
-# Of what the networks and the ops compute, what takes seconds.
-QUICK := tests/test_architecture.py tests/ops tests/models/test_layers.py tests/models/test_models.py
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+# What takes seconds: the arrows, the ops, and that the networks compute as published.
+QUICK := tests/test_architecture.py tests/ops tests/models/test_layers.py $(addprefix tests/models/test_models.py::, \
+	test_golden_classifier test_kernel_and_reference_agree test_every_parameter_gets_a_gradient)
 
 .PHONY: setup demo check test test-slow lint format clean
 
@@ -29,7 +30,7 @@ demo: $(INSTALLED)
 	$(BIN)/vssm demo
 
 check: lint
-	$(PYTEST) -m 'not slow and not triton' --draws 30 $(QUICK) $(PYTEST_ARGS)
+	$(PYTEST) -m 'not slow and not triton' -k 'not opcheck' --draws 30 $(QUICK) $(PYTEST_ARGS)
 
 test: $(INSTALLED)
 	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
