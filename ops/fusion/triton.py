@@ -197,8 +197,8 @@ def state_fusion_triton_backward(grad_y: Tensor, h: Tensor, weight: Tensor) -> t
     rows, blocks = batch * height, triton.cdiv(channels, BLOCK_E)
     groups = min(rows, 64)
     grad_y, h_, dh = grad_y.contiguous(), h.contiguous(), torch.empty(h.shape, dtype=h.dtype, device=h.device)
-    float32 = dict(dtype=torch.float32, device=h.device)
-    sums, parts = torch.empty(3, 2, rows, channels, **float32), torch.empty(groups, 3, 3, 3, channels, **float32)
+    sums = torch.empty(3, 2, rows, channels, dtype=torch.float32, device=h.device)
+    parts = torch.empty(groups, 3, 3, 3, channels, dtype=torch.float32, device=h.device)
     P = _columns(width)
     sizes = dict(width=width, channels=channels, rows=rows)
     # Left to itself, the compiler spills a few registers of the backward pass for occupancy.
