@@ -87,6 +87,14 @@ def test_readout_values_that_are_not_finite_stay_at_their_position(value, cpu_pa
     assert changed[1, 2] and changed.sum() == 1
 
 
+def test_vmap_takes_a_readout_of_one_position():
+    """It has no axis into which the mapped one could be folded."""
+    h, x, C, D, z, weight, bias = (t.detach() for t in make_case(4, 9))
+    expected = gated_readout(h, x, C, D, z, weight, bias, 1e-5)
+    y = torch.vmap(lambda h, x, C, z: gated_readout(h, x, C, D, z, weight, bias, 1e-5))(h, x, C, z)
+    assert torch.equal(y, expected)
+
+
 @pytest.mark.filterwarnings('ignore:.*torch.jit.*:DeprecationWarning')
 def test_readout_counts_as_the_operations_that_it_stands_for():
     """For fvcore, and so for the published numbers of a network that calls either."""
