@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What runs an op: the compiled kernels, loaded here, or on request the reference in plain PyTorch."""
+"""What computes an op: the compiled kernels, loaded here, or on request the reference in plain PyTorch."""
 
-import importlib.util
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -27,6 +25,9 @@ def use_reference(enabled: bool = True) -> Iterator[None]:
     """Run the ops as plain tensor operations inside this context, whatever the device and dtype.
 
     The environment variable VSSM_REFERENCE=1, read at import, selects it for a whole process.
+
+    Args:
+        enabled: Whether the reference computes; False returns to the kernels inside an outer context.
     """
     global _use_reference
     previous, _use_reference = _use_reference, enabled
@@ -39,6 +40,22 @@ def use_reference(enabled: bool = True) -> Iterator[None]:
 def uses_reference(x: Tensor) -> bool:
     """Whether the reference computes with x: where it was asked for, and in float64 on CUDA, where no kernel does."""
     return _use_reference or (x.is_cuda and x.dtype == torch.float64)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that an op computes in for a first argument x: float64 for float64, float32 for all else."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def autocast_is_on(x: Tensor) -> bool:
+    """Whether autocast would choose dtypes on the device of x, which may be one that has no autocast."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """A context in which the reference computes as precisely as a kernel."""
+    return torch.autocast(x.device.type, enabled=False) if autocast_is_on(x) else nullcontext()
 
 
 def check_device(op: str, x: Tensor) -> None:
@@ -56,11 +73,14 @@ def check_precision(op: str, x: Tensor) -> None:
         raise NotImplementedError(f'{op}: the CUDA kernels compute in float32, got {x.dtype}; call vssm.ops.{op}.')
 
 
-def load_triton(op: str, module: str) -> ModuleType:
-    """The module of an op's CUDA kernels: imported when the first CUDA tensor arrives, and not before."""
-    if importlib.util.find_spec('triton') is None:
+def import_triton(op: str, kernels: Callable[[], tuple[Callable, ...]]) -> tuple[Callable, ...]:
+    """The CUDA kernels of an op, imported by calling `kernels`; without Triton an ImportError says what to install."""
+    try:
+        return kernels()
+    except ModuleNotFoundError as error:
+        if error.name != 'triton':
+            raise
         raise ImportError(
             f'{op}: CUDA tensors need Triton, which is not installed: run `pip install triton`, or on Windows '
             '`pip install triton-windows`.'
-        )
-    return importlib.import_module(f'.{module}', __package__)
+        ) from error

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backend import compute_dtype
+
 DILATIONS = (1, 3, 5)
 
 
@@ -13,7 +15,7 @@ def state_fusion_ref(h: Tensor, weight: Tensor) -> Tensor:
 
     Computes in float64 if h is float64, else in float32. Arguments are not checked here.
     """
-    dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(h)
     states = h.to(dtype).permute(0, 3, 1, 2)  # [B, H, W, E] -> [B, E, H, W]
     y = torch.zeros_like(states)
     for kernel, dilation in zip(weight.to(dtype), DILATIONS, strict=True):

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA kernels: how they cut a walk, what they keep in memory, what they compile to, and what only a GPU shows.
 
-Values and gradients are held to the reference in test_selective_scan.py and test_state_fusion.py, beside the CPU's.
+Values and gradients are held to the reference in test_ops.py, test_selective_scan.py and test_state_fusion.py, beside
+those of the CPU.
 """
 
 import json
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from op_cases import OPS
 from scan_cases import (
     assert_matches_oracle,
     convert,
@@ -144,10 +146,20 @@ def test_backward_inside_autocast_is_as_precise(kernels, interpreted):
 
 @pytest.mark.parametrize(('op', 'folder'), (('selective_scan', 'scan'), ('state_fusion', 'fusion')))
 def test_without_triton_a_sentence_says_what_to_install(op, folder, monkeypatch):
-    backend = sys.modules['vssm.ops.backend']
-    monkeypatch.setattr(backend.importlib.util, 'find_spec', lambda name: None)
+    for name in [name for name in sys.modules if name.startswith(f'vssm.ops.{folder}.triton')]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, 'triton', None)  # which is how Python says that there is none
     with pytest.raises(ImportError, match=f'{op}: CUDA tensors need Triton.*pip install triton'):
-        sys.modules[f'vssm.ops.{folder}.op']._cuda(torch.zeros(1, 1, 1, 1), torch.zeros(1))
+        sys.modules['vssm.ops.backend'].import_triton(op, sys.modules[f'vssm.ops.{folder}.op']._cuda_kernels)
+
+
+@pytest.mark.parametrize('op', OPS, ids=str)
+def test_an_operator_finds_its_kernels_on_cuda(op):
+    for name in (op.name, f'{op.name}_backward'):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f'vssm::{name}', 'CUDA') == op.has_cuda
+    if op.has_cuda:
+        kernels = sys.modules[f'vssm.ops.{op.folder}.op']._cuda_kernels()
+        assert [kernel.__name__ for kernel in kernels] == [f'{op.name}_triton', f'{op.name}_triton_backward']
 
 
 def test_kernels_are_not_imported_before_a_cuda_tensor_arrives():
