@@ -17,15 +17,14 @@ from .hooks import (  # noqa: E402
     FiniteLossHook,
     MESAHook,
     PendingGradientsHook,
-    ProgressHook,
     SafetensorsHook,
     SeedHook,
     SharedBuffersHook,
     UnreadableImagesHook,
-    progress_bar,
     save_for_timm,
 )
 from .optim import BFloat16OptimWrapper, TimmOptimWrapperConstructor  # noqa: E402
+from .progress import ProgressHook, progress_bar  # noqa: E402
 from .runner import TimmRunner  # noqa: E402
 from .saved import allow_histories, numbered_checkpoints, read_run  # noqa: E402
 from .utils import RunError  # noqa: E402

@@ -1,21 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens around the iterations: progress, seeds, weights for timm, a second loss, and when to stop."""
+"""What happens around the iterations: seeds, weights for timm, a second loss, and reasons to stop."""
 
-import atexit
 import json
 import math
-import time
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import all_reduce, get_rank, is_main_process, master_only
+from mmengine.dist import all_reduce, get_rank, is_main_process
 from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,17 +24,12 @@ __all__ = [
     'FiniteLossHook',
     'MESAHook',
     'PendingGradientsHook',
-    'ProgressHook',
     'SafetensorsHook',
     'SeedHook',
     'SharedBuffersHook',
     'UnreadableImagesHook',
-    'console',
-    'progress_bar',
     'save_for_timm',
 ]
-
-console = Console()  # one for the progress bar and the warnings, so that neither writes over the other
 
 
 @HOOKS.register_module()
@@ -255,99 +245,3 @@ def save_for_timm(
     tensors = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata)
-
-
-def progress_bar(console: Console) -> Progress:
-    """Bar, count, a field `status` and the time that is left; nothing where there is no terminal."""
-    return Progress(
-        TextColumn('{task.description}'),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn('{task.fields[status]}'),
-        TimeRemainingColumn(),
-        console=console,
-        speed_estimate_period=3600,  # longer than an evaluation, during which nothing advances
-        disable=not console.is_terminal,
-    )
-
-
-@HOOKS.register_module()
-class ProgressHook(Hook):
-    """A progress bar with the time that is left on a terminal, elsewhere a line after each evaluation and now and then.
-
-    Args:
-        seconds: Time between two lines where there is no terminal.
-    """
-
-    priority = 'LOW'  # after the runtime information of the iteration has been noted
-
-    def __init__(self, seconds: float = 60.0) -> None:
-        self.seconds = seconds
-        self.progress: Progress | None = None
-        self.metrics = ''
-        self.said = math.inf
-
-    def _start(self, description: str, total: int) -> None:
-        self.progress = progress_bar(console)
-        self.task = self.progress.add_task(description, total=total, status='')
-        self.progress.start()
-        self.said = time.monotonic()
-        atexit.register(self._stop)  # an exception would else leave the terminal without its cursor
-
-    @master_only
-    def before_train(self, runner: Runner) -> None:
-        self._start('train', runner.max_iters)
-        self.progress.update(self.task, completed=runner.iter)
-
-    @master_only
-    def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
-        self.progress.update(self.task, completed=runner.iter + 1, status=self._status(runner))
-        if time.monotonic() - self.said > self.seconds:
-            self._say(runner, runner.iter + 1)
-
-    @master_only
-    def after_val_iter(self, runner: Runner, batch_idx: int, *args: Any, **kwargs: Any) -> None:
-        if self.progress is not None:
-            status = f'{self._status(runner)}  evaluating {batch_idx + 1}/{len(runner.val_dataloader)}'
-            self.progress.update(self.task, status=status)
-
-    @master_only
-    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        numbers = [(name, value) for name, value in metrics.items() if isinstance(value, Real)]
-        self.metrics = '  '.join(f'{name} {value:.2f}' for name, value in numbers[:3])  # the first are those one quotes
-        if self.progress is not None:  # else an evaluation without training
-            self.progress.update(self.task, status=self._status(runner))
-            self._say(runner, runner.iter)
-
-    @master_only
-    def after_train(self, runner: Runner) -> None:
-        self._stop()
-
-    @master_only
-    def before_test_epoch(self, runner: Runner) -> None:
-        self._start('test', len(runner.test_dataloader))
-
-    @master_only
-    def after_test_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
-        self.progress.advance(self.task)
-
-    @master_only
-    def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        self._stop()
-
-    def _status(self, runner: Runner) -> str:
-        return f'loss {runner.message_hub.get_scalar("train/loss").current():.3f}  {self.metrics}'
-
-    def _say(self, runner: Runner, done: int) -> None:
-        if not console.is_terminal:
-            seconds = self.progress.tasks[self.task].time_remaining
-            left = f'{seconds:.0f}' if seconds is not None else '?'
-            console.print(
-                f'iteration {done}/{runner.max_iters}  {self._status(runner)}  {left} s left',
-                highlight=False,
-                soft_wrap=True,
-            )
-        self.said = time.monotonic()
-
-    def _stop(self) -> None:
-        self.progress.stop()

@@ -375,7 +375,7 @@ def test_bad_arguments_of_check(argv, said, classification, capsys, monkeypatch)
 
 def test_slides_are_read_when_asked_for_and_kept_by_an_option(classification, monkeypatch):
     reads = []
-    monkeypatch.setattr('vssm.models.mm.wsi.read_slide', lambda path: reads.append(path.stem) or read_slide(path))
+    monkeypatch.setattr('vssm.models.mm.wsi_data.read_slide', lambda path: reads.append(path.stem) or read_slide(path))
     for cache, expected in ((False, ['s0', 's1', 's0']), (True, ['s0', 's1'])):
         reads.clear()
         dataset = SlideDataset(str(classification), 'labels.csv', 'train', cache=cache)
