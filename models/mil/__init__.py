@@ -3,7 +3,8 @@
 
 * `networks`: 2DMambaMIL, its 1-D variant and the baselines, with a registry of their own.
 * `grid`: patches on the grid of their slide.
-* `slides`: tables of slides, files of features, splits by case. Needs the extra wsi.
+* `tables`: tables of slides, and splits by case.
+* `slides`: files of features and coordinates. Needs the extra wsi.
 * `survival`: time bins, losses and risks.
 """
 

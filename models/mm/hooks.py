@@ -36,7 +36,8 @@ __all__ = [
 class SeedHook(Hook):
     """Seeds every training iteration by the run's seed, the process and the iteration's number.
 
-    So a resumed run drops the same paths and mixes the same images as an unbroken one, without any generator's state.
+    So a resumed run drops the same paths and mixes the same images as an unbroken one, although no checkpoint holds the
+    state of a random generator.
     """
 
     priority = 'VERY_HIGH'
@@ -50,14 +51,12 @@ class FiniteLossHook(Hook):
     """Stops a run whose loss is not a number or infinite, in every process at the same iteration.
 
     Raises:
-        RunError: With the iteration and the last checkpoint.
+        RunError: The loss is not finite; the message names the iteration and the last checkpoint.
     """
 
     priority = 'HIGH'  # after the loss has come from the device for the log, before averages and checkpoints
 
-    def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
-    ) -> None:
+    def after_train_iter(self, runner: Runner, outputs: dict[str, Any], **kwargs: Any) -> None:
         loss = outputs['loss'].detach().clone()
         all_reduce(loss, 'mean')
         if not loss.isfinite():
@@ -66,7 +65,7 @@ class FiniteLossHook(Hook):
 
 @HOOKS.register_module()
 class SharedBuffersHook(Hook):
-    """Lets every process evaluate one network: batch norms take the average of all processes' statistics."""
+    """Lets all processes evaluate the same network: batch norms take the average of all processes' statistics."""
 
     priority = 'VERY_HIGH'
 
@@ -94,14 +93,14 @@ class UnreadableImagesHook(Hook):
     """Names and counts the training images that cannot be read and were replaced by others.
 
     Args:
-        interval: Iterations between two looks.
+        interval: Number of iterations between two reports.
     """
 
     priority = 'LOW'
 
     def __init__(self, interval: int = 100) -> None:
         self.interval = interval
-        self.known = set()
+        self.known: set[int] = set()
 
     def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
         if self.every_n_train_iters(runner, self.interval):
@@ -113,7 +112,7 @@ class UnreadableImagesHook(Hook):
     def _report(self, runner: Runner) -> None:
         dataset = runner.train_dataloader.dataset
         unreadable = dataset.unreadable.to(torch.uint8)
-        all_reduce(unreadable, 'max')  # each process knows its own
+        all_reduce(unreadable, 'max')  # each process knows only the images that it read
         found = set(unreadable.nonzero().flatten().tolist())
         for index in sorted(found - self.known):
             runner.logger.warning(f'Unreadable, replaced by another image: {" or ".join(dataset.paths(index))}')
@@ -130,8 +129,8 @@ class MESAHook(Hook):
     batch, as in the published training of Spatial-Mamba.
 
     Args:
-        weight: Of this part of the loss.
-        begin: Share of the training after which it begins.
+        weight: Weight of this part of the loss.
+        begin: Share of the training after which this part begins.
     """
 
     def __init__(self, weight: float, begin: float = 0.25) -> None:
@@ -150,22 +149,22 @@ class MESAHook(Hook):
 
 
 def averaged(runner: Runner) -> Any:
-    """The moving average of a run's model, None if it has none."""
+    """The moving average of a run's model; None if the run keeps none."""
     return next((hook.ema_model.module for hook in runner.hooks if isinstance(hook, EMAHook)), None)
 
 
 @HOOKS.register_module()
 class SafetensorsHook(Hook):
-    """Writes a NamedModel's network to WORK_DIR/checkpoint.safetensors; its moving average, if there is one.
+    """Writes a NamedModel's network, or its moving average, to WORK_DIR/checkpoint.safetensors.
 
-    Of a timm model `timm.create_model(model, checkpoint_path=..., **model_args)` loads the file; its metadata hold
-    these two, the epoch and our version. It is replaced as a whole, so that a reader never finds half of one.
+    `timm.create_model(model, checkpoint_path=FILE, **model_args)` loads the file of a timm model; its metadata hold
+    these two, the epoch and our version. It is replaced as a whole, so that a reader never finds half of a file.
 
     Args:
-        interval: Epochs between two writes; the last epoch is always written.
+        interval: Number of epochs between two writes; the last epoch is always written.
     """
 
-    priority = 'LOW'  # before CheckpointHook: who resumes after the last epoch finds this file too
+    priority = 'LOW'  # before CheckpointHook, so that a run whose last checkpoint is there has written this file too
 
     def __init__(self, interval: int = 1) -> None:
         self.interval = interval
@@ -178,19 +177,19 @@ class SafetensorsHook(Hook):
 
 @HOOKS.register_module()
 class BestHook(Hook):
-    """Writes what SafetensorsHook would to WORK_DIR/best.safetensors when a metric of the evaluation is a new best.
+    """Writes a file like SafetensorsHook's, WORK_DIR/best.safetensors, when a metric of the evaluation is a new best.
 
-    The metadata hold the metric and the seed too. A resumed run takes up the metric from the file, and evaluates its
-    last epoch again, which may have been missed.
+    The metadata hold the metric and the seed too. A resumed run reads its best metric from the file, and evaluates the
+    last epoch again, as it may have been killed before that.
 
     Args:
-        metric: Its name, such as 'accuracy/top1'.
+        metric: Name of the metric, such as 'accuracy/top1'.
 
     Raises:
-        RunError: The evaluation has no such metric, or it is not finite.
+        RunError: The evaluation has no such metric, or the metric is not finite.
     """
 
-    priority = 'LOW'  # after an average and the weights have changed places again
+    priority = 'LOW'  # after EMAHook, which swaps the weights and their average for the evaluation, and back
 
     def __init__(self, metric: str) -> None:
         self.metric = metric
@@ -205,7 +204,7 @@ class BestHook(Hook):
         if runner.epoch % runner.val_interval == 0:
             runner.val_loop.run()
 
-    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float]) -> None:
         value = metrics.get(self.metric, math.nan)
         if not math.isfinite(value):
             raise RunError(f'BestHook needs a finite {self.metric}, got {value}: evaluated are {", ".join(metrics)}.')
@@ -230,7 +229,14 @@ def _write_weights(runner: Runner, name: str, epoch: int, **metadata: str) -> No
 def save_for_timm(
     path: Path, classifier: NamedModel, state_dict: dict[str, Tensor], epoch: int, **metadata: str
 ) -> None:
-    """Write the weights of a classifier's network, or their average, with what is needed to build it again.
+    """Write the weights of a classifier's network, or their average, with all that builds the network again.
+
+    Args:
+        path: The .safetensors file to write.
+        classifier: The model whose network it is.
+        state_dict: Names and tensors of the network.
+        epoch: Number of epochs that were trained.
+        metadata: Further metadata of the file.
 
     Raises:
         RunError: The file cannot be written; one of that name stays as it was.

@@ -12,7 +12,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 __all__ = ['ProgressHook', 'console', 'progress_bar']
 
@@ -42,10 +42,12 @@ class ProgressHook(Hook):
     """
 
     priority = 'LOW'  # after the runtime information of the iteration has been noted
+    progress: Progress  # this and the next from the start on
+    task: TaskID
 
     def __init__(self, seconds: float = 60.0) -> None:
         self.seconds = seconds
-        self.progress: Progress | None = None
+        self.started = False
         self.metrics = ''
         self.said = math.inf
 
@@ -53,6 +55,7 @@ class ProgressHook(Hook):
         self.progress = progress_bar(console)
         self.task = self.progress.add_task(description, total=total, status='')
         self.progress.start()
+        self.started = True
         self.said = time.monotonic()
         atexit.register(self._stop)  # an exception would else leave the terminal without its cursor
 
@@ -69,15 +72,15 @@ class ProgressHook(Hook):
 
     @master_only
     def after_val_iter(self, runner: Runner, batch_idx: int, *args: Any, **kwargs: Any) -> None:
-        if self.progress is not None:
+        if self.started:
             status = f'{self._status(runner)}  evaluating {batch_idx + 1}/{len(runner.val_dataloader)}'
             self.progress.update(self.task, status=status)
 
     @master_only
-    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float]) -> None:
         numbers = [(name, value) for name, value in metrics.items() if isinstance(value, Real)]
         self.metrics = '  '.join(f'{name} {value:.2f}' for name, value in numbers[:3])  # papers quote the first ones
-        if self.progress is not None:  # else an evaluation without training
+        if self.started:  # an evaluation without training has no bar
             self.progress.update(self.task, status=self._status(runner))
             self._say(runner, runner.iter)
 

@@ -33,6 +33,7 @@ class ResumableRunner(Runner):
         self._resumed: tuple[Path, dict[str, Any]] | None = None  # until it is loaded
         self._resumed_iterations = 0
         self._last_checkpoint: Path | None = None
+        self._randomness_cfg: dict[str, Any]  # mmengine's, without a type there
         super().__init__(*args, **kwargs)
 
     def build_train_loop(self, loop: BaseLoop | dict[str, Any]) -> BaseLoop:

@@ -18,9 +18,10 @@ from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
 from rich.logging import RichHandler
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from .classification import NamedModel
+from .data import GuardedDataset
 from .progress import console
 from .resume import ResumableRunner
 from .utils import RunError, unwrap
@@ -149,7 +150,7 @@ class TimmRunner(ResumableRunner):
         self._check_data(loader.dataset)
         return loader
 
-    def _check_data(self, dataset: Dataset) -> None:
+    def _check_data(self, dataset: GuardedDataset) -> None:
         if not len(dataset):
             raise RunError('the data must hold images, got none.')
         for path in dataset.paths(0):  # to look for those of all samples would take too long

@@ -37,7 +37,7 @@ class RunError(RuntimeError):
         super().__init__(re.sub(r'^class `\w+` in \S+: ', '', message.rpartition('RunError: ')[2].strip()))
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Any) -> Any:
     """The model inside the wrappers that distribute it or merge its predictions."""
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module

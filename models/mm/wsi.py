@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole slides: the data set, classification and survival with their losses, metrics, and predictions as a table.
+"""Whole slides: classification and survival with their losses, metrics, and predictions as a table.
 
-Needs the extra wsi, and so is imported by the configs of slides alone, beside `vssm.models.mm`.
+This file needs the extra wsi, so that only the configs of slides import it, beside `vssm.models.mm`. Its data set is in
+`wsi_data`.
 """
 
 import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +41,9 @@ class SlideModel(NamedModel):
 
     Args:
         model_name: Name for `create_mil_model`.
-        data_preprocessor: What moves a batch to the device, mmengine's BaseDataPreprocessor unless given.
-        init_cfg: dict(type='Pretrained', checkpoint=FILE) starts from what `read_checkpoint` reads.
+        data_preprocessor: Module, or its config, that moves a batch to the device; mmengine's BaseDataPreprocessor
+            unless given.
+        init_cfg: Config of a file to start from, dict(type='Pretrained', checkpoint=FILE), see `read_checkpoint`.
         model_args: Further keyword arguments of `create_mil_model`, such as in_dim and num_classes.
     """
 
@@ -68,35 +70,38 @@ class SlideModel(NamedModel):
         """Logits, the loss, or one prediction per bag.
 
         Args:
-            inputs: Of each bag what SlideDataset gives.
-            data_samples: Likewise.
+            inputs: The inputs of each bag, as SlideDataset gives them.
+            data_samples: The data samples of each bag, as SlideDataset gives them; the mode 'tensor' needs none.
             mode: 'tensor', 'loss' or 'predict'.
 
         Returns:
             Logits, (batch, num_classes); or the parts of the loss; or for each bag a dictionary.
 
         Raises:
-            RunError: A bag is not as the network needs it; with its name.
+            RunError: A bag is unfit for the network; the message names it.
         """
-        logits = []
+        outputs = []
         for i, bag in enumerate(inputs):
             try:
-                logits.append(self.model(**bag))
+                outputs.append(self.model(**bag))
             except ValueError as error:
                 raise RunError(f'{data_samples[i]["name"] if data_samples else f"bag {i}"}: {error}') from error
-        logits = torch.cat(logits)  # [batch, num_classes]
+        logits = torch.cat(outputs)  # [batch, num_classes]
         if mode == 'tensor':
             return logits
+        samples = cast(Sequence[dict[str, Any]], data_samples)  # logits alone need none
         if mode == 'loss':
-            return self.loss(logits, data_samples)
+            return self.loss(logits, samples)
         if mode == 'predict':
-            return self.predict(logits.float(), data_samples)
+            return self.predict(logits.float(), samples)
         raise ValueError(f"{type(self).__name__}: mode must be 'tensor', 'loss' or 'predict', got {mode!r}.")
 
     def loss(self, logits: Tensor, data_samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """The parts of the loss of a batch."""
         raise NotImplementedError
 
     def predict(self, logits: Tensor, data_samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """One prediction for each bag."""
         raise NotImplementedError
 
 
@@ -106,7 +111,10 @@ def _column(data_samples: Sequence[dict[str, Any]], key: str, like: Tensor) -> T
 
 @MODELS.register_module()
 class SlideClassifier(SlideModel):
-    """With a cross-entropy loss. Predicts dict(name, label, scores) for each slide, scores being probabilities."""
+    """A SlideModel with a cross-entropy loss.
+
+    It predicts dict(name, label, scores) for each slide, scores being probabilities.
+    """
 
     def loss(self, logits: Tensor, data_samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         return dict(loss_cls=F.cross_entropy(logits, _column(data_samples, 'label', logits)))
@@ -120,14 +128,16 @@ class SlideClassifier(SlideModel):
 
 @MODELS.register_module()
 class SlideSurvival(SlideModel):
-    """With a survival loss. Predicts dict(name, months, censored, risk) for each case.
+    """A SlideModel with a survival loss.
+
+    It predicts dict(name, months, censored, risk) for each case.
 
     Args:
-        args: As SlideModel's.
+        args: Arguments of SlideModel.
         loss: 'nll', the discrete-time likelihood, with a class for each time bin; or 'cox', with one output, over the
             cases of a batch, of which there must be two or more.
-        alpha: See `survival_nll`.
-        kwargs: As SlideModel's.
+        alpha: Share of their weight that censored cases lose in the loss 'nll'; at 1 they do not count.
+        kwargs: Keyword arguments of SlideModel.
     """
 
     def __init__(self, *args: Any, loss: str = 'nll', alpha: float = 0.0, **kwargs: Any) -> None:
@@ -165,14 +175,15 @@ class _SlideMetric(BaseMetric):
     default_prefix = 'wsi'
 
     def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:
-        self.results.extend(data_samples)  # of plain values, which may travel between processes
+        self.results.extend(data_samples)  # of plain values, to be sent between processes
 
 
 @METRICS.register_module()
 class SlideAccuracy(_SlideMetric):
     """Accuracy, F1 as the mean over the classes, and AUC as the mean over those that occur, one against the rest.
 
-    All from 0 to 1, as 'wsi/accuracy', 'wsi/macro_f1', 'wsi/auc'; the last is NaN where all slides are of one class.
+    They are named 'wsi/accuracy', 'wsi/macro_f1' and 'wsi/auc', and lie between 0 and 1. AUC is NaN where all slides
+    are of one class.
     """
 
     def compute_metrics(self, results: list[dict[str, Any]]) -> dict[str, float]:
@@ -196,21 +207,21 @@ class SlideAccuracy(_SlideMetric):
 
 @METRICS.register_module()
 class ConcordanceIndex(_SlideMetric):
-    """Harrell's concordance index of risk and survival, 0 to 1, as 'wsi/c_index'; NaN without a pair to compare."""
+    """Harrell's concordance index of risk and survival, 'wsi/c_index', from 0 to 1; NaN without a pair to compare."""
 
     def compute_metrics(self, results: list[dict[str, Any]]) -> dict[str, float]:
         from torchsurv.metrics.cindex import ConcordanceIndex as Concordance
 
         risks, months = (torch.tensor([r[key] for r in results], dtype=torch.float64) for key in ('risk', 'months'))
         events = ~torch.tensor([result['censored'] for result in results])
-        if not (events & (months < months.max())).any():  # no event before another's time
+        if not (events & (months < months.max())).any():  # no event comes before another case's time
             return dict(c_index=float('nan'))
         return dict(c_index=Concordance()(risks, events, months).item())
 
 
 @HOOKS.register_module()
 class PredictionsHook(Hook):
-    """Writes what a test predicts to WORK_DIR/predictions.csv, one row for each slide or case.
+    """Writes the predictions of a test to WORK_DIR/predictions.csv, a row for each slide or case.
 
     The columns are `slide_id,label` and a probability for each class, or `case_id,risk,censorship,survival_months`.
     """
@@ -218,9 +229,7 @@ class PredictionsHook(Hook):
     def before_test_epoch(self, runner: Runner) -> None:
         self.rows: list[dict[str, Any]] = []
 
-    def after_test_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Sequence | None = None
-    ) -> None:
+    def after_test_iter(self, runner: Runner, outputs: Sequence[dict[str, Any]], **kwargs: Any) -> None:
         self.rows.extend(outputs)
 
     def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:

@@ -11,8 +11,9 @@ from mmengine.registry import DATASETS, FUNCTIONS
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..mil.slides import SPLITS, Slide, find_slide, read_slide, read_table, split_cases
+from ..mil.slides import find_slide, read_slide
 from ..mil.survival import time_bin, time_edges
+from ..mil.tables import SPLITS, Slide, read_table, split_cases
 from .utils import RunError
 
 __all__ = ['SlideDataset', 'list_bags']
@@ -22,25 +23,25 @@ __all__ = ['SlideDataset', 'list_bags']
 class SlideDataset(Dataset):
     """Bags of patches: the slides of a split, or for survival its cases with all their slides.
 
-    Gives dict(inputs, data_samples). The former is dict(features, coords, lengths), (n, width), (n, 2) and how many
-    patches each slide has, as the networks of `vssm.models.mil` take them; the latter dict(name, label) or dict(name,
-    months, censored), and for a training bin. Features are read when they are asked for.
+    Gives dict(inputs, data_samples). The inputs are the arguments of the networks of `vssm.models.mil`, dict(features,
+    coords, lengths): (n, width), (n, 2) and the number of patches of each slide. The data samples are dict(name, label)
+    or dict(name, months, censored), the latter with `bin` in a training. Features are read when a sample is asked for.
 
     Args:
         data_root: The folder with the slides' files, see `find_slide`.
         ann_file: The table, see `read_table`; a relative path begins in data_root.
         split: 'train', 'val' or 'test'.
         task: 'classification' or 'survival'.
-        classes: The labels in order, all of the training data, sorted, unless given.
-        bins: Of time, for the discrete-time likelihood; their edges come from the events of the training data. None
-            for Cox's loss.
-        folds: Split the cases into so many folds, see `split_cases`, instead of by the table's column.
-        fold: Which of them is for the test; the next one is for validation.
-        fold_seed: Of the division.
-        cache: Keep in memory what was read; each worker of a loader keeps its own.
+        classes: Labels in order; unless given, all labels of the training data, sorted.
+        bins: Number of time bins for the discrete-time likelihood, whose edges come from the events of the training
+            data; None for Cox's loss.
+        folds: Number of folds to split the cases into, see `split_cases`, instead of by the table's column.
+        fold: Number of the fold for the test; the next one is for validation.
+        fold_seed: Seed of the division into folds.
+        cache: Whether to keep in memory what was read; each worker of a loader keeps its own.
 
     Raises:
-        RunError: Table or files are not as needed; with the row and the slide.
+        RunError: A table or a file is unfit; the message names the row and the slide.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class SlideDataset(Dataset):
         cache: bool = False,
     ) -> None:
         self.table = Path(data_root, ann_file)
-        classes = [str(name) for name in classes] if classes is not None else None  # numbers, perhaps
+        classes = [str(name) for name in classes] if classes is not None else None  # a config may give numbers
         try:
             slides, problems = read_table(self.table, task, classes)
             splits = split_cases(slides, folds, fold, fold_seed) if folds and not problems else {}
@@ -76,18 +77,18 @@ class SlideDataset(Dataset):
                 f'folds, got {split!r} with none.'
             )
         self.task = task
-        self.cache: dict[int, tuple] | None = {} if cache else None
+        self.cache: dict[int, list[tuple[Tensor, Tensor]]] | None = {} if cache else None
         self.metainfo: dict[str, Any] = {}
         if task == 'classification':
             self.bags = [[slide] for slide in by_split[split]]
-            self.classes = tuple(classes or sorted({slide.label for slide in by_split['train']}))
+            self.classes = tuple(classes or sorted({str(slide.label) for slide in by_split['train']}))
             self.metainfo['classes'] = self.classes
             for slide in by_split[split]:
                 if slide.label not in self.classes:
                     raise self._error(slide, f'label must be one of the training data, got {slide.label!r}.')
         else:
             self.bags = _by_case(by_split[split])
-            self.edges = torch.empty(0)  # of the time bins, which a training alone needs
+            self.edges = torch.empty(0)  # between the time bins, which a training alone needs
             if bins is not None and split == 'train':
                 self.edges = self._time_edges(bins)
                 edges = [0.0, *self.edges.tolist()]
@@ -146,5 +147,5 @@ def _by_case(slides: Sequence[Slide]) -> list[list[Slide]]:
 
 @FUNCTIONS.register_module()
 def list_bags(samples: Sequence[dict[str, Any]]) -> dict[str, list]:
-    """A batch of what SlideDataset gives: bags of different sizes stay apart."""
+    """A batch of samples of a SlideDataset, as lists, since bags differ in size."""
     return {key: [sample[key] for sample in samples] for key in ('inputs', 'data_samples')}

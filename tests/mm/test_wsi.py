@@ -28,7 +28,8 @@ from vssm.tools.main import main
 h5py = pytest.importorskip('h5py', reason="h5py is not installed: pip install '.[wsi]'")
 pytest.importorskip('mmengine', reason="mmengine is not installed: pip install '.[wsi]'")
 
-from vssm.models.mil.slides import find_slide, read_slide, read_table, split_cases  # noqa: E402
+from vssm.models.mil.slides import find_slide, read_slide  # noqa: E402
+from vssm.models.mil.tables import read_table, split_cases  # noqa: E402
 from vssm.models.mm import BestHook, RunError  # noqa: E402
 from vssm.models.mm.wsi import ConcordanceIndex, SlideAccuracy, SlideDataset, SlideSurvival  # noqa: E402
 
