@@ -1,8 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The networks. Importing this package registers the backbones with timm; those for slides have their own registry."""
+"""The networks.
+
+Importing this package registers the backbones with timm, and lets the checkpoint files of their papers pass through
+timm's `checkpoint_path=`. The networks for slides have a registry of their own.
+"""
 
 from .mil import MIL, MambaMIL, create_mil_model, list_mil_models
 from .spatial_mamba import SpatialMamba
 from .vmamba import VMamba
+from .weights.read import pass_cfg_nodes
 
 __all__ = ['MIL', 'MambaMIL', 'SpatialMamba', 'VMamba', 'create_mil_model', 'list_mil_models']
+
+pass_cfg_nodes()

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.decompositions import DECOMPOSITIONS
+from .files import replacing
+
+__all__ = ['export_onnx']
 
 
 @torch.no_grad()
@@ -19,14 +22,14 @@ def export_onnx(model: nn.Module, path: str | os.PathLike, images: Tensor | None
 
     Args:
         model: A network of the zoo, in eval mode.
-        path: Where to write; a file there is replaced once all is written.
-        images: What to trace with, two or more images that are not square, (batch, in_chans, H, W), the file's input
-            `images`; by default zeros of 64x96.
+        path: The file to write; a file of that name is replaced as a whole.
+        images: Two or more images that are not square, to trace with, (batch, in_chans, H, W), zeros of 64x96 unless
+            given. They are the file's input `images`.
 
     Raises:
         ImportError: The packages that write ONNX are not installed.
-        FileNotFoundError: There is no folder for the file.
-        ValueError: The model is in training mode, or images are not as said.
+        FileNotFoundError: The folder of the file does not exist.
+        ValueError: The model is in training mode, or images have another form.
     """
     missing = [name for name in ('onnx', 'onnxscript') if find_spec(name) is None]
     if missing:
@@ -34,11 +37,11 @@ def export_onnx(model: nn.Module, path: str | os.PathLike, images: Tensor | None
     if model.training:
         raise ValueError('export_onnx: model must be in eval mode, call model.eval() first.')
     if images is None:
-        weight = next(model.parameters())
-        images = torch.zeros(2, model.in_chans, 64, 96, device=weight.device, dtype=weight.dtype)
+        weight, in_chans = next(model.parameters()), int(model.in_chans)  # type: ignore[arg-type]  # of any nn.Module
+        images = torch.zeros(2, in_chans, 64, 96, device=weight.device, dtype=weight.dtype)
 
     if images.dim() != 4 or images.shape[0] < 2 or images.shape[2] == images.shape[3]:
-        # of a batch of one, or of equal sides, the file's axes could not be told
+        # PyTorch could not tell the file's axes from a batch of one, or from equal sides
         raise ValueError(
             'export_onnx: images must be two or more that are not square, (batch, in_chans, H, W), got '
             f'{tuple(images.shape)}.'
@@ -51,10 +54,6 @@ def export_onnx(model: nn.Module, path: str | os.PathLike, images: Tensor | None
     dynamic_shapes = (dict.fromkeys(axes, torch.export.Dim.DYNAMIC),)
     program = torch.export.export(model, (images,), dynamic_shapes=dynamic_shapes).run_decompositions(DECOMPOSITIONS)
     onnx_program = torch.onnx.export(program, input_names=['images'], dynamic_shapes=(axes,), verbose=False)
-
-    unfinished = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    try:
-        onnx_program.save(unfinished, external_data=False)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    assert onnx_program is not None  # which it is where torch.onnx.export is told a file to write
+    with replacing(path) as temporary:
+        onnx_program.save(temporary, external_data=False)

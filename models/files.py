@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How every room writes a file: as a whole, or not at all."""
+"""Writing files: as a whole, or not at all."""
 
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ['replacing']
+__all__ = ['leftovers', 'replacing']
 
 
 @contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
+def replacing(path: str | os.PathLike, like: str | os.PathLike | None = None) -> Iterator[Path]:
     """A path to write to, whose file takes the place of `path` as a whole or, after an error, not at all.
 
-    The temporary file lies beside `path`, under a name that no other process takes; it has the permissions that any
-    new file gets, whatever its writer gave it.
+    The temporary file lies beside `path`, under a name that no other process takes.
 
     Args:
         path: The file that is to be there in the end.
+        like: A file whose permissions it is to have; those that any new file gets, unless given.
 
     Raises:
         OSError: The file cannot be written; one of that name stays as it was.
@@ -28,8 +30,17 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         yield temporary
         with open(temporary, 'rb') as file:
             os.fsync(file.fileno())
-        os.umask(umask := os.umask(0))  # which can only be read by being set
-        os.chmod(temporary, 0o666 & ~umask)  # safetensors writes for the owner alone
+        # Some writers, such as safetensors, give a file to its owner alone.
+        if like is not None:
+            shutil.copymode(like, temporary)
+        else:
+            os.umask(umask := os.umask(0))  # it can only be read by being set
+            os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def leftovers(folder: str | os.PathLike) -> list[Path]:
+    """The temporary files of `replacing` in a folder, whose writers are at work or were killed."""
+    return [path for path in Path(folder).iterdir() if re.fullmatch(r'\..+\.\d+\.tmp', path.name)]

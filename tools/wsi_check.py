@@ -36,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..models.mil import to_cells
-    from ..models.mil.slides import find_slide, read_slide, read_table
+    from ..models.mil.slides import find_slide, read_slide
+    from ..models.mil.tables import read_table
 
     if args.patch_size < 1:
         raise UsageError(f'--patch-size must be at least 1, got {args.patch_size}.')

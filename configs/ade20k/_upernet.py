@@ -2,10 +2,10 @@
 """What the ADE20K configs share: UPerNet, 160k iterations with 512x512 crops."""
 
 _base_ = [
-    'mmseg::_base_/models/upernet_swin.py',  # its SyncBN becomes plain BN where there is one process
+    'mmseg::_base_/models/upernet_swin.py',  # its SyncBN becomes plain BN where there is only one process
     'mmseg::_base_/datasets/ade20k.py',
     'mmseg::_base_/schedules/schedule_160k.py',
-    'mmseg::_base_/default_runtime.py',  # with tta_model, which `--tta` takes for several scales and both flips
+    'mmseg::_base_/default_runtime.py',  # it has the tta_model of `--tta`, for several scales and both flips
 ]
 custom_imports = dict(imports=['vssm.models.mm'], allow_failed_imports=False)
 runner_type = 'TimmRunner'

@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """UPerNet on 2DVMamba-S, ADE20K, 160k iterations."""
 
-_base_ = './_upernet.py'
+_base_ = './_vmamba2d.py'
 
 model = dict(
     backbone=dict(
         model_name='vmamba2d_small',
         drop_path_rate=0.3,
-        pretrained=False,  # none are published: the file is that of one's own training
-        init_cfg=dict(
-            type='Pretrained', checkpoint='work_dirs/imagenet/vmamba2d_small_8xb128-300e_in1k/checkpoint.safetensors'
-        ),
+        init_cfg=dict(checkpoint='work_dirs/imagenet/vmamba2d_small_8xb128-300e_in1k/checkpoint.safetensors'),
     ),
 )

@@ -1,9 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mask R-CNN on Spatial-Mamba-S, COCO, 12 epochs; published: 49.2 / 44.0 box / mask AP."""
 
-_base_ = './_mask-rcnn_1x.py'
-
-model = dict(
-    backbone=dict(model_name='spatial_mamba_small', drop_path_rate=0.3),
-    neck=dict(in_channels=[64, 128, 256, 512]),
-)
+_base_ = ['./_spatial_mamba_small.py', './_1x.py']

@@ -1,9 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mask R-CNN on Spatial-Mamba-T, COCO, 36 epochs at several scales; published: 49.3 / 43.6 box / mask AP."""
 
-_base_ = './_mask-rcnn_ms-3x.py'
-
-model = dict(
-    backbone=dict(model_name='spatial_mamba_tiny'),
-    neck=dict(in_channels=[64, 128, 256, 512]),
-)
+_base_ = ['./_spatial_mamba_tiny.py', './_ms-3x.py']

@@ -1,16 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mask R-CNN on 2DVMamba-B, COCO, 36 epochs at several scales."""
 
-_base_ = './_mask-rcnn_ms-3x.py'
-
-model = dict(
-    backbone=dict(
-        model_name='vmamba2d_base',
-        drop_path_rate=0.6,
-        pretrained=False,  # none are published: the file is that of one's own training
-        init_cfg=dict(
-            type='Pretrained', checkpoint='work_dirs/imagenet/vmamba2d_base_8xb128-300e_in1k/checkpoint.safetensors'
-        ),
-    ),
-    neck=dict(in_channels=[128, 256, 512, 1024]),
-)
+_base_ = ['./_vmamba2d_base.py', './_ms-3x.py']

@@ -1,14 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mask R-CNN on 2DVMamba-T, COCO, 12 epochs."""
 
-_base_ = './_mask-rcnn_1x.py'
-
-model = dict(
-    backbone=dict(
-        model_name='vmamba2d_tiny',
-        pretrained=False,  # none are published: the file is that of one's own training
-        init_cfg=dict(
-            type='Pretrained', checkpoint='work_dirs/imagenet/vmamba2d_tiny_8xb128-300e_in1k/checkpoint.safetensors'
-        ),
-    ),
-)
+_base_ = ['./_vmamba2d_tiny.py', './_1x.py']

@@ -1,9 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mask R-CNN on VMamba-B, COCO, 36 epochs at several scales."""
 
-_base_ = './_mask-rcnn_ms-3x.py'
-
-model = dict(
-    backbone=dict(model_name='vmamba_base', drop_path_rate=0.6),
-    neck=dict(in_channels=[128, 256, 512, 1024]),
-)
+_base_ = ['./_vmamba_base.py', './_ms-3x.py']

@@ -3,14 +3,14 @@
 
 custom_imports = dict(imports=['vssm.models.mm'], allow_failed_imports=False)
 runner_type = 'TimmRunner'
-device = 'cpu'  # maps this small are no work for a GPU,
-num_threads = 1  # nor for a second thread; and so the machine's cores do not touch the result
+device = 'cpu'  # maps this small give a GPU no work
+num_threads = 1  # nor a second thread; and the result does not depend on the number of cores
 randomness = dict(seed=0, deterministic=True)
 
 model = dict(type='ImageClassifier', model_name='test_vmamba2d', num_classes=10, in_chans=1)
 
 train_dataloader = dict(
-    batch_size=64,  # 18 iterations an epoch, the rest of 46 images is left out
+    batch_size=64,  # 18 iterations an epoch; the 46 images that remain are left out
     num_workers=0,
     drop_last=True,
     sampler=dict(type='DefaultSampler', shuffle=True),
@@ -37,7 +37,7 @@ optim_wrapper = dict(
     optimizer=dict(type='adamw', lr=4e-3, weight_decay=0.05, fused=True),
     clip_grad=dict(max_norm=5.0),
 )
-param_scheduler = [  # warm-up over 2 epochs times half a cosine over all of them
+param_scheduler = [  # a warm-up over 2 epochs, times half a cosine over all epochs
     dict(type='LinearLR', start_factor=0.01, end=2, convert_to_iter_based=True),
     dict(type='CosineAnnealingLR', convert_to_iter_based=True),
 ]
@@ -46,7 +46,7 @@ val_cfg = dict()
 test_cfg = dict()
 
 default_hooks = dict(
-    logger=dict(type='LoggerHook', interval=1000),  # longer than an epoch: once at its end
+    logger=dict(type='LoggerHook', interval=1000),  # longer than an epoch, so that its end alone is logged
     checkpoint=dict(type='CheckpointHook', interval=5, max_keep_ckpts=2),  # to resume from
 )
 custom_hooks = [dict(type='SafetensorsHook')]  # for timm

@@ -36,4 +36,4 @@ param_scheduler = [
 ]
 train_cfg = dict(max_epochs=50)
 default_hooks = dict(checkpoint=dict(interval=5))
-custom_hooks = [dict(type='SafetensorsHook')]  # an average over so few iterations would lag behind
+custom_hooks = [dict(type='SafetensorsHook')]  # without an average, which would lag behind over so few iterations

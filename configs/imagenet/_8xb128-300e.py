@@ -40,7 +40,7 @@ val_dataloader = dict(
         type='ImageFolder',
         data_root='data/imagenet',
         split='val',
-        class_split='val',  # which has all of them, so that one can test without the other images
+        class_split='val',  # it has all classes, so that a test needs no training images
         transform=dict(input_size=224, crop_pct=0.875, interpolation='bicubic'),
     ),
 )
@@ -68,7 +68,7 @@ default_hooks = dict(
     checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=3),
 )
 custom_hooks = [
-    dict(type='EMAHook', momentum=1e-4),  # 1 - 0.9999; the average is what is evaluated and written for timm
+    dict(type='EMAHook', momentum=1e-4),  # 1 - 0.9999; the average is evaluated, and written for timm
     dict(type='SafetensorsHook'),
 ]
 randomness = dict(seed=0)

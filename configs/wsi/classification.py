@@ -18,14 +18,14 @@ model = dict(
     drop_rate=0.25,
 )
 
-dataset = dict(  # what the three data sets have in common
+dataset = dict(  # arguments of all three data sets
     type='SlideDataset',
     data_root='data/wsi',
     ann_file='labels.csv',
     task='classification',
 )
 train_dataloader = dict(
-    batch_size=1,  # slide
+    batch_size=1,  # one slide
     num_workers=2,
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=True),
@@ -64,8 +64,8 @@ default_hooks = dict(
     checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=2),
 )
 custom_hooks = [
-    dict(type='SafetensorsHook'),  # the last epoch
-    dict(type='BestHook', metric='wsi/auc'),  # the best on the validation data, best.safetensors
+    dict(type='SafetensorsHook'),  # writes the last epoch
+    dict(type='BestHook', metric='wsi/auc'),  # writes the best on the validation data, best.safetensors
     dict(type='PredictionsHook'),
 ]
-randomness = dict(seed=0)  # published: 0 to 4, `vssm wsi-repeat`
+randomness = dict(seed=0)  # the published results are over the seeds 0 to 4, see `vssm wsi-repeat`

@@ -5,4 +5,4 @@ _base_ = './survival.py'
 
 model = dict(loss='cox', num_classes=1)
 dataset = dict(bins=None)
-train_dataloader = dict(batch_size=16, drop_last=True)  # which is compared case by case
+train_dataloader = dict(batch_size=16, drop_last=True)  # the loss compares the cases of a batch

@@ -1,6 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Multiple-instance learning on whole slides: the networks here; `slides` reads files, `survival` has the losses."""
+"""Multiple-instance learning on whole slides.
 
-from .networks import MIL, MambaMIL, checkpoint_filter_fn, create_mil_model, list_mil_models, to_cells
+* `networks`: 2DMambaMIL, its 1-D variant and the baselines, with a registry of their own.
+* `grid`: patches on the grid of their slide.
+* `tables`: tables of slides, and splits by case.
+* `slides`: files of features and coordinates. Needs the extra wsi.
+* `survival`: time bins, losses and risks.
+"""
+
+from .grid import to_cells
+from .networks import MIL, MambaMIL, checkpoint_filter_fn, create_mil_model, list_mil_models
 
 __all__ = ['MIL', 'MambaMIL', 'checkpoint_filter_fn', 'create_mil_model', 'list_mil_models', 'to_cells']

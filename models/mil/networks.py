@@ -22,63 +22,11 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from ...ops import selective_scan
-from ..backbone import rename_checkpoint
 from ..ssm import decay_rates, init_scan_
+from ..weights.rename import rename_checkpoint
+from .grid import to_cells
 
-__all__ = ['MIL', 'MambaMIL', 'create_mil_model', 'list_mil_models', 'to_cells']
-
-MAX_CELLS = 1 << 22  # of a grid: more than any slide has, and what a wrong patch size or coordinate soon exceeds
-
-
-def to_cells(
-    coords: Tensor,
-    patch_size: int,
-    grid_size: tuple[int, int] | None = None,
-    crop: bool = False,
-) -> tuple[Tensor, tuple[int, int]]:
-    """The cell of each patch on the slide's grid, row * width + column, (n,), and the grid's height and width.
-
-    Args:
-        coords: Pixel coordinates of the patches, whole numbers, (n, 2), x before y.
-        patch_size: Side of a cell in the same pixels.
-        grid_size: Height and width of the grid in cells; unless given, it ends with the last patch.
-        crop: Begin the grid with the first patch too: the bounding box of the tissue.
-
-    Raises:
-        ValueError: A patch lies outside of the grid, or two lie in one cell; with their rows in `coords`.
-    """
-    if coords.ndim != 2 or coords.shape[1] != 2 or not len(coords) or coords.is_floating_point():
-        raise ValueError(
-            f'coords must be whole numbers of shape (n, 2) with n >= 1, got {tuple(coords.shape)} of {coords.dtype}.'
-        )
-    columns, rows = coords.long().div(patch_size, rounding_mode='floor').unbind(1)
-    off = (coords < 0).any(1)
-    if grid_size is not None:
-        off |= (rows >= grid_size[0]) | (columns >= grid_size[1])
-    if off.any():
-        row = off.nonzero()[0].item()
-        grid = f'a grid of {grid_size[0]} x {grid_size[1]} cells' if grid_size is not None else 'the grid'
-        raise ValueError(
-            f'coords row {row} must lie on {grid} of {patch_size} pixels each, got {tuple(coords[row].tolist())}.'
-        )
-    if crop:
-        rows, columns = rows - rows.min(), columns - columns.min()
-    height, width = grid_size if grid_size is not None else (rows.max().item() + 1, columns.max().item() + 1)
-    if height * width > MAX_CELLS:
-        raise ValueError(
-            f'coords must span at most {MAX_CELLS} cells, got {height} x {width} of {patch_size} pixels each: is '
-            'patch_size right?'
-        )
-    cells = rows * width + columns
-    ordered, order = cells.sort(stable=True)
-    same = (ordered[1:] == ordered[:-1]).nonzero()
-    if len(same):
-        first, second = order[same[0].item()].item(), order[same[0].item() + 1].item()
-        raise ValueError(
-            f'coords must put one patch into a cell of {patch_size} pixels, got rows {first} and {second} in one, '
-            f'{tuple(coords[first].tolist())} and {tuple(coords[second].tolist())}: is patch_size right?'
-        )
-    return cells, (height, width)
+__all__ = ['MIL', 'MambaMIL', 'checkpoint_filter_fn', 'create_mil_model', 'list_mil_models']
 
 
 class AttentionPool(nn.Module):
@@ -92,7 +40,7 @@ class AttentionPool(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, 1, **dd)
 
     def weights(self, x: Tensor) -> Tensor:
-        """(T, C) -> (T,), of sum 1."""
+        """The weight of each token, (T, C) -> (T,); their sum is 1."""
         return self.fc2(self.act(self.fc1(x))).squeeze(1).softmax(0)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,7 +68,7 @@ class MIL(nn.Module):
 
     Args:
         in_dim: Width of the features.
-        num_classes: Classes, time bins or 1 for a risk.
+        num_classes: Number of classes or time bins, or 1 for a risk.
         dim: Width of the tokens.
         pool: 'attention', 'mean' or 'max'.
         drop_rate: Dropout of the embedded features.
@@ -149,11 +97,11 @@ class MIL(nn.Module):
         self.head = nn.Linear(dim, num_classes, **dd)
 
     def forward_features(self, features: Tensor, coords: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """One slide -> its tokens, as they are pooled, (T, dim); and which of them each patch is, (n,).
+        """One slide -> its tokens, as they are pooled, (T, dim); and the index of each patch among them, (n,).
 
         Args:
-            features: (n, in_dim).
-            coords: Pixel coordinates, (n, 2); not used here.
+            features: Features of the patches, (n, in_dim).
+            coords: Pixel coordinates, (n, 2), which this network does not use.
         """
         x = self.drop(self.act(self.embed(features)))  # [n, in_dim] -> [n, C]
         return x, torch.arange(len(x), device=x.device)
@@ -162,24 +110,26 @@ class MIL(nn.Module):
         """A bag -> its logits, (1, num_classes).
 
         Args:
-            features: Of the patches of one slide, or of all slides of a case one after the other, (n, in_dim).
-            coords: Their pixel coordinates, (n, 2), x before y, each slide's for itself.
-            lengths: How many patches each slide has; one slide unless given. Slides are pooled together.
+            features: Features of the patches of one slide, or of all slides of a case one after the other, (n, in_dim).
+            coords: Pixel coordinates of the patches within their slide, (n, 2), x before y.
+            lengths: Number of patches of each slide, one slide unless given. Slides are pooled together.
 
         Raises:
-            ValueError: An argument is not as said above, or no grid comes of the coordinates, see `to_cells`.
+            ValueError: An argument has another form, or the coordinates make no grid, see `to_cells`.
         """
         tokens = [self.forward_features(*slide)[0] for slide in self._slides(features, coords, lengths)]
         return self.head(self.pool(torch.cat(tokens)))  # [T, C] -> [1, C] -> [1, num_classes]
 
     def attention(self, features: Tensor, coords: Tensor | None = None, lengths: Sequence[int] | None = None) -> Tensor:
-        """The weight of each patch in the pooling, (n,). Their sum is 1, less what cells without a patch have of it.
+        """The weight of each patch in the pooling, (n,). Their sum is 1, less the weights of cells without a patch.
 
         Args:
-            features: See `forward`, as for the others.
+            features: Features of the patches of one slide, or of all slides of a case one after the other, (n, in_dim).
+            coords: Pixel coordinates of the patches within their slide, (n, 2), x before y.
+            lengths: Number of patches of each slide, one slide unless given.
 
         Raises:
-            ValueError: Max pooling has no weights; or as in `forward`.
+            ValueError: The pooling has no weights, an argument has another form, or the coordinates make no grid.
         """
         if not hasattr(self.pool, 'weights'):
             raise ValueError(f'{type(self).__name__}: attention needs a pooling with weights, got that by the maximum.')
@@ -205,8 +155,8 @@ class MIL(nn.Module):
         parts = coords.split(lengths) if coords is not None else [None] * len(lengths)
         return list(zip(features.split(lengths), parts, strict=True))
 
-    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As nn.Module's, for published names too."""
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load tensors under our names or published ones; all else as nn.Module does."""
         return super().load_state_dict(checkpoint_filter_fn(state_dict, self), strict=strict, assign=assign)
 
 
@@ -297,17 +247,17 @@ class MambaMIL(MIL):
 
     Args:
         in_dim: Width of the features.
-        num_classes: Classes, time bins or 1 for a risk.
+        num_classes: Number of classes or time bins, or 1 for a risk.
         dim: Width of the tokens.
-        depth: Blocks.
-        scan_ndim: Which scan, 2 on the grid, 1 in the order of the file.
-        patch_size: Side of a grid cell in pixels, those of the coordinates.
-        grid_size: Height and width of the grid in cells, unless it is to end with the slide's last patch.
-        crop: Let the grid begin with the slide's first patch: fewer pad tokens, and less to compute.
+        depth: Number of blocks.
+        scan_ndim: Dimensions of the scan, 2 on the grid, 1 in the order of the file.
+        patch_size: Side of a grid cell in the pixels of the coordinates.
+        grid_size: Height and width of the grid in cells; unless given, the grid ends with the slide's last patch.
+        crop: Whether the grid begins with the slide's first patch, which leaves fewer pad tokens to compute.
         pad_token: 'learned', 'zero' or 'none'.
-        d_state: States per channel, N.
+        d_state: Number of states per channel, N.
         ssm_ratio: Inner width of the mixer over dim.
-        inner_norms: RMS norms of step, B and C.
+        inner_norms: Whether step, B and C have RMS norms.
         pool: 'attention', 'mean' or 'max'.
         drop_rate: Dropout of the embedded features.
     """
@@ -343,7 +293,7 @@ class MambaMIL(MIL):
             )
         self.scan_ndim = scan_ndim
         self.patch_size = patch_size
-        self.grid_size = tuple(grid_size) if grid_size is not None else None
+        self.grid_size = (grid_size[0], grid_size[1]) if grid_size is not None else None
         self.crop = crop
         if scan_ndim == 1 or pad_token == 'none':
             self.pad_token = None
@@ -361,10 +311,10 @@ class MambaMIL(MIL):
         return {'pad_token', 'blocks.*.mixer.A_log', 'blocks.*.mixer.D', 'blocks.*.mixer.dt_bias'}
 
     def forward_features(self, features: Tensor, coords: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """One slide -> its tokens, as they are pooled, (T, dim); and which of them each patch is, (n,).
+        """One slide -> its tokens, as they are pooled, (T, dim); and the index of each patch among them, (n,).
 
         Args:
-            features: (n, in_dim).
+            features: Features of the patches, (n, in_dim).
             coords: Pixel coordinates, (n, 2), which the 1-D network does not use.
         """
         x, patches = super().forward_features(features)  # [n, in_dim] -> [n, C]
@@ -392,7 +342,8 @@ class MambaMIL(MIL):
         return self.norm(x), cells
 
 
-_RENAMES = (  # of the published files, in the order in which the rules apply
+# Rules from published names to ours, in the order in which they apply.
+_RENAMES = (
     (r'^_fc1\.0\.', 'embed.'),
     (r'^attention\.0\.', 'pool.fc1.'),
     (r'^attention\.2\.', 'pool.fc2.'),
@@ -417,7 +368,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     return state_dict
 
 
-_MODELS = {
+_MODELS: dict[str, tuple[type[MIL], dict[str, Any]]] = {
     'mamba2d_mil': (MambaMIL, dict(scan_ndim=2)),
     'mamba_mil': (MambaMIL, dict(scan_ndim=1)),
     'attention_mil': (MIL, dict(pool='attention')),
@@ -427,7 +378,7 @@ _MODELS = {
 
 
 def list_mil_models() -> list[str]:
-    """Names for `create_mil_model`."""
+    """The names for `create_mil_model`."""
     return list(_MODELS)
 
 
@@ -435,8 +386,8 @@ def create_mil_model(model_name: str, **kwargs: Any) -> MIL:
     """A network for bags of patches, by its name.
 
     Args:
-        model_name: One of `list_mil_models()`.
-        kwargs: Of the class, such as in_dim and num_classes.
+        model_name: Name out of `list_mil_models()`.
+        kwargs: Keyword arguments of the network's class, such as in_dim and num_classes.
 
     Raises:
         ValueError: There is no such network.
@@ -444,4 +395,4 @@ def create_mil_model(model_name: str, **kwargs: Any) -> MIL:
     if model_name not in _MODELS:
         raise ValueError(f'create_mil_model: model_name must be one of {", ".join(_MODELS)}, got {model_name!r}.')
     cls, model_args = _MODELS[model_name]
-    return cls(**dict(model_args, **kwargs))
+    return cls(**{**model_args, **kwargs})

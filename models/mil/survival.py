@@ -18,12 +18,12 @@ def time_edges(times: Tensor, censored: Tensor, bins: int) -> Tensor:
     """The inner edges of bins that hold equally many of the events, (bins - 1,), as in CLAM's survival models.
 
     Args:
-        times: Of the event or of censoring, of the training data alone, (n,).
+        times: Times of the event or of censoring, of the training data alone, (n,).
         censored: Whether the event was not seen, (n,).
-        bins: How many.
+        bins: Number of bins.
 
     Raises:
-        ValueError: There are too few events, or of different times, for so many bins.
+        ValueError: There are too few events, or too few different times, for so many bins.
     """
     events = times[~censored.bool()].double()
     if bins < 2 or len(events) < bins:
@@ -38,7 +38,7 @@ def time_edges(times: Tensor, censored: Tensor, bins: int) -> Tensor:
 
 
 def time_bin(times: Tensor, edges: Tensor) -> Tensor:
-    """The bin of each time, which begins with its edge, (n,), (bins - 1,) -> (n,)."""
+    """The bin of each time, (n,), (bins - 1,) -> (n,). A bin begins with its edge."""
     return torch.bucketize(times.double(), edges, right=True)
 
 
@@ -50,17 +50,17 @@ def survival(logits: Tensor) -> Tensor:
 def survival_nll(logits: Tensor, bins: Tensor, censored: Tensor, alpha: float = 0.0) -> Tensor:
     """The negative log-likelihood of discrete-time hazards (Zadeh and Schmid, 2020), as a mean over the batch.
 
-    A case with an event in bin k has -log(S[k-1] hazard[k]), one that is censored in it -log(S[k]).
+    A case with an event in bin k has the loss -log(S[k-1] hazard[k]), a case that is censored in it -log(S[k]).
 
     Args:
-        logits: (batch, bins).
-        bins: In which of them the event or the censoring falls, (batch,).
-        censored: Whether it is the latter, (batch,).
+        logits: Logits of the hazards, (batch, bins).
+        bins: Bin of the event or of censoring, (batch,).
+        censored: Whether the event was not seen, (batch,).
         alpha: Share of their weight that censored cases lose; at 1 they do not count.
     """
     log_hazards = F.logsigmoid(logits)
-    log_survival = F.logsigmoid(-logits).cumsum(1)  # of each bin
-    log_before = F.pad(log_survival, (1, 0))[:, :-1]  # of the bin before it
+    log_survival = F.logsigmoid(-logits).cumsum(1)
+    log_before = F.pad(log_survival, (1, 0))[:, :-1]  # survival of the bin before
     event = -(log_before + log_hazards).gather(1, bins[:, None]).squeeze(1)
     censoring = -log_survival.gather(1, bins[:, None]).squeeze(1)
     return torch.where(censored.bool(), (1 - alpha) * censoring, event).mean()
@@ -70,9 +70,9 @@ def cox_loss(log_hazards: Tensor, times: Tensor, censored: Tensor) -> Tensor:
     """Cox's negative log partial likelihood over the cases of a batch, with Efron's ties, by torchsurv.
 
     Args:
-        log_hazards: The network's outputs, (batch, 1).
-        times: Of the event or of censoring, (batch,).
-        censored: Whether the event was not seen, (batch,); a batch without an event has a loss of 0.
+        log_hazards: Outputs of the network, (batch, 1).
+        times: Times of the event or of censoring, (batch,).
+        censored: Whether the event was not seen, (batch,). A batch without an event has a loss of 0.
     """
     from torchsurv.loss.cox import neg_partial_log_likelihood
 
@@ -80,10 +80,13 @@ def cox_loss(log_hazards: Tensor, times: Tensor, censored: Tensor) -> Tensor:
     if not events.any():
         return log_hazards.sum() * 0.0
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Ties in `time`')  # which are dealt with
+        warnings.filterwarnings('ignore', 'Ties in `time`')  # Efron's method deals with them
         return neg_partial_log_likelihood(log_hazards.squeeze(1), events, times)
 
 
 def risk_score(logits: Tensor) -> Tensor:
-    """What is higher the sooner the event is expected, (batch, bins) -> (batch,): -sum of S; Cox's output as it is."""
+    """A number that is higher the sooner the event is expected, (batch, bins) -> (batch,).
+
+    It is the negative sum of S over the bins, and Cox's output as it is.
+    """
     return logits.squeeze(1) if logits.shape[1] == 1 else -survival(logits).sum(1)

@@ -1,8 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters for mmengine, mmdetection and mmsegmentation, under the names that our configs use.
 
-The one room of the package's models that needs mmengine. A config loads it:
+This is the only folder of the models that needs mmengine. A config imports it:
 `custom_imports = dict(imports=['vssm.models.mm'], allow_failed_imports=False)`.
+
+* `classification`, `features`, `wsi`: networks as models of mmengine, with losses and metrics.
+* `data`, `wsi_data`: data sets and samplers.
+* `optim`, `hooks`, `progress`: what happens in and around an iteration.
+* `runner`, `resume`, `saved`: the Runner, its checkpoints, and how they are read.
+* `mmcv_ext`: a stand-in for mmcv's compiled operators.
+
+To import it changes three things for the whole process: classes are registered with mmengine, `import mmcv._ext` finds
+the stand-in wherever it finds nothing else, and PyTorch's weights-only reader takes mmengine's training checkpoints.
 """
 
 from . import mmcv_ext
@@ -17,15 +26,14 @@ from .hooks import (  # noqa: E402
     FiniteLossHook,
     MESAHook,
     PendingGradientsHook,
-    ProgressHook,
     SafetensorsHook,
     SeedHook,
     SharedBuffersHook,
     UnreadableImagesHook,
-    progress_bar,
     save_for_timm,
 )
 from .optim import BFloat16OptimWrapper, TimmOptimWrapperConstructor  # noqa: E402
+from .progress import ProgressHook, progress_bar  # noqa: E402
 from .runner import TimmRunner  # noqa: E402
 from .saved import allow_histories, numbered_checkpoints, read_run  # noqa: E402
 from .utils import RunError  # noqa: E402

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks by name, with their weights; and classification of images: losses, what happens to a batch, and accuracy."""
+"""Networks by name, with their weights; and classification of images: preprocessing, losses and accuracy."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -28,14 +28,13 @@ class NamedModel(BaseModel):
     is left out.
 
     Args:
-        model_name: The network's name.
-        model: The network, with num_classes.
-        model_args: What else it was built with, of plain values.
-        data_preprocessor: What moves a batch to the device, mmengine's BaseDataPreprocessor unless given.
-        init_cfg: dict(type='Pretrained', checkpoint=FILE) starts from what `read_checkpoint` reads.
+        model_name: Name of the network.
+        model: The network, with an attribute num_classes.
+        model_args: Further arguments that it was built with, of plain values.
+        data_preprocessor: Module, or its config, that moves a batch to the device; mmengine's BaseDataPreprocessor
+            unless given.
+        init_cfg: Config of a file to start from, dict(type='Pretrained', checkpoint=FILE), see `read_checkpoint`.
     """
-
-    head = 'head'  # the module of the network that another number of classes changes
 
     def __init__(
         self,
@@ -48,11 +47,16 @@ class NamedModel(BaseModel):
         super().__init__(data_preprocessor, init_cfg)
         self.model_name = model_name
         self.model_args = model_args
-        self.model = model
+        self.model: Any = model
+
+    @property
+    def head(self) -> str:
+        """The name of the module of the network that another number of classes changes."""
+        return 'head'
 
     @property
     def architecture(self) -> str:
-        """What the network is called, whatever alias model_name is."""
+        """The name of the network, even if model_name is an alias."""
         return self.model_name
 
     def rename(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -60,10 +64,10 @@ class NamedModel(BaseModel):
         return state_dict
 
     def init_weights(self) -> None:
-        """Read the weights that `init_cfg` asks for; networks initialise themselves otherwise.
+        """Read the weights that `init_cfg` asks for; without it networks initialise themselves.
 
         Raises:
-            FileNotFoundError: There is no such file.
+            FileNotFoundError: The file does not exist.
             ValueError: The file cannot be read safely, or does not fit.
         """
         if self.init_cfg is not None:
@@ -75,13 +79,13 @@ class ImagePreprocessor(BaseDataPreprocessor):
     """Moves a batch of uint8 images to the device, normalises them, and in training erases and mixes.
 
     Args:
-        mean: Of each channel, where white is 1.
-        std: Likewise.
+        mean: Mean of each channel, where white is 1.
+        std: Standard deviation of each channel, where white is 1.
         random_erasing: Keyword arguments of timm's RandomErasing, such as probability and mode; None for no erasing.
-        mixup: Keyword arguments of timm's Mixup, which does cutmix too and makes the labels probabilities, smoothed or
-            not; num_classes among them. None for no mixing.
-        channels_last: Memory format of the images.
-        non_blocking: Do not wait for a copy from pinned memory.
+        mixup: Keyword arguments of timm's Mixup, num_classes among them; None for no mixing. It does cutmix too, and
+            makes the labels probabilities, smoothed or not.
+        channels_last: Whether the images have the memory format channels_last.
+        non_blocking: Whether the program goes on while a batch is copied from pinned memory.
     """
 
     def __init__(
@@ -128,15 +132,16 @@ class ImageClassifier(NamedModel):
 
     Args:
         model_name: Name for `timm.create_model`.
-        data_preprocessor: What moves a batch to the device, mmengine's BaseDataPreprocessor unless given.
-        label_smoothing: Of labels that are numbers; mixed ones are smoothed by the mixing.
-        with_cp: Gradient checkpointing.
-        pretrained: Start from timm's pretrained weights.
-        init_cfg: dict(type='Pretrained', checkpoint=FILE) starts from what `read_checkpoint` reads.
+        data_preprocessor: Module, or its config, that moves a batch to the device; mmengine's BaseDataPreprocessor
+            unless given.
+        label_smoothing: Smoothing of labels that are numbers; the mixing smooths those that it mixes.
+        with_cp: Whether gradient checkpointing is on.
+        pretrained: Whether to start from timm's pretrained weights.
+        init_cfg: Config of a file to start from, dict(type='Pretrained', checkpoint=FILE), see `read_checkpoint`.
         model_args: Further keyword arguments of `timm.create_model`, such as num_classes and drop_path_rate.
 
     Raises:
-        ValueError: An argument is not as said above.
+        ValueError: An argument has another form.
     """
 
     def __init__(
@@ -155,7 +160,7 @@ class ImageClassifier(NamedModel):
         self.label_smoothing = label_smoothing
         self.pretrained = pretrained
         self.model.set_grad_checkpointing(with_cp)
-        self._teacher = ()
+        self._teacher: tuple[nn.Module, float] | None = None
 
     @property
     def head(self) -> str:
@@ -171,10 +176,12 @@ class ImageClassifier(NamedModel):
         )
 
     def init_weights(self) -> None:
-        """Likewise, or timm's pretrained weights.
+        """Read timm's pretrained weights, or those that `init_cfg` asks for.
 
         Raises:
-            RuntimeError: timm has no pretrained weights, or no way to them from here; or as NamedModel's.
+            RuntimeError: There are no pretrained weights, or they cannot be loaded from their source.
+            FileNotFoundError: The file does not exist.
+            ValueError: The file cannot be read safely, or does not fit.
         """
         if self.pretrained:
             whole = timm.create_model(self.model_name, pretrained=True, **self.model_args)
@@ -183,13 +190,13 @@ class ImageClassifier(NamedModel):
             super().init_weights()
 
     def learn_from(self, teacher: nn.Module, weight: float) -> None:
-        """From now on the loss has a part that draws the outputs to those of another network, which stays as it is.
+        """Add a part to the loss that draws the outputs to those of another network, which is not trained.
 
         Args:
-            teacher: Images, (batch, in_chans, H, W) -> logits, (batch, num_classes).
-            weight: Of that part of the loss.
+            teacher: Network that makes logits, (batch, num_classes), of images, (batch, in_chans, H, W).
+            weight: Weight of that part of the loss.
         """
-        self._teacher = (teacher, weight)  # inside a tuple, for its weights are not this model's
+        self._teacher = (teacher, weight)  # in a tuple, so that its weights do not become this model's
 
     def forward(
         self,
@@ -211,31 +218,35 @@ class ImageClassifier(NamedModel):
         logits = self.model(inputs)
         if mode == 'tensor':
             return logits
+        labels = cast(Tensor, data_samples)  # logits alone need none
         if mode == 'loss':
-            smoothing = self.label_smoothing if data_samples.ndim == 1 else 0.0
-            losses = dict(loss_cls=F.cross_entropy(logits, data_samples, label_smoothing=smoothing))
-            if self._teacher:
-                teacher, weight = self._teacher
-                with torch.no_grad():
-                    probabilities = teacher(inputs).float().softmax(-1)
-                losses['loss_mesa'] = weight * F.cross_entropy(logits, probabilities)
-            return losses
+            return self._loss(inputs, logits, labels)
         if mode == 'predict':
             scores = logits.float().softmax(-1)
-            return [dict(pred_score=score, gt_label=label) for score, label in zip(scores, data_samples, strict=True)]
+            return [dict(pred_score=score, gt_label=label) for score, label in zip(scores, labels, strict=True)]
         raise ValueError(f"ImageClassifier: mode must be 'tensor', 'loss' or 'predict', got {mode!r}.")
+
+    def _loss(self, inputs: Tensor, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        smoothing = self.label_smoothing if labels.ndim == 1 else 0.0
+        losses = dict(loss_cls=F.cross_entropy(logits, labels, label_smoothing=smoothing))
+        if self._teacher is not None:
+            teacher, weight = self._teacher
+            with torch.no_grad():
+                probabilities = teacher(inputs).float().softmax(-1)
+            losses['loss_mesa'] = weight * F.cross_entropy(logits, probabilities)
+        return losses
 
 
 def load_weights(classifier: NamedModel, path: str | Path, any_head: bool = False) -> None:
     """Load a checkpoint whose names and shapes fit exactly, under published names or ours.
 
     Args:
-        classifier: What to load into.
-        path: What `read_checkpoint` reads; averaged weights where there are any.
-        any_head: A head for other classes is left out, and the model's own stays.
+        classifier: Model that gets the weights.
+        path: A file that `read_checkpoint` reads; of its weights the averaged ones are taken where there are any.
+        any_head: Whether a head for another number of classes is left out, and the model keeps its own.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
         ValueError: The file cannot be read safely, or it belongs to another model.
     """
     state_dict, metadata = read_checkpoint(path)
@@ -263,7 +274,7 @@ class Accuracy(BaseMetric):
     """Per cent of the images whose label is among the k best scores, 'accuracy/top{k}'.
 
     Args:
-        topk: Which k.
+        topk: The values of k.
         kwargs: Keyword arguments of mmengine's BaseMetric.
     """
 
@@ -280,7 +291,7 @@ class Accuracy(BaseMetric):
         if max(self.topk) > classes:
             raise ValueError(f'Accuracy: topk must be at most the number of classes, {classes}, got {self.topk}.')
         best = scores.topk(max(self.topk)).indices
-        self.results.extend((best == labels[:, None]).tolist())  # plain values: they will travel between processes
+        self.results.extend((best == labels[:, None]).tolist())  # plain values, to be sent between processes
 
     def compute_metrics(self, results: list[list[bool]]) -> dict[str, float]:
         hits = torch.tensor(results)  # [images, max(topk)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images of folders, handwritten digits, and what makes any data set safe to train on for days."""
+"""Images in folders, handwritten digits, and the wrappers that make a data set safe to train on for days."""
 
 import os
 import random
@@ -31,15 +31,15 @@ class ImageFolder(Dataset):
 
     Args:
         data_root: The folder with the splits.
-        split: Which one, such as 'train' or 'val'.
+        split: Name of the split, such as 'train' or 'val'.
         transform: Keyword arguments of timm's `create_transform`.
-        class_split: The split whose folders, sorted, number the classes, so that all splits agree.
+        class_split: Name of the split whose folders, sorted, number the classes, so that all splits agree.
 
     Raises:
-        RunError: A folder is missing or holds no image, or the split has a class that `class_split` has not.
+        RunError: A folder is missing or holds no image, or the split has a class that `class_split` lacks.
     """
 
-    strict_decoder = True  # Pillow's says itself that a file lacks its end
+    strict_decoder = True  # Pillow's refuses a file that lacks its end
 
     def __init__(
         self,
@@ -64,13 +64,13 @@ class ImageFolder(Dataset):
         images = folder.make_dataset(str(root), numbers, folder.IMG_EXTENSIONS, allow_empty=True)
         if not images:
             raise RunError(f'ImageFolder: {root} must hold images ({" ".join(folder.IMG_EXTENSIONS)}), got none.')
-        # Arrays: of a list of a million objects every worker would come to have a copy, by counting references.
+        # Arrays, as counting the references of a list's objects would give each worker a copy of all of them.
         self.paths = np.array([os.fsencode(path) for path, _ in images])
         self.labels = np.array([label for _, label in images])
-        # The prefetcher's kind of transform ends in uint8: a quarter of the bytes for whoever moves it to a GPU.
+        # The transform for timm's prefetcher ends in uint8, a quarter of the bytes to move to a GPU.
         self.transform = create_transform(**{'use_prefetcher': True, **(transform or {})})
         for step in self.transform.transforms:
-            for operation in getattr(step, 'ops', ()):  # of RandAugment and AugMix
+            for operation in getattr(step, 'ops', ()):  # RandAugment and AugMix have them
                 if operation.aug_fn is auto_augment.posterize:
                     operation.aug_fn = _posterize
 
@@ -88,7 +88,7 @@ class ImageFolder(Dataset):
 
 
 def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
-    """timm's, which at its full strength keeps no bit, which Pillow from 13 on refuses."""
+    """timm's posterize, but for its full strength, which keeps no bit: Pillow refuses that from version 13 on."""
     return image.point(lambda value: 0) if bits < 1 else auto_augment.posterize(image, bits, **kwargs)
 
 
@@ -103,8 +103,8 @@ class Digits(Dataset):
     Gives dict(inputs, data_samples): an image, (1, img_size, img_size), in [-1, 1], and its label.
 
     Args:
-        split: 'train' or 'heldout'; the division is fixed and keeps the share of every digit.
-        img_size: Height and width that the scans are enlarged to.
+        split: 'train' or 'heldout', a fixed division which keeps the share of every digit.
+        img_size: Height and width to which the scans are enlarged.
         affine: Keyword arguments of torchvision's RandomAffine, None for no augmentation.
     """
 
@@ -121,7 +121,9 @@ class Digits(Dataset):
         self.indices = sorted(indices[split == 'heldout'])
         self.labels = [int(labels[i]) for i in self.indices]
         grey = (scans.reshape(-1, 8, 8) * (255 / 16)).round().astype('uint8')
-        self.images = [Image.fromarray(grey[i]).resize((img_size, img_size), Image.BICUBIC) for i in self.indices]
+        self.images = [
+            Image.fromarray(grey[i]).resize((img_size, img_size), Image.Resampling.BICUBIC) for i in self.indices
+        ]
 
         steps = [transforms.ToTensor(), transforms.Normalize(0.5, 0.5)]
         if affine is not None:
@@ -136,7 +138,7 @@ class Digits(Dataset):
 
 
 class _Draw(int):
-    """An index into a data set, with the seed of what is random about the sample in this epoch."""
+    """An index into a data set, with a seed for all that is random about the sample in this epoch."""
 
     seed: int
 
@@ -145,14 +147,15 @@ class _Draw(int):
 class SeededSampler(Sampler):
     """Gives every index that another sampler draws a seed of its own.
 
-    The seed depends on the sampler's seed, the epoch, the position in the sequence of all processes and the index, not
-    on who computes the sample: neither workers nor a resumption change it.
+    The seed depends on the other sampler's seed, the epoch, the position in the sequence of all processes and the
+    index, not on the worker that computes the sample, so that neither the number of workers nor a resumption changes
+    it.
 
     Args:
-        dataset: What to draw from.
+        dataset: Data set to draw from.
         sampler: Config of the other sampler.
-        seed: Its seed.
-        skip: How many indices of this process a resumed run has used already.
+        seed: Seed of the other sampler.
+        skip: Number of indices that this process used before the run was resumed.
     """
 
     def __init__(self, dataset: Dataset, sampler: dict[str, Any], seed: int | None = None, skip: int = 0) -> None:
@@ -177,15 +180,15 @@ class SeededSampler(Sampler):
 
 @DATASETS.register_module()
 class GuardedDataset(Dataset):
-    """Seeds every sample as its index says, and knows an image that cannot be read from an error of the pipeline.
+    """Seeds every sample as its index says, and tells an image that cannot be read from an error of the pipeline.
 
     A JPEG or PNG file that lacks its end counts as unreadable, although some decoders would fill the rest with grey. Of
-    a sample made of several images only the first is looked after.
+    a sample that is made of several images only the first is checked.
 
     Args:
-        dataset: Gives the samples, or its config; the paths of sample i are in `dataset.get_data_info(i)`, where it has
-            that.
-        skip: An unreadable image is replaced by another one, which its seed decides; else it stops the run.
+        dataset: Data set that gives the samples, or its config. If it has a method `get_data_info`, this gives the
+            paths of a sample by its index.
+        skip: Whether an unreadable image is replaced by another one, which its seed decides, or stops the run.
     """
 
     def __init__(self, dataset: Dataset | dict[str, Any], skip: bool = False) -> None:
@@ -193,16 +196,16 @@ class GuardedDataset(Dataset):
             dataset = DATASETS.build(dataset)
             if hasattr(dataset, 'full_init'):
                 dataset.full_init()
-        self.dataset = dataset
+        self.dataset: Any = dataset
         self.skip = skip
-        # In memory that the workers share, so that their finds are seen.
-        self.unreadable = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
+        # In shared memory, so that the main process sees what the workers find.
+        self.unreadable = torch.zeros(len(self), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getattr__(self, name: str) -> Any:
-        if name == 'dataset':  # not yet there while a worker unpickles
+        if name == 'dataset':  # it is missing while a worker unpickles
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
@@ -228,36 +231,36 @@ class GuardedDataset(Dataset):
         raise RunError(f'ten images in a row cannot be read, the last: {problem}.')
 
     def paths(self, index: int) -> list[str]:
-        """The files of a sample, as far as the data set names them."""
+        """The files of a sample, if the data set names them."""
         if not hasattr(self.dataset, 'get_data_info'):
             return []
         info = self.dataset.get_data_info(index)
         return [info[key] for key in ('img_path', 'seg_map_path') if info.get(key)]
 
 
-# How files begin and end.
+# How JPEG and PNG files begin and end.
 _SIGNATURES: Sequence = ((b'\xff\xd8\xff', b'\xff\xd9'), (b'\x89PNG', b'IEND\xaeB`\x82'))
 
 
 def _truncated(path: str) -> str | None:
-    """What is wrong with a JPEG or PNG file that does not end as it should, if something is."""
+    """Why a JPEG or PNG file that does not end as it should cannot be decoded; None if it can, or ends well."""
     try:
         with open(path, 'rb') as file:
             start = file.read(4)
             file.seek(-min(8, file.seek(0, 2)), 2)
             end = file.read()
     except OSError:
-        return None  # not a local file; whoever reads it will say
+        return None  # this is no local file, or reading it will raise the error
     if any(start.startswith(first) and not end.endswith(last) for first, last in _SIGNATURES):
         return _unreadable(path)  # or it ends in something harmless
     return None
 
 
 def _unreadable(path: str) -> str | None:
-    """Why an image cannot be decoded, None if it can."""
+    """Why an image cannot be decoded; None if it can."""
     try:
         with Image.open(path) as image:
             image.load()
-    except Exception as error:  # of any kind: decoders meet whatever the bytes mean to them
+    except Exception as error:  # of any kind, as the bytes may mean anything to a decoder
         return f'the image {path} cannot be read ({error})'
     return None

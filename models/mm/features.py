@@ -28,18 +28,18 @@ class TimmFeatures(BaseModule):
 
     Args:
         model_name: Name for `timm.create_model`.
-        out_indices: Which levels.
-        out_norm: A layer norm over the channels of each level, `outnorm{i}` as in the published detectors.
-        frozen_stages: How many stages keep their weights and statistics, the stem too; 0 for the stem alone, -1 for
-            none.
-        norm_eval: Batch norms keep their statistics.
-        with_cp: Gradient checkpointing.
-        pretrained: Start from timm's pretrained weights.
-        init_cfg: dict(type='Pretrained', checkpoint=FILE) starts from what `read_checkpoint` reads.
+        out_indices: Indices of the levels.
+        out_norm: Whether each level has a layer norm over its channels, `outnorm{i}` as in the published detectors.
+        frozen_stages: Number of stages that keep their weights and statistics, as the stem then does; 0 for the stem
+            alone, -1 for none.
+        norm_eval: Whether batch norms keep their statistics.
+        with_cp: Whether gradient checkpointing is on.
+        pretrained: Whether to start from timm's pretrained weights.
+        init_cfg: Config of a file to start from, dict(type='Pretrained', checkpoint=FILE), see `read_checkpoint`.
         model_args: Further keyword arguments of `timm.create_model`, such as drop_path_rate.
 
     Raises:
-        ValueError: An argument is not as said above.
+        ValueError: An argument has another form.
     """
 
     def __init__(
@@ -56,13 +56,10 @@ class TimmFeatures(BaseModule):
     ) -> None:
         super().__init__(init_cfg)
         check_init(type(self).__name__, pretrained, init_cfg)
-        self._whole = functools.partial(timm.create_model, model_name, **model_args)
-        # The getter gives (batch, C, H, W) of every model and leaves its names as they are.
-        self._features = functools.partial(
-            self._whole, features_only=True, feature_cls='getter', out_indices=tuple(out_indices)
-        )
+        self._create = functools.partial(timm.create_model, model_name, **model_args)
+        self._out_indices = tuple(out_indices)
         self.model = self._features()
-        self.architecture = self.model.pretrained_cfg['architecture']  # whatever alias model_name is
+        self.architecture: str = self.model.pretrained_cfg['architecture']  # even if model_name is an alias
         self.pretrained = pretrained
         self.norm_eval = norm_eval
         self.levels = tuple(self.model.out_indices)
@@ -76,12 +73,18 @@ class TimmFeatures(BaseModule):
         self.model.model.set_grad_checkpointing(with_cp)
         self.register_load_state_dict_pre_hook(_take_other_names)
 
+    def _features(self, pretrained: bool = False) -> Any:
+        # timm's getter gives (batch, C, H, W) for every model, and keeps the names of its tensors.
+        return self._create(
+            pretrained=pretrained, features_only=True, feature_cls='getter', out_indices=self._out_indices
+        )
+
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Images, (batch, in_chans, H, W) -> a map per level, (batch, C, H/4, W/4), (batch, C', H/8, W/8), ..."""
+        """Images, (batch, in_chans, H, W) -> a map per level, (batch, C, H/4, W/4), (batch, C', H/8, W/8) and so on."""
         features = self.model(x)
         if self.out_norm:
             features = [getattr(self, f'outnorm{i}')(f) for i, f in zip(self.levels, features, strict=True)]
-        return tuple(f.contiguous() for f in features)  # compiled operators of mmcv take no other layout
+        return tuple(f.contiguous() for f in features)  # the compiled operators of mmcv take no other layout
 
     def train(self, mode: bool = True) -> 'TimmFeatures':
         super().train(mode)
@@ -124,13 +127,14 @@ class TimmFeatures(BaseModule):
         tensors = self.rename(strip_prefixes(tensors)[0])
         own = {name.removeprefix(_INNER): value for name, value in self.state_dict().items()}
         with torch.device('meta'):
-            whole = self._whole()
-        elsewhere = set(whole.state_dict())  # the head, stages after the last level; and norms of levels left out
+            whole: Any = self._create()
+        # Tensors that are no misfits: those of the head, of stages after the last level, of norms of other levels.
+        elsewhere = set(whole.state_dict())
         if self.out_norm:
             levels = range(len(whole.feature_info))
             elsewhere.update(f'outnorm{i}.{kind}' for i in levels for kind in ('weight', 'bias'))
         tensors = {name: value for name, value in tensors.items() if name in own or name not in elsewhere}
-        if not any(name.startswith('outnorm') for name in tensors):  # a classifier's: here the norms begin anew
+        if not any(name.startswith('outnorm') for name in tensors):  # a classifier has none, and they begin anew
             own = {name: value for name, value in own.items() if not name.startswith('outnorm')}
         problems = misfits(tensors, own)
         if problems:
@@ -142,19 +146,19 @@ class TimmFeatures(BaseModule):
             own[name].copy_(value)
 
     def rename(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Published names of this backbone become timm's; all others stay as they are."""
+        """Tensors under timm's names, from published names of this backbone; all other names stay as they are."""
         if self.architecture not in list_models():
             return state_dict
         return rename_fn(self.architecture)(state_dict, self.model.model)
 
 
-_INNER = 'model.model.'  # where the network is in a TimmFeatures, below timm's getter
+_INNER = 'model.model.'  # the prefix of the network in a TimmFeatures, below timm's getter
 
 
 def _take_other_names(
     backbone: TimmFeatures, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
 ) -> None:
-    """Lets a detector that was published load as a whole: its backbone's names become ours, in place."""
+    """Change the names of a backbone to ours, in place, so that a published detector loads as a whole."""
     tensors = {}
     for name in [name for name in state_dict if name.startswith(prefix)]:
         tensors[name.removeprefix(prefix).removeprefix(_INNER)] = state_dict.pop(name)
@@ -164,9 +168,9 @@ def _take_other_names(
 
 @MODELS.register_module()
 class Float32RoIExtractor(nn.Module):
-    """mmdetection's SingleRoIExtractor, which would round the boxes to the dtype of the maps, on float32 maps.
+    """mmdetection's SingleRoIExtractor on float32 maps, as it rounds the boxes to the dtype of the maps.
 
-    bfloat16 has eight bits: it knows no coordinates between 512 and 516.
+    bfloat16 has eight bits: it has no coordinate between 512 and 516.
 
     Args:
         kwargs: Keyword arguments of SingleRoIExtractor.

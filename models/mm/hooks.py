@@ -1,21 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens around the iterations: progress, seeds, weights for timm, a second loss, and when to stop."""
+"""What happens around the iterations: seeds, weights for timm, a second loss, and reasons to stop."""
 
-import atexit
 import json
 import math
-import time
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import all_reduce, get_rank, is_main_process, master_only
+from mmengine.dist import all_reduce, get_rank, is_main_process
 from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,24 +24,20 @@ __all__ = [
     'FiniteLossHook',
     'MESAHook',
     'PendingGradientsHook',
-    'ProgressHook',
     'SafetensorsHook',
     'SeedHook',
     'SharedBuffersHook',
     'UnreadableImagesHook',
-    'console',
-    'progress_bar',
     'save_for_timm',
 ]
-
-console = Console()  # one for the progress bar and the warnings, so that neither writes over the other
 
 
 @HOOKS.register_module()
 class SeedHook(Hook):
     """Seeds every training iteration by the run's seed, the process and the iteration's number.
 
-    So a resumed run drops the same paths and mixes the same images as an unbroken one, without any generator's state.
+    So a resumed run drops the same paths and mixes the same images as an unbroken one, although no checkpoint holds the
+    state of a random generator.
     """
 
     priority = 'VERY_HIGH'
@@ -60,14 +51,12 @@ class FiniteLossHook(Hook):
     """Stops a run whose loss is not a number or infinite, in every process at the same iteration.
 
     Raises:
-        RunError: With the iteration and the last checkpoint.
+        RunError: The loss is not finite; the message names the iteration and the last checkpoint.
     """
 
     priority = 'HIGH'  # after the loss has come from the device for the log, before averages and checkpoints
 
-    def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
-    ) -> None:
+    def after_train_iter(self, runner: Runner, outputs: dict[str, Any], **kwargs: Any) -> None:
         loss = outputs['loss'].detach().clone()
         all_reduce(loss, 'mean')
         if not loss.isfinite():
@@ -76,7 +65,7 @@ class FiniteLossHook(Hook):
 
 @HOOKS.register_module()
 class SharedBuffersHook(Hook):
-    """Lets every process evaluate one network: batch norms take the average of all processes' statistics."""
+    """Lets all processes evaluate the same network: batch norms take the average of all processes' statistics."""
 
     priority = 'VERY_HIGH'
 
@@ -104,14 +93,14 @@ class UnreadableImagesHook(Hook):
     """Names and counts the training images that cannot be read and were replaced by others.
 
     Args:
-        interval: Iterations between two looks.
+        interval: Number of iterations between two reports.
     """
 
     priority = 'LOW'
 
     def __init__(self, interval: int = 100) -> None:
         self.interval = interval
-        self.known = set()
+        self.known: set[int] = set()
 
     def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
         if self.every_n_train_iters(runner, self.interval):
@@ -123,7 +112,7 @@ class UnreadableImagesHook(Hook):
     def _report(self, runner: Runner) -> None:
         dataset = runner.train_dataloader.dataset
         unreadable = dataset.unreadable.to(torch.uint8)
-        all_reduce(unreadable, 'max')  # each process knows its own
+        all_reduce(unreadable, 'max')  # each process knows only the images that it read
         found = set(unreadable.nonzero().flatten().tolist())
         for index in sorted(found - self.known):
             runner.logger.warning(f'Unreadable, replaced by another image: {" or ".join(dataset.paths(index))}')
@@ -140,8 +129,8 @@ class MESAHook(Hook):
     batch, as in the published training of Spatial-Mamba.
 
     Args:
-        weight: Of this part of the loss.
-        begin: Share of the training after which it begins.
+        weight: Weight of this part of the loss.
+        begin: Share of the training after which this part begins.
     """
 
     def __init__(self, weight: float, begin: float = 0.25) -> None:
@@ -160,22 +149,22 @@ class MESAHook(Hook):
 
 
 def averaged(runner: Runner) -> Any:
-    """The moving average of a run's model, None if it has none."""
+    """The moving average of a run's model; None if the run keeps none."""
     return next((hook.ema_model.module for hook in runner.hooks if isinstance(hook, EMAHook)), None)
 
 
 @HOOKS.register_module()
 class SafetensorsHook(Hook):
-    """Writes a NamedModel's network to WORK_DIR/checkpoint.safetensors; its moving average, if there is one.
+    """Writes a NamedModel's network, or its moving average, to WORK_DIR/checkpoint.safetensors.
 
-    Of a timm model `timm.create_model(model, checkpoint_path=..., **model_args)` loads the file; its metadata hold
-    these two, the epoch and our version. It is replaced as a whole, so that a reader never finds half of one.
+    `timm.create_model(model, checkpoint_path=FILE, **model_args)` loads the file of a timm model; its metadata hold
+    these two, the epoch and our version. It is replaced as a whole, so that a reader never finds half of a file.
 
     Args:
-        interval: Epochs between two writes; the last epoch is always written.
+        interval: Number of epochs between two writes; the last epoch is always written.
     """
 
-    priority = 'LOW'  # before CheckpointHook: who resumes after the last epoch finds this file too
+    priority = 'LOW'  # before CheckpointHook, so that a run whose last checkpoint is there has written this file too
 
     def __init__(self, interval: int = 1) -> None:
         self.interval = interval
@@ -188,19 +177,19 @@ class SafetensorsHook(Hook):
 
 @HOOKS.register_module()
 class BestHook(Hook):
-    """Writes what SafetensorsHook would to WORK_DIR/best.safetensors when a metric of the evaluation is a new best.
+    """Writes a file like SafetensorsHook's, WORK_DIR/best.safetensors, when a metric of the evaluation is a new best.
 
-    The metadata hold the metric and the seed too. A resumed run takes up the metric from the file, and evaluates its
-    last epoch again, which may have been missed.
+    The metadata hold the metric and the seed too. A resumed run reads its best metric from the file, and evaluates the
+    last epoch again, as it may have been killed before that.
 
     Args:
-        metric: Its name, such as 'accuracy/top1'.
+        metric: Name of the metric, such as 'accuracy/top1'.
 
     Raises:
-        RunError: The evaluation has no such metric, or it is not finite.
+        RunError: The evaluation has no such metric, or the metric is not finite.
     """
 
-    priority = 'LOW'  # after an average and the weights have changed places again
+    priority = 'LOW'  # after EMAHook, which swaps the weights and their average for the evaluation, and back
 
     def __init__(self, metric: str) -> None:
         self.metric = metric
@@ -215,7 +204,7 @@ class BestHook(Hook):
         if runner.epoch % runner.val_interval == 0:
             runner.val_loop.run()
 
-    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float]) -> None:
         value = metrics.get(self.metric, math.nan)
         if not math.isfinite(value):
             raise RunError(f'BestHook needs a finite {self.metric}, got {value}: evaluated are {", ".join(metrics)}.')
@@ -240,7 +229,14 @@ def _write_weights(runner: Runner, name: str, epoch: int, **metadata: str) -> No
 def save_for_timm(
     path: Path, classifier: NamedModel, state_dict: dict[str, Tensor], epoch: int, **metadata: str
 ) -> None:
-    """Write the weights of a classifier's network, or their average, with what is needed to build it again.
+    """Write the weights of a classifier's network, or their average, with all that builds the network again.
+
+    Args:
+        path: The .safetensors file to write.
+        classifier: The model whose network it is.
+        state_dict: Names and tensors of the network.
+        epoch: Number of epochs that were trained.
+        metadata: Further metadata of the file.
 
     Raises:
         RunError: The file cannot be written; one of that name stays as it was.
@@ -255,99 +251,3 @@ def save_for_timm(
     tensors = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata)
-
-
-def progress_bar(console: Console) -> Progress:
-    """Bar, count, a field `status` and the time that is left; nothing where there is no terminal."""
-    return Progress(
-        TextColumn('{task.description}'),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn('{task.fields[status]}'),
-        TimeRemainingColumn(),
-        console=console,
-        speed_estimate_period=3600,  # longer than an evaluation, during which nothing advances
-        disable=not console.is_terminal,
-    )
-
-
-@HOOKS.register_module()
-class ProgressHook(Hook):
-    """A progress bar with the time that is left on a terminal, elsewhere a line after each evaluation and now and then.
-
-    Args:
-        seconds: Time between two lines where there is no terminal.
-    """
-
-    priority = 'LOW'  # after the runtime information of the iteration has been noted
-
-    def __init__(self, seconds: float = 60.0) -> None:
-        self.seconds = seconds
-        self.progress: Progress | None = None
-        self.metrics = ''
-        self.said = math.inf
-
-    def _start(self, description: str, total: int) -> None:
-        self.progress = progress_bar(console)
-        self.task = self.progress.add_task(description, total=total, status='')
-        self.progress.start()
-        self.said = time.monotonic()
-        atexit.register(self._stop)  # an exception would else leave the terminal without its cursor
-
-    @master_only
-    def before_train(self, runner: Runner) -> None:
-        self._start('train', runner.max_iters)
-        self.progress.update(self.task, completed=runner.iter)
-
-    @master_only
-    def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
-        self.progress.update(self.task, completed=runner.iter + 1, status=self._status(runner))
-        if time.monotonic() - self.said > self.seconds:
-            self._say(runner, runner.iter + 1)
-
-    @master_only
-    def after_val_iter(self, runner: Runner, batch_idx: int, *args: Any, **kwargs: Any) -> None:
-        if self.progress is not None:
-            status = f'{self._status(runner)}  evaluating {batch_idx + 1}/{len(runner.val_dataloader)}'
-            self.progress.update(self.task, status=status)
-
-    @master_only
-    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        numbers = [(name, value) for name, value in metrics.items() if isinstance(value, Real)]
-        self.metrics = '  '.join(f'{name} {value:.2f}' for name, value in numbers[:3])  # the first are those one quotes
-        if self.progress is not None:  # else an evaluation without training
-            self.progress.update(self.task, status=self._status(runner))
-            self._say(runner, runner.iter)
-
-    @master_only
-    def after_train(self, runner: Runner) -> None:
-        self._stop()
-
-    @master_only
-    def before_test_epoch(self, runner: Runner) -> None:
-        self._start('test', len(runner.test_dataloader))
-
-    @master_only
-    def after_test_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
-        self.progress.advance(self.task)
-
-    @master_only
-    def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        self._stop()
-
-    def _status(self, runner: Runner) -> str:
-        return f'loss {runner.message_hub.get_scalar("train/loss").current():.3f}  {self.metrics}'
-
-    def _say(self, runner: Runner, done: int) -> None:
-        if not console.is_terminal:
-            seconds = self.progress.tasks[self.task].time_remaining
-            left = f'{seconds:.0f}' if seconds is not None else '?'
-            console.print(
-                f'iteration {done}/{runner.max_iters}  {self._status(runner)}  {left} s left',
-                highlight=False,
-                soft_wrap=True,
-            )
-        self.said = time.monotonic()
-
-    def _stop(self) -> None:
-        self.progress.stop()

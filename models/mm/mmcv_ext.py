@@ -32,20 +32,20 @@ class _Finder:
 
     @classmethod
     def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        return ModuleSpec(name, cls, origin=__file__) if name == NAME else None
+        if name != NAME:
+            return None
+        return ModuleSpec(name, cls, origin=__file__)  # type: ignore[arg-type]  # a class can be a loader
 
     @staticmethod
     def create_module(spec: ModuleSpec) -> None:
-        return None  # Python's own kind of module
+        return None  # so that Python makes a plain module
 
     @staticmethod
     def exec_module(module: ModuleType) -> None:
-        from mmengine.logging import print_log  # which whoever has mmcv has
+        from mmengine.logging import print_log  # mmcv needs mmengine itself
 
-        module.nms = nms
-        module.roi_align_forward = roi_align_forward
-        module.roi_align_backward = roi_align_backward
-        module.__getattr__ = _missing
+        operators = (nms, roi_align_forward, roi_align_backward)
+        vars(module).update({operator.__name__: operator for operator in operators}, __getattr__=_missing)
         print_log("mmcv has no compiled operators: torchvision's nms and roi_align stand in for them.", 'current')
 
 
@@ -67,10 +67,10 @@ def nms(bboxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Te
     """Indices of the boxes that non-maximum suppression keeps, best first, (kept,).
 
     Args:
-        bboxes: x1, y1, x2, y2 of each, (boxes, 4).
-        scores: (boxes,).
-        iou_threshold: A box goes if its overlap with a better one is larger.
-        offset: A box is x2 - x1 + offset wide and y2 - y1 + offset high, 0 or 1.
+        bboxes: x1, y1, x2, y2 of each box, (boxes, 4).
+        scores: Scores of the boxes, (boxes,).
+        iou_threshold: Largest overlap with a better box at which a box is kept.
+        offset: Number that is added to x2 - x1 and y2 - y1 for the sides of a box, 0 or 1.
     """
     return torchvision.ops.nms(bboxes + bboxes.new_tensor([0, 0, offset, offset]), scores, iou_threshold)
 
@@ -92,13 +92,13 @@ def roi_align_forward(
 
     Args:
         input: Map, (batch, C, H, W).
-        rois: Index of the image, then x1, y1, x2, y2, (regions, 5).
-        output: (regions, C, aligned_height, aligned_width).
-        argmax_y, argmax_x: Of the maximum, unused.
-        aligned_height, aligned_width: Cells of a region.
+        rois: Index of the image, then x1, y1, x2, y2, of each region, (regions, 5).
+        output: Tensor to write the averages to, (regions, C, aligned_height, aligned_width).
+        argmax_y, argmax_x: Positions of the maximum, which are not used.
+        aligned_height, aligned_width: Numbers of cells of a region along its height and width.
         spatial_scale: The map's resolution over that of `rois`.
-        sampling_ratio: Samples of a cell along each axis, 0 for as many as positions.
-        pool_mode: 1, the average.
+        sampling_ratio: Number of samples of a cell along each axis, 0 for as many as the map's positions in it.
+        pool_mode: Kind of pooling; 1 is the average.
         aligned: Whether a position is the middle of its cell rather than the corner.
 
     Raises:
@@ -125,7 +125,7 @@ def roi_align_backward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    """The gradient of `roi_align_forward`'s map, written to `grad_input`; arguments as there."""
+    """Gradient of the map of `roi_align_forward`, which has the same arguments, written to `grad_input`."""
     dtype = _at_least_float32(grad_output)
     size = (aligned_height, aligned_width)
     grad = torch.ops.torchvision._roi_align_backward(

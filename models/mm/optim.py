@@ -21,7 +21,7 @@ __all__ = ['BFloat16OptimWrapper', 'TimmOptimWrapperConstructor']
 class BFloat16OptimWrapper(OptimWrapper):
     """Computes forward passes in bfloat16 by autocast, on a CPU as on a GPU.
 
-    Unlike float16, bfloat16 reaches as far as float32, so that no loss needs scaling.
+    Unlike float16, bfloat16 has the range of float32, so that no loss needs scaling.
     """
 
     @contextmanager
@@ -35,9 +35,10 @@ class BFloat16OptimWrapper(OptimWrapper):
 class TimmOptimWrapperConstructor:
     """An optimizer of timm's, by `optimizer=dict(type=NAME, lr=..., weight_decay=..., layer_decay=..., ...)`.
 
-    Weight decay follows timm's rules: none for vectors, for biases and for what a `no_weight_decay()` names, be it the
-    model's own or that of a timm model inside. With layer_decay, the rate of a timm model's last group of layers (its
-    `group_matcher()` tells them) is lr, and that of each group before it layer_decay times that of the next.
+    Weight decay follows timm's rules: vectors, biases and the parameters that a `no_weight_decay()` names, be it the
+    model's own or that of a timm model inside, have none. With layer_decay, the rate of the last group of layers of a
+    timm model, as its `group_matcher()` tells them, is lr, and that of each group before it is layer_decay times that
+    of the next.
     """
 
     def __init__(self, optim_wrapper_cfg: dict[str, Any], paramwise_cfg: dict[str, Any] | None = None) -> None:
@@ -58,7 +59,7 @@ class TimmOptimWrapperConstructor:
         if layer_decay is not None:
             if 'lr' not in optimizer_cfg:
                 raise ValueError('TimmOptimWrapperConstructor: layer_decay needs optimizer.lr, got none.')
-            # timm would leave it to its own schedulers to apply these scales; mmengine's do not know them.
+            # timm's own schedulers would apply these scales; mmengine's do not know them.
             scales = _layer_scales(model, layer_decay)
             groups = [
                 dict(group, params=[p for p in group['params'] if scales.get(p, 1.0) == scale], lr=scale)
@@ -72,11 +73,12 @@ class TimmOptimWrapperConstructor:
 
 
 def _layer_scales(model: nn.Module, layer_decay: float) -> dict[nn.Parameter, float]:
-    """What the rate of each parameter of the timm models inside is multiplied by."""
+    """The factor of the learning rate of each parameter of the timm models inside."""
     scales = {}
     for network in model.modules():
-        if hasattr(network, 'group_matcher'):
-            layers = group_parameters(network, network.group_matcher(coarse=False), reverse=True)
+        group_matcher = getattr(network, 'group_matcher', None)
+        if group_matcher is not None:
+            layers = group_parameters(network, group_matcher(coarse=False), reverse=True)
             last = max(layers.values())
             for name, parameter in network.named_parameters():
                 scales[parameter] = layer_decay ** (last - layers[name])
@@ -86,9 +88,9 @@ def _layer_scales(model: nn.Module, layer_decay: float) -> dict[nn.Parameter, fl
 
 
 def _no_weight_decay(model: nn.Module) -> set[str]:
-    """The patterns of every module that has `no_weight_decay()`, as full parameter names."""
-    patterns = set()
+    """The patterns of every module that has a `no_weight_decay()`, as patterns of full parameter names."""
+    patterns: set[str] = set()
     for prefix, module in model.named_modules():
-        if hasattr(module, 'no_weight_decay'):
-            patterns |= {f'{prefix}.{pattern}' if prefix else pattern for pattern in module.no_weight_decay()}
+        names: set[str] = getattr(module, 'no_weight_decay', set)()
+        patterns |= {f'{prefix}.{name}' if prefix else name for name in names}
     return patterns

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training checkpoints, read without running what they may hold."""
+"""Training checkpoints, found, and read without running what they may hold."""
 
 import pickle
 import re
@@ -9,27 +9,27 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
+from numpy._core import multiarray
 
 __all__ = ['allow_histories', 'numbered_checkpoints', 'read_run']
 
 
 def _history_method(owner: Any, name: str) -> Any:
-    """All that a file may get of any object: what mmengine's histories note of their own methods."""
+    """A stand-in for `getattr`, which gives a file nothing but the methods that mmengine's histories note."""
     if owner is not HistoryBuffer or name.startswith('_'):
         raise pickle.UnpicklingError(f'getattr of {owner!r}, {name!r}')
     return getattr(HistoryBuffer, name)
 
 
 def allow_histories() -> None:
-    """Let `weights_only` pass what mmengine's training checkpoints hold beside tensors and plain values.
+    """Let PyTorch's weights-only reader take training checkpoints of mmengine, for the whole process.
 
-    Histories of what was logged, and numbers of NumPy's. For the whole process: the packages' own scripts read their
-    files themselves.
+    Beside tensors and plain values they hold histories of what was logged, and NumPy's numbers. The scripts of mmdet
+    and mmseg read these files themselves, so that only a setting of the process can let them pass.
     """
-    multiarray = np._core.multiarray
     numbers = [type(np.dtype(kind)) for kind in ('f8', 'f4', 'i8', 'i4', 'b1')]
     allowed = [HistoryBuffer, (_history_method, 'builtins.getattr'), np.ndarray, np.dtype, *numbers]
-    for module in ('numpy._core.multiarray', 'numpy.core.multiarray'):  # the latter of NumPy before 2
+    for module in ('numpy._core.multiarray', 'numpy.core.multiarray'):  # the latter is that of NumPy 1
         allowed += [(multiarray._reconstruct, f'{module}._reconstruct'), (multiarray.scalar, f'{module}.scalar')]
     torch.serialization.add_safe_globals(allowed)
 
@@ -39,7 +39,7 @@ def read_run(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, holds anything else, or would run code.
+        ValueError: The file is damaged, is no training checkpoint, or would run code.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f'checkpoint {path} does not exist.')
@@ -47,15 +47,15 @@ def read_run(path: str | Path) -> dict[str, Any]:
         run = torch.load(path, map_location='cpu', weights_only=True)
         missing = [key for key in ('meta', 'state_dict', 'message_hub', 'optimizer') if key not in run]
         missing += [f'meta.{key}' for key in ('epoch', 'iter', 'seed') if key not in run.get('meta', ())]
-    except Exception as error:  # of many kinds, by where a file is damaged
+    except Exception as error:  # of many kinds, as a file may be damaged anywhere
         raise ValueError(f'checkpoint {path} cannot be read: {str(error).splitlines()[0]}') from error
     if missing:
         raise ValueError(f'checkpoint {path} must be one of a training, with {", ".join(missing)}.')
-    run['meta'].pop('config', None)  # older Runners noted Python here, and mmengine would run it
+    run['meta'].pop('config', None)  # Python that older Runners noted, which mmengine would run
     return run
 
 
 def numbered_checkpoints(work_dir: str | Path) -> list[Path]:
-    """epoch_N.pth or iter_N.pth of a work dir, by N."""
+    """The files epoch_N.pth and iter_N.pth of a work dir, ordered by N."""
     found = [(re.fullmatch(r'(epoch|iter)_(\d+)\.pth', path.name), path) for path in Path(work_dir).glob('*.pth')]
     return [path for _, path in sorted((int(match[2]), path) for match, path in found if match)]

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several adapters share."""
+"""Small tools that several files of this folder share."""
 
-import os
 import random
 import re
 from collections.abc import Iterator
@@ -16,6 +15,8 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from safetensors import SafetensorError
 from torch import nn
 
+from .. import files
+
 __all__ = [
     'RunError',
     'check_finite',
@@ -29,15 +30,15 @@ __all__ = [
 
 
 class RunError(RuntimeError):
-    """What stops a run, in a sentence for whom it stops."""
+    """The reason why a run stops, in a sentence for its user."""
 
     def __init__(self, message: str) -> None:
         # A DataLoader puts a worker's traceback before it, and mmengine's registries the name of what they build.
         super().__init__(re.sub(r'^class `\w+` in \S+: ', '', message.rpartition('RunError: ')[2].strip()))
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside what distributes it or merges its predictions."""
+def unwrap(model: Any) -> Any:
+    """The model inside the wrappers that distribute it or merge its predictions."""
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     return model
@@ -49,17 +50,22 @@ def mix_seeds(*numbers: int) -> int:
 
 
 def seed_everything(seed: int) -> None:
-    """Python's, NumPy's and PyTorch's global generators."""
+    """Seed the global random generators of Python, NumPy and PyTorch."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
 def check_init(name: str, pretrained: bool, init_cfg: dict[str, Any] | None) -> None:
-    """Refuse what a model cannot start from.
+    """Refuse weights that a model cannot start from.
+
+    Args:
+        name: Name of the model, for the error.
+        pretrained: Whether it starts from timm's pretrained weights.
+        init_cfg: Config of the file that it starts from.
 
     Raises:
-        ValueError: With the name of what was asked for it.
+        ValueError: init_cfg or pretrained is of another form, or both are given.
     """
     if init_cfg is not None and (init_cfg.get('type') != 'Pretrained' or 'checkpoint' not in init_cfg):
         raise ValueError(f"{name}: init_cfg must be dict(type='Pretrained', checkpoint=FILE), got {init_cfg}.")
@@ -71,29 +77,23 @@ def check_init(name: str, pretrained: bool, init_cfg: dict[str, Any] | None) -> 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, whose file takes the place of another as a whole or, at an error, not at all.
+    """A path to write to, see `vssm.models.files.replacing`, with errors that are for whom the run stops.
 
     Raises:
-        RunError: The file cannot be written.
+        RunError: The file cannot be written; one of that name stays as it was.
     """
-    temporary = path.with_name(f'{path.name}.tmp')
     try:
-        yield temporary
-        with open(temporary, 'rb') as file:
-            os.fsync(file.fileno())
-        os.umask(umask := os.umask(0))
-        os.chmod(temporary, 0o666 & ~umask)  # safetensors writes for the owner alone
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # by who writes
-        temporary.unlink(missing_ok=True)
+        with files.replacing(path) as temporary:
+            yield temporary
+    except (OSError, RuntimeError, SafetensorError) as error:  # as Python, PyTorch and safetensors report it
         raise RunError(f'{path} cannot be written: {error}') from error
 
 
 def check_finite(model: nn.Module, path: Path) -> None:
-    """Refuse to write parameters that are not finite, as a gradient makes them that is not, at a loss that still is.
+    """Refuse to write parameters that are not finite: a gradient may overflow while the loss is still finite.
 
     Raises:
-        RunError: With the first of them.
+        RunError: A parameter is not finite.
     """
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
@@ -101,6 +101,6 @@ def check_finite(model: nn.Module, path: Path) -> None:
 
 
 def share_buffers(*models: nn.Module) -> None:
-    """Average the statistics of batch norms over all processes, so that each has what the first will save."""
+    """Average the statistics of batch norms over all processes, so that all have those which the first one saves."""
     for model in models:
         all_reduce_params([buffer for buffer in model.buffers() if buffer.is_floating_point()], op='mean')

@@ -569,11 +569,11 @@ def test_a_disk_that_is_too_small_stops_before_the_first_iteration(build, monkey
     runner = build()
     weights = sum(v.numel() * v.element_size() for v in runner.model.state_dict().values())
     usage = lambda free: lambda path: type('Usage', (), dict(free=free))()  # noqa: E731
-    monkeypatch.setattr('vssm.models.mm.runner.shutil.disk_usage', usage(8 * weights - 1))
+    monkeypatch.setattr('vssm.models.mm.resume.shutil.disk_usage', usage(8 * weights - 1))
     with pytest.raises(mm.RunError, match='must have room for two checkpoints'):
         runner.train()
     assert runner.iter == 0
-    monkeypatch.setattr('vssm.models.mm.runner.shutil.disk_usage', usage(8 * weights))
+    monkeypatch.setattr('vssm.models.mm.resume.shutil.disk_usage', usage(8 * weights))
     build().train()
 
 
@@ -752,13 +752,13 @@ def test_the_position_in_an_endless_sequence():
 def test_the_last_complete_checkpoint_is_found(build, tmp_path):
     build(**{'train_cfg.max_epochs': 2}).train()
     runner = build(resume=True, **{'train_cfg.max_epochs': 3})
-    (tmp_path / 'epoch_3.pth.tmp').write_bytes(b'half')
+    (tmp_path / '.epoch_3.pth.1.tmp').write_bytes(b'half')
     content = (tmp_path / 'epoch_2.pth').read_bytes()
     (tmp_path / 'epoch_2.pth').write_bytes(content[: len(content) // 2])
     (tmp_path / 'epoch_x.pth').write_bytes(b'')
     runner.train()
     assert 'epoch_2.pth cannot be read' in ''.join(path.read_text() for path in tmp_path.glob('*/*.log'))
-    assert runner.epoch == 3
+    assert runner.epoch == 3 and not list(tmp_path.glob('*.tmp'))  # what a killed run left is gone, too
     for name in ('epoch_1.pth', 'epoch_2.pth', 'epoch_3.pth'):
         (tmp_path / name).write_bytes(b'nothing')
     with pytest.raises(mm.RunError, match='none of the 3 checkpoints in .* can be read'):

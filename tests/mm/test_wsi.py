@@ -28,7 +28,8 @@ from vssm.tools.main import main
 h5py = pytest.importorskip('h5py', reason="h5py is not installed: pip install '.[wsi]'")
 pytest.importorskip('mmengine', reason="mmengine is not installed: pip install '.[wsi]'")
 
-from vssm.models.mil.slides import find_slide, read_slide, read_table, split_cases  # noqa: E402
+from vssm.models.mil.slides import find_slide, read_slide  # noqa: E402
+from vssm.models.mil.tables import read_table, split_cases  # noqa: E402
 from vssm.models.mm import BestHook, RunError  # noqa: E402
 from vssm.models.mm.wsi import ConcordanceIndex, SlideAccuracy, SlideDataset, SlideSurvival  # noqa: E402
 
@@ -375,7 +376,7 @@ def test_bad_arguments_of_check(argv, said, classification, capsys, monkeypatch)
 
 def test_slides_are_read_when_asked_for_and_kept_by_an_option(classification, monkeypatch):
     reads = []
-    monkeypatch.setattr('vssm.models.mm.wsi.read_slide', lambda path: reads.append(path.stem) or read_slide(path))
+    monkeypatch.setattr('vssm.models.mm.wsi_data.read_slide', lambda path: reads.append(path.stem) or read_slide(path))
     for cache, expected in ((False, ['s0', 's1', 's0']), (True, ['s0', 's1'])):
         reads.clear()
         dataset = SlideDataset(str(classification), 'labels.csv', 'train', cache=cache)

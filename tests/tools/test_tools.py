@@ -15,7 +15,7 @@ from fvcore.nn import FlopCountAnalysis
 from fvcore.nn.jit_handles import elementwise_flop_counter
 
 import vssm
-from vssm.models.weights import _all as checkpoints
+from vssm.models import weights as checkpoints
 from vssm.ops import selective_scan_fvcore_macs, state_fusion_fvcore_macs, use_reference
 from vssm.tools import env, info
 from vssm.tools.main import COMMANDS, main, make_parser

@@ -28,10 +28,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from vssm.models.weights import _all as checkpoints
-from vssm.models.weights import convert, identify, list_models, read_checkpoint
+from vssm.models.weights import cached_path, convert, identify, list_models, read_checkpoint, strip_prefixes
+from vssm.models.weights.convert import _fit
+from vssm.models.weights.identify import registered
+from vssm.models.weights.read import _STORAGES, pass_cfg_nodes
 from vssm.tools.main import main
 
 TEST_MODELS = ('test_vmamba', 'test_vmamba2d', 'test_spatial_mamba')
@@ -51,7 +54,7 @@ KEY_FILES = {  # of the golden folder: our model
 def random_state(name, seed=0, **kwargs):
     """A state dict with a random number in every place, whole ones in integer tensors."""
     g = torch.Generator().manual_seed(seed)
-    state = checkpoints._registered(name).state_dict()
+    state = registered(name).state_dict()
     if kwargs:
         state = timm.create_model(name, device='meta', **kwargs).state_dict()
     return {
@@ -66,7 +69,7 @@ def assert_same(actual, expected):
 
 
 def metadata_of(path):
-    with checkpoints.safe_open(path, framework='pt') as file:
+    with safe_open(path, framework='pt') as file:
         return file.metadata()
 
 
@@ -117,7 +120,7 @@ def foreign(monkeypatch):
 
 def test_every_dtype_and_layout_is_read_as_saved(tmp_path):
     base = torch.randn(6, 8)
-    tensors = {str(dtype): torch.arange(5).to(dtype) for dtype in checkpoints._STORAGES.values()}
+    tensors = {str(dtype): torch.arange(5).to(dtype) for dtype in _STORAGES.values()}
     newer = {str(dtype): torch.arange(5).to(dtype) for dtype in (torch.float8_e4m3fn, torch.uint16)}
     tensors |= {
         'view': base[1:4, ::2],
@@ -181,7 +184,7 @@ def test_the_choice_of_weights(tmp_path):
             kind = held[0] if which == 'auto' else which
             if kind in held:
                 tensors, metadata = read_checkpoint(path, which)
-                tensors, _ = checkpoints.strip_prefixes(tensors)
+                tensors, _ = strip_prefixes(tensors)
                 assert metadata == {'weights': kind}
                 assert_same(tensors, averaged if kind == 'model_ema' else plain)
             else:
@@ -442,7 +445,7 @@ def test_integers_are_no_weights(tmp_path):
     source = tmp_path / 'integers.pth'
     torch.save({name: t.int() for name, t in random_state('test_vmamba').items()}, source)
     with pytest.raises(ValueError, match='must hold numbers like torch.float32 as .*, got torch.int32'):
-        checkpoints.convert(source, tmp_path / 'out.safetensors')
+        convert(source, tmp_path / 'out.safetensors')
 
 
 def test_an_empty_average_is_none(tmp_path):
@@ -458,7 +461,7 @@ def test_notes_that_are_no_arguments(args, tmp_path):
     source = tmp_path / 'in.safetensors'
     save_file(random_state('test_vmamba'), source, dict(model='test_vmamba', model_args=args))
     with pytest.raises(ValueError, match=f'{source} must note its model_args as a JSON object'):
-        checkpoints.convert(source, tmp_path / 'out.safetensors')
+        convert(source, tmp_path / 'out.safetensors')
 
 
 def test_a_network_of_endless_depth_is_not_built(tmp_path):
@@ -466,7 +469,7 @@ def test_a_network_of_endless_depth_is_not_built(tmp_path):
     block = {n: t for n, t in state.items() if n.startswith('stages.0.blocks.0.')}
     state |= {n.replace('blocks.0', f'blocks.{j}'): t for n, t in block.items() for j in range(1, 2000)}
     with pytest.raises(ValueError, match='must hold one of our networks, got .* tensors'):
-        checkpoints.identify(state)
+        identify(state)
 
 
 @pytest.mark.parametrize(
@@ -515,7 +518,7 @@ def test_published_names_tell_the_model(variant, kind, golden):
     twins = [model] if '2d' in model else [model.replace('vmamba', 'vmamba2d')] if model.startswith('vmamba') else []
     assert identify(state) == (without_twin(model), expected, twins)
     assert identify(state, model) == (model, expected, [])
-    assert len(checkpoints._fit(state, model, expected)) == len(shapes)
+    assert len(_fit(state, model, expected)) == len(shapes)
 
 
 @pytest.mark.parametrize(
@@ -751,7 +754,7 @@ def test_convert_refuses_bad_arguments(tmp_path, capsys, monkeypatch):
         path.write_bytes(b'half')
         raise OSError('disk full')
 
-    monkeypatch.setattr(checkpoints, 'save_file', interrupted)
+    monkeypatch.setattr(sys.modules['vssm.models.weights.convert'], 'save_file', interrupted)
     assert main(['convert', str(source), str(target), '--force']) == 2
     assert 'disk full' in capsys.readouterr().err
     assert target.read_text() == 'mine' and set(tmp_path.iterdir()) == {source, target}
@@ -785,7 +788,7 @@ def test_a_safe_global_of_the_user_is_left_alone():
         for mine in ((Counter, 'yacs.config.CfgNode'), type('CfgNode', (), {'__module__': 'yacs.config'})):
             torch.serialization.clear_safe_globals()
             torch.serialization.add_safe_globals([mine])
-            checkpoints._pass_cfg_nodes()
+            pass_cfg_nodes()
             assert torch.serialization.get_safe_globals() == [mine]
     finally:
         torch.serialization.clear_safe_globals()
@@ -1059,7 +1062,7 @@ def test_a_file_on_google_drive_is_downloaded_once(server, publish, published, t
 def test_the_cache_is_that_of_torch_hub(published, tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     cfg = published('test_vmamba', url='http://127.0.0.1:9/weights.pth')
-    path = checkpoints.cached_path(cfg)
+    path = cached_path(cfg)
     assert path.parent == tmp_path / 'hub' / 'checkpoints'
     path.parent.mkdir(parents=True)
     save_file(random_state('test_vmamba'), path)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the long COCO configs share: Mask R-CNN with an FPN, 36 epochs at several scales."""
+"""Data and schedule of the long COCO configs: 36 epochs at several scales."""
 
-_base_ = './_mask-rcnn_1x.py'
+_base_ = './_1x.py'
 
 # Half of the images are resized, the other half resized, cropped and resized, as DETR does.
 resize = dict(type='RandomChoiceResize', scales=[(s, 1333) for s in range(480, 801, 32)], keep_ratio=True)

@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mask R-CNN on 2DVMamba-T."""
+
+_base_ = './_vmamba2d.py'
+
+model = dict(
+    backbone=dict(
+        model_name='vmamba2d_tiny',
+        init_cfg=dict(checkpoint='work_dirs/imagenet/vmamba2d_tiny_8xb128-300e_in1k/checkpoint.safetensors'),
+    ),
+)

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Slides as a data set: bags of patches, one for each slide or case."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.registry import DATASETS, FUNCTIONS
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..mil.slides import find_slide, read_slide
+from ..mil.survival import time_bin, time_edges
+from ..mil.tables import SPLITS, Slide, read_table, split_cases
+from .utils import RunError
+
+__all__ = ['SlideDataset', 'list_bags']
+
+
+@DATASETS.register_module()
+class SlideDataset(Dataset):
+    """Bags of patches: the slides of a split, or for survival its cases with all their slides.
+
+    Gives dict(inputs, data_samples). The inputs are the arguments of the networks of `vssm.models.mil`, dict(features,
+    coords, lengths): (n, width), (n, 2) and the number of patches of each slide. The data samples are dict(name, label)
+    or dict(name, months, censored), the latter with `bin` in a training. Features are read when a sample is asked for.
+
+    Args:
+        data_root: The folder with the slides' files, see `find_slide`.
+        ann_file: The table, see `read_table`; a relative path begins in data_root.
+        split: 'train', 'val' or 'test'.
+        task: 'classification' or 'survival'.
+        classes: Labels in order; unless given, all labels of the training data, sorted.
+        bins: Number of time bins for the discrete-time likelihood, whose edges come from the events of the training
+            data; None for Cox's loss.
+        folds: Number of folds to split the cases into, see `split_cases`, instead of by the table's column.
+        fold: Number of the fold for the test; the next one is for validation.
+        fold_seed: Seed of the division into folds.
+        cache: Whether to keep in memory what was read; each worker of a loader keeps its own.
+
+    Raises:
+        RunError: A table or a file is unfit; the message names the row and the slide.
+    """
+
+    def __init__(
+        self,
+        data_root: str,
+        ann_file: str,
+        split: str,
+        task: str = 'classification',
+        classes: Sequence[str] | None = None,
+        bins: int | None = 4,
+        folds: int | None = None,
+        fold: int = 0,
+        fold_seed: int = 0,
+        cache: bool = False,
+    ) -> None:
+        self.table = Path(data_root, ann_file)
+        classes = [str(name) for name in classes] if classes is not None else None  # a config may give numbers
+        try:
+            slides, problems = read_table(self.table, task, classes)
+            splits = split_cases(slides, folds, fold, fold_seed) if folds and not problems else {}
+        except (FileNotFoundError, ValueError) as error:
+            raise RunError(str(error)) from error
+        if problems:
+            raise RunError(
+                f'{problems[0]} `vssm wsi-check {self.table} {data_root}` lists all {len(problems)} problems.'
+            )
+        by_split: dict[str | None, list[Slide]] = defaultdict(list)
+        for slide in slides:
+            by_split[splits.get(slide.case_id, slide.split)].append(slide)
+        if split not in SPLITS or not by_split[split]:
+            raise RunError(
+                f'{self.table.name}: split must be train, val or test and have slides, by a column of that name or by '
+                f'folds, got {split!r} with none.'
+            )
+        self.task = task
+        self.cache: dict[int, list[tuple[Tensor, Tensor]]] | None = {} if cache else None
+        self.metainfo: dict[str, Any] = {}
+        if task == 'classification':
+            self.bags = [[slide] for slide in by_split[split]]
+            self.classes = tuple(classes or sorted({str(slide.label) for slide in by_split['train']}))
+            self.metainfo['classes'] = self.classes
+            for slide in by_split[split]:
+                if slide.label not in self.classes:
+                    raise self._error(slide, f'label must be one of the training data, got {slide.label!r}.')
+        else:
+            self.bags = _by_case(by_split[split])
+            self.edges = torch.empty(0)  # between the time bins, which a training alone needs
+            if bins is not None and split == 'train':
+                self.edges = self._time_edges(bins)
+                edges = [0.0, *self.edges.tolist()]
+                self.metainfo['classes'] = tuple(f'from {edge:g} months' for edge in edges)
+        self.files = [[self._find(data_root, slide) for slide in bag] for bag in self.bags]
+
+    def _time_edges(self, bins: int) -> Tensor:
+        months, censored = (torch.tensor([getattr(bag[0], key) for bag in self.bags]) for key in ('months', 'censored'))
+        try:
+            return time_edges(months, censored, bins)
+        except ValueError as error:
+            raise RunError(f'{self.table.name}: {error}') from error
+
+    def _find(self, data_root: str, slide: Slide) -> Path:
+        try:
+            return find_slide(data_root, slide.slide_id)
+        except FileNotFoundError as error:
+            raise self._error(slide, error) from error
+
+    def _error(self, slide: Slide, problem: Any) -> RunError:
+        return RunError(f'{self.table.name} row {slide.row}, slide {slide.slide_id!r}: {problem}')
+
+    def __len__(self) -> int:
+        return len(self.bags)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        bag = self.bags[index]
+        parts = self.cache.get(index) if self.cache is not None else None
+        if parts is None:
+            parts = [self._read(slide, path) for slide, path in zip(bag, self.files[index], strict=True)]
+            if self.cache is not None:
+                self.cache[index] = parts
+        features, coords = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        inputs = dict(features=features, coords=coords, lengths=[len(part[0]) for part in parts])
+        first = bag[0]
+        if self.task == 'classification':
+            return dict(inputs=inputs, data_samples=dict(name=first.slide_id, label=self.classes.index(first.label)))
+        data_samples = dict(name=first.case_id, months=first.months, censored=first.censored)
+        if len(self.edges):
+            data_samples['bin'] = time_bin(torch.tensor([first.months]), self.edges).item()
+        return dict(inputs=inputs, data_samples=data_samples)
+
+    def _read(self, slide: Slide, path: Path) -> tuple[Tensor, Tensor]:
+        try:
+            return read_slide(path)
+        except (FileNotFoundError, ValueError) as error:
+            raise self._error(slide, error) from error
+
+
+def _by_case(slides: Sequence[Slide]) -> list[list[Slide]]:
+    cases: dict[str, list[Slide]] = defaultdict(list)
+    for slide in slides:
+        cases[slide.case_id].append(slide)
+    return list(cases.values())
+
+
+@FUNCTIONS.register_module()
+def list_bags(samples: Sequence[dict[str, Any]]) -> dict[str, list]:
+    """A batch of samples of a SlideDataset, as lists, since bags differ in size."""
+    return {key: [sample[key] for sample in samples] for key in ('inputs', 'data_samples')}

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The network that tensors belong to, told by their names and shapes."""
+
+import functools
+import inspect
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+from torch import Tensor, nn
+
+from .rename import rename_fn
+
+__all__ = ['identify', 'list_models', 'misfits']
+
+# The constructor's arguments that names and shapes of tensors tell, or that change neither.
+SHAPE_ARGS = {'in_chans', 'num_classes', 'depths', 'dims', 'd_state', 'ssm_ratio', 'mlp_ratio', 'device', 'dtype'}
+
+
+def list_models() -> list[str]:
+    """The names of our models in timm's registry."""
+    package = __name__.partition('.')[0]
+    return [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith(f'{package}.')]
+
+
+def misfits(state_dict: dict[str, Tensor], own: dict[str, Tensor], limit: int = 20) -> str:
+    """What keeps tensors from being those of a network, in words; '' if nothing does.
+
+    Args:
+        state_dict: Names and tensors.
+        own: Names and tensors of the network.
+        limit: Number of names to list of each kind of misfit.
+    """
+    problems = dict(
+        missing=[name for name in own if name not in state_dict],
+        unexpected=[name for name in state_dict if name not in own],
+        misshapen=[name for name in own if name in state_dict and own[name].shape != state_dict[name].shape],
+    )
+    listed = [f'{len(names)} {problem} ({_shorten(names, limit)})' for problem, names in problems.items() if names]
+    if problems['misshapen']:
+        name = problems['misshapen'][0]
+        listed.append(f'{name} must be {tuple(own[name].shape)} and is {tuple(state_dict[name].shape)}')
+    return ', '.join(listed)
+
+
+def _shorten(names: Sequence[str], limit: int = 20) -> str:
+    return ', '.join([*names[:limit], *(['...'] if len(names) > limit else [])])
+
+
+@functools.cache
+def registered(model: str) -> nn.Module:
+    return timm.create_model(model, device='meta')
+
+
+def _scan_ndim(model: str) -> int:
+    return max((getattr(module, 'scan_ndim', 1) for module in registered(model).modules()), default=1)
+
+
+def _sizes(state_dict: dict[str, Tensor]) -> set[tuple[str, int]]:
+    """Names with numbers of elements, which are the same in published files and ours, where shapes may differ."""
+    return {(name, value.numel()) for name, value in state_dict.items()}
+
+
+def constructor_args(state_dict: dict[str, Tensor]) -> dict[str, Any]:
+    """The constructor's arguments that decide names and shapes, from tensors under our names.
+
+    Raises:
+        LookupError: A tensor that tells an argument is missing, or has too few dimensions.
+        ZeroDivisionError: A tensor is empty.
+    """
+    blocks: dict[int, set[str]] = {}
+    for name in state_dict:
+        match = re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', name)
+        if match:
+            blocks.setdefault(int(match[1]), set()).add(match[2])
+    first = [f'stages.{i}.blocks.0.' for i in sorted(blocks)]
+    dims = [state_dict[f'{prefix}norm1.weight'].shape[0] for prefix in first]
+
+    def ratio(name: str, dim: int) -> float:
+        # Widths were rounded down, so that the largest quotient gives them all again.
+        return max(state_dict[f'{prefix}{name}'].shape[dim] / width for prefix, width in zip(first, dims, strict=True))
+
+    args: dict[str, Any] = dict(
+        in_chans=state_dict['stem.conv1.weight'].shape[1],
+        num_classes=state_dict['head.fc.weight'].shape[0] if 'head.fc.weight' in state_dict else 0,
+        depths=[len(blocks[i]) for i in sorted(blocks)],  # counted, so that a large number in a name stays a name
+        dims=dims,
+        d_state=state_dict[f'{first[0]}mixer.A_log'].numel() // state_dict[f'{first[0]}mixer.D'].numel(),
+        ssm_ratio=ratio('mixer.out_proj.weight', 1),
+        mlp_ratio=ratio('mlp.fc1.weight', 0),
+    )
+    if 'head.norm.weight' not in state_dict:  # the backbone of a detector or segmentor
+        args['features_only'] = True
+        del args['num_classes']
+    return args
+
+
+def identify(state_dict: dict[str, Tensor], model: str | None = None) -> tuple[str, dict[str, Any], list[str]]:
+    """The network that tensors belong to, told by names and shapes.
+
+    A 2-D scan and a 1-D scan have the same tensors, so that tensors of either are taken for the model with the 1-D one.
+
+    Args:
+        state_dict: Tensors under published names or ours, without any prefix.
+        model: Name of one of our models that it must be, with whatever arguments.
+
+    Returns:
+        The name of the nearest model; the arguments in which the tensors' network differs from it, for
+        `timm.create_model`; and the names of our other models that have the same names and shapes.
+
+    Raises:
+        ValueError: No name is known, or the network is not one of ours.
+    """
+    if model is not None and model not in list_models():
+        raise ValueError(f'model must be one of {", ".join(list_models())}, got {model!r}.')
+    candidates = [model] if model else list_models()
+    families = {rename: rename(state_dict, nn.Module()) for rename in set(map(rename_fn, candidates))}
+
+    def distance(name: str) -> tuple[int, int]:
+        return len(_sizes(families[rename_fn(name)]) ^ _sizes(registered(name).state_dict())), _scan_ndim(name)
+
+    nearest = min(candidates, key=distance)
+    renamed, own = families[rename_fn(nearest)], registered(nearest).state_dict()
+    if not renamed.keys() & own.keys():
+        raise ValueError(
+            f'checkpoint must hold {model or "one of our networks"}, got {len(state_dict)} tensors of which no name is '
+            f'known: {_shorten(list(state_dict))}.'
+        )
+    _refuse_vanilla(renamed)
+    if len(renamed) > 16 * len(own):  # a network of as many blocks as there are names would be built
+        raise ValueError(f'checkpoint must hold one of our networks, got {len(state_dict)} tensors.')
+    try:
+        args = constructor_args(renamed)
+    except (LookupError, ZeroDivisionError):
+        renamed = rename_fn(nearest)(state_dict, registered(nearest))
+        raise ValueError(
+            f'checkpoint must hold {model or "one of our networks"}, got {len(state_dict)} tensors; of {nearest}, the '
+            f'nearest, {misfits(renamed, own)}.'
+        ) from None
+    takes = inspect.signature(type(registered(nearest))).parameters.keys() | {'features_only'}
+    defaults = constructor_args(own)
+    args = {key: value for key, value in args.items() if key in takes and value != defaults.get(key)}
+    twins = [name for name in candidates if name != nearest and _sizes(registered(name).state_dict()) == _sizes(own)]
+    return nearest, args, twins
+
+
+def _refuse_vanilla(state_dict: dict[str, Tensor]) -> None:
+    """Refuse the first VMamba, whose block has a gate, with words that name it."""
+    block = 'stages.0.blocks.0.mixer.'
+    gate, out = state_dict.get(f'{block}in_proj.weight'), state_dict.get(f'{block}out_proj.weight')
+    if gate is None or out is None or any('fusion' in name for name in state_dict):  # Spatial-Mamba's gate
+        return
+    if gate.shape[:1].numel() == 2 * out.shape[-1:].numel():
+        raise ValueError(
+            'checkpoint must hold one of our networks, got a Vanilla VMamba: its block, with a gate, is older than '
+            'those of this package.'
+        )

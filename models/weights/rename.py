@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The names of tensors: from those of published and training files to ours."""
+
+import re
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import timm
+from torch import Tensor, nn
+
+__all__ = ['rename_checkpoint', 'rename_fn', 'strip_prefixes']
+
+# Rules for the mixers, which all families share; each family has further ones, which apply first.
+_MIXER_RENAMES = (
+    (r'\.(op|self_attention)\.', '.mixer.'),
+    (r'\.mixer\.conv2d\.', '.mixer.conv.'),
+    (r'\.mixer\.out_norm\.', '.mixer.norm.'),
+    (r'\.mixer\.x_proj_weight$', '.mixer.x_proj.weight'),
+    (r'\.mixer\.dt_projs(_|\.)weight$', '.mixer.dt_weight'),
+    (r'\.mixer\.dt_projs(_|\.)bias$', '.mixer.dt_bias'),
+    (r'\.mixer\.A_logs$', '.mixer.A_log'),
+    (r'\.mixer\.Ds$', '.mixer.D'),
+)
+
+
+def rename_checkpoint(
+    state_dict: dict[str, Any],
+    model: nn.Module,
+    renames: Sequence[tuple[str, str | Callable[[re.Match], str]]],
+) -> dict[str, Tensor]:
+    """Bring a published checkpoint to our names and shapes; a checkpoint under our names passes unchanged.
+
+    A name that no rule knows, or that would become a name which is there already, is kept, so that a strict load
+    reports it.
+
+    Args:
+        state_dict: Names and tensors, perhaps under one of the keys state_dict_ema, model_ema, state_dict and model.
+        model: The network that the tensors are for.
+        renames: Patterns and replacements of the family, in the order in which they apply, before the mixers'.
+
+    Raises:
+        ValueError: A tensor of the scan has another number of elements than the model's.
+    """
+    for wrapper in ('state_dict_ema', 'model_ema', 'state_dict', 'model'):  # averaged weights first, as timm takes them
+        if wrapper in state_dict:
+            state_dict = state_dict[wrapper]
+            break
+
+    own = model.state_dict()
+    if state_dict.keys() <= own.keys():
+        return state_dict
+    out: OrderedDict[str, Tensor] = OrderedDict()
+    if hasattr(state_dict, '_metadata'):  # the modules' versions, which load_state_dict reads
+        out._metadata = state_dict._metadata  # type: ignore[attr-defined]  # torch's own attribute
+    for name, value in state_dict.items():
+        ours = name
+        if name not in own:
+            for pattern, replacement in (*renames, *_MIXER_RENAMES):
+                ours = re.sub(pattern, replacement, ours)
+            if ours in out or ours in state_dict:
+                ours = name
+        # The scan's parameters are stacked over the orders; published files have the same numbers in other shapes.
+        if ours != name and ours in own and re.search(r'\.mixer\.(x_proj\.weight|dt_weight|dt_bias|A_log|D)$', ours):
+            if value.numel() != own[ours].numel():
+                raise ValueError(
+                    f'checkpoint: {name} must hold {own[ours].numel()} numbers for {ours} of shape '
+                    f'{tuple(own[ours].shape)}, got {tuple(value.shape)}.'
+                )
+            value = value.reshape(own[ours].shape)
+        out[ours] = value
+    return out
+
+
+def rename_fn(model: str) -> Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]:
+    """The function that brings published names of one of our models to our names."""
+    return sys.modules[timm.model_entrypoint(model).__module__].checkpoint_filter_fn
+
+
+# The prefixes of what wraps a network: data parallelism, an average, torch.compile, our ImageClassifier, a detector and
+# its adapter.
+_PREFIX = re.compile(r'(?:module\.|_orig_mod\.|model\.)*(backbone\.)?(?:_orig_mod\.|model\.)*')
+
+
+def strip_prefixes(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of the network alone, under names without prefixes; and the names of all other tensors."""
+    prefixes = {name: match for name in state_dict if (match := _PREFIX.match(name))}  # which matches every name
+    has_backbone = any(prefix[1] for prefix in prefixes.values())
+    counters = {'steps', 'n_averaged'} if any(name.startswith('module.') for name in state_dict) else set()
+    out, left_out = {}, []
+    for name, value in state_dict.items():
+        ours = name[prefixes[name].end() :]
+        if name in counters or has_backbone and not prefixes[name][1]:
+            left_out.append(name)
+        elif ours in out:
+            raise ValueError(f'checkpoint must hold one network, got two tensors that both are {ours}.')
+        else:
+            out[ours] = value
+    return out, left_out
