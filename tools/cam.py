@@ -9,13 +9,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ._common import UsageError, console
-from .erf import (
+from ._pictures import (
     add_picture_arguments,
     build_models,
     check_picture_arguments,
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def activation_map(model: nn.Module, image: Tensor, class_index: int | None = None) -> tuple[Tensor, int, float]:
+def activation_map(model: Any, image: Tensor, class_index: int | None = None) -> tuple[Tensor, int, float]:
     """Where an image speaks for a class.
 
     Args:

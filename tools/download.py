@@ -12,7 +12,8 @@ import torch
 from timm.models import resolve_pretrained_cfg
 
 from ..models.weights import cached_path, download_pretrained, is_cached
-from ._common import UsageError, console, find_model
+from ._common import UsageError, console
+from ._models import find_model
 
 EXAMPLE = 'vssm download spatial_mamba_tiny'
 

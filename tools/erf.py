@@ -11,27 +11,28 @@ Weights are random unless --pretrained or --checkpoint says otherwise, and the s
 """
 
 import argparse
-import io
-import json
 import math
-import pickle
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
-from rich.table import Table
-from torch import Tensor, nn
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms import functional as TF
+from torch import Tensor
 
-from ..models.weights import convert, list_models
-from ._common import UsageError, console, find_timm_model, write_file
+from ._common import UsageError, console
+from ._pictures import (
+    add_picture_arguments,
+    build_models,
+    check_picture_arguments,
+    normalize,
+    pyplot,
+    read_images,
+    sample_images,
+    save_figure,
+)
+from ._tables import print_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,30 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_picture_arguments(parser, 'erf.png')
 
 
-def add_picture_arguments(parser: argparse.ArgumentParser, output: str) -> None:
-    """The options of every command that draws what models see."""
-    parser.add_argument('--size', metavar='N', type=int, default=224, help='height and width (default: 224)')
-    parser.add_argument('--pretrained', action='store_true', help='published weights, downloaded')
-    parser.add_argument(
-        '--checkpoint',
-        metavar='FILE',
-        action='append',
-        default=[],
-        help='weights from a file; for several models once for each in turn, - for one without',
-    )
-    parser.add_argument('--seed', metavar='N', type=int, default=0, help='of random weights (default: 0)')
-    parser.add_argument('--output', metavar='FILE', type=Path, default=Path(output), help=f'default: {output}')
-
-
 def run(args: argparse.Namespace) -> int:
     check_picture_arguments(args)
     images = read_images(args.images, args.count, args.size) if args.images else sample_images(args.size)
     pyplot()  # a missing package is better told now than after the work
 
-    table = Table('model', 'weights')
-    for header in ('cross', 'at the rim', 'diagonals'):
-        table.add_column(header, justify='right')
-    fields, titles = [], []
+    fields, titles, rows = [], [], []
     with console.status('') as status:
         for model, name, weights in build_models(args):
             status.update(f'{name}: {len(images)} images')
@@ -89,133 +72,18 @@ def run(args: argparse.Namespace) -> int:
                 raise UsageError(f'--size must fit {name}, got {args.size}: {error}') from error
             # Of black bands there is none.
             numbers = [f'{number:.2f}' if math.isfinite(number) else '-' for number in measure_cross(field, cell)]
-            table.add_row(name, weights, *numbers)
+            rows.append((name, weights, *numbers))
             fields.append(field)
             titles.append(f'{name}\n{weights}\ncross {numbers[0]}, at the rim {numbers[1]}')
     save_figure(draw(fields, titles, len(images)), args.output)
-    console.print(table)
+    print_table(['model', 'weights', 'cross', 'at the rim', 'diagonals'], rows)
     console.print(
         f'{len(images)} images, {args.size}x{args.size}. Picture: {args.output}', highlight=False, soft_wrap=True
     )
     return 0
 
 
-def check_picture_arguments(args: argparse.Namespace) -> None:
-    """Raise a UsageError for what can be told before any work."""
-    args.models = [find_timm_model(name) for name in args.models]
-    if args.size < 32:
-        raise UsageError(f'--size must be at least 32, got {args.size}.')
-    if len(args.checkpoint) not in (0, len(args.models)):
-        raise UsageError(
-            f'--checkpoint must be given once for each of the {len(args.models)} models, - for one without, got '
-            f'{len(args.checkpoint)}.'
-        )
-    for path in args.checkpoint:
-        if path != '-' and not Path(path).is_file():
-            raise UsageError(f'--checkpoint must be a file, got {path}, which does not exist.')
-    if args.output.suffix != '.png' or not args.output.parent.is_dir():
-        raise UsageError(f'--output must be a .png file in a folder that exists, got {args.output}.')
-
-
-# ---- models ----------------------------------------------------------------------------------------------------------
-
-
-def build_models(args: argparse.Namespace) -> Iterator[tuple[nn.Module, str, str]]:
-    """The models in evaluation mode, one at a time, each with its name and a word on its weights."""
-    for name, path in zip(args.models, args.checkpoint or ['-'] * len(args.models), strict=True):
-        torch.manual_seed(args.seed)
-        try:
-            if path != '-':
-                model, weights = load_model(name, Path(path)), Path(path).name
-            elif args.pretrained:
-                model, weights = timm.create_model(name, pretrained=True), 'pretrained'
-            else:
-                model, weights = timm.create_model(name), f'random, seed {args.seed}'
-        except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-            raise UsageError(str(error).partition('\n')[0]) from error
-        if getattr(model, 'in_chans', 3) != 3:
-            raise UsageError(f'NAME must be a network for images of 3 channels, got {name} with {path} for another.')
-        yield model.eval(), name, weights
-
-
-def load_model(name: str, path: Path) -> nn.Module:
-    """A model with the weights of a file; of ours whatever `vssm convert` reads, with the arguments that it tells."""
-    if name.partition('.')[0] not in list_models():
-        return timm.create_model(name, checkpoint_path=str(path))
-    with tempfile.TemporaryDirectory() as folder:
-        converted = Path(folder, 'weights.safetensors')
-        model_args = json.loads(convert(path, converted, name.partition('.')[0]).metadata['model_args'])
-        if 'features_only' in model_args:
-            raise ValueError(f'checkpoint {path} must hold a classifier, got the backbone of a detector or segmentor.')
-        return timm.create_model(name, checkpoint_path=str(converted), **model_args)
-
-
-def normalize(model: nn.Module, images: Tensor) -> Tensor:
-    """Images with values in [0, 1], (..., 3, H, W), as a model takes them."""
-    return TF.normalize(images, model.pretrained_cfg['mean'], model.pretrained_cfg['std'])
-
-
-# ---- images ----------------------------------------------------------------------------------------------------------
-
-
-def read_image(path: Path, size: int) -> Tensor:
-    """The middle of an image whose shorter side is scaled to `size`, values in [0, 1], (3, size, size).
-
-    Raises:
-        UsageError: There is no such image, or it cannot be read.
-    """
-    try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode.startswith(('I', 'F')):  # which a conversion would clip to white
-                raise UsageError(f'{path} must have at most 8 bits a channel, got mode {picture.mode}.')
-            picture = picture.convert('RGBA')  # what is transparent lies on white
-            image = TF.to_tensor(Image.alpha_composite(Image.new('RGBA', picture.size, 'white'), picture))[:3]
-    except (OSError, Image.DecompressionBombError) as error:
-        raise UsageError(f'{path} must be an image that Pillow reads: {error}') from error
-    return TF.center_crop(_resize(image, size), [size, size])
-
-
-def read_images(folder: Path, count: int, size: int) -> list[Tensor]:
-    """At most `count` images in a folder and those below it, evenly spread over their sorted paths."""
-    if not folder.is_dir():
-        raise UsageError(f'--images must be a folder, got {folder}, which is none.')
-    if count < 1:
-        raise UsageError(f'--count must be at least 1, got {count}.')
-    paths = sorted(path for path in folder.rglob('*') if path.suffix.lower() in IMG_EXTENSIONS)
-    if not paths:
-        raise UsageError(f'--images must hold images ({", ".join(IMG_EXTENSIONS)}), got {folder} without one.')
-    count = min(count, len(paths))
-    return [read_image(paths[i * len(paths) // count], size) for i in range(count)]
-
-
-def sample_images(size: int) -> list[Tensor]:
-    """Two rows of three crops, as far apart as they come, of each of scikit-learn's two photographs of 427x640.
-
-    For more than 427 pixels one row is all there is, and is enlarged.
-    """
-    from sklearn.datasets import load_sample_images
-
-    crops = []
-    for photograph in load_sample_images().images:
-        image = TF.to_tensor(photograph.copy())  # PyTorch warns of arrays that it cannot write to
-        height, width = image.shape[1:]
-        side = min(size, height)
-        for top in dict.fromkeys((0, height - side)):
-            for left in (0, (width - side) // 2, width - side):
-                crops.append(_resize(image[:, top : top + side, left : left + side], size))
-    return crops
-
-
-def _resize(image: Tensor, size: int) -> Tensor:
-    """To `size` at the shorter side; cubic interpolation overshoots."""
-    return TF.resize(image, size, TF.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
-
-
-# ---- the field and its cross -----------------------------------------------------------------------------------------
-
-
-def receptive_field(model: nn.Module, images: Sequence[Tensor]) -> Tensor:
+def receptive_field(model: Any, images: Sequence[Tensor]) -> Tensor:
     """How much the centre of the last feature map depends on every pixel, on average over images.
 
     As in the papers, it is the positive parts of the central features that are summed: of the plain sum, a layer norm
@@ -271,7 +139,7 @@ def measure_cross(field: Tensor, cell: int) -> Cross:
     rows, columns = (torch.arange(n) + (3 * cell - 1) / 2 for n in sums.shape)
     middle = [(n - 1) / 2 for n in field.shape]
     near = ((rows - middle[0]).abs() <= cell / 2).unsqueeze(1) & ((columns - middle[1]).abs() <= cell / 2)
-    best = sums.where(near, -1).argmax().item()
+    best = int(sums.where(near, -1).argmax())
     row, column = rows[best // len(columns)].item(), columns[best % len(columns)].item()
 
     y = (torch.arange(field.shape[0]) - row).unsqueeze(1).expand(field.shape)
@@ -280,11 +148,11 @@ def measure_cross(field: Tensor, cell: int) -> Cross:
     inner = cell / 2 / math.sin(math.pi / 8)
     outer = min(row, column, field.shape[0] - 1 - row, field.shape[1] - 1 - column)
 
-    def means(least: float) -> tuple[float, float, float]:
+    def means(least: float) -> list[float]:
         """Of the row and the column together, and of either diagonal, from a radius outwards."""
         ring = (radius > least) & (radius <= outer)
         distances = x.abs().minimum(y.abs()), (x - y).abs() / math.sqrt(2), (x + y).abs() / math.sqrt(2)
-        return tuple(field[ring & (distance <= cell / 2)].mean().item() for distance in distances)
+        return [field[ring & (distance <= cell / 2)].mean().item() for distance in distances]
 
     axes, *diagonals = means(inner)
     rim_axes, *rim_diagonals = means(max(inner, outer - cell))
@@ -297,19 +165,6 @@ def measure_cross(field: Tensor, cell: int) -> Cross:
 
 def _quotient(a: float, b: float) -> float:
     return a / b if b else math.inf if a else math.nan
-
-
-# ---- pictures --------------------------------------------------------------------------------------------------------
-
-
-def pyplot():
-    """matplotlib's pyplot, set to write files."""
-    import matplotlib
-
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-
-    return plt
 
 
 def draw(fields: Sequence[Tensor], titles: Sequence[str], images: int) -> 'Figure':
@@ -339,14 +194,6 @@ def draw(fields: Sequence[Tensor], titles: Sequence[str], images: int) -> 'Figur
     fig.colorbar(drawn, ax=axes, label='gradient over its maximum', shrink=0.8)
     fig.suptitle(f'Effective receptive fields of the centre, mean of {images} images')
     return fig
-
-
-def save_figure(fig: 'Figure', path: Path) -> None:
-    """Write a picture as a whole or not at all."""
-    data = io.BytesIO()
-    fig.savefig(data, format='png', dpi=100, pil_kwargs=dict(optimize=True))
-    write_file(path, data.getvalue())
-    pyplot().close(fig)
 
 
 if __name__ == '__main__':

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._common import UsageError, console
-from .erf import pyplot, save_figure
+from ._pictures import check_output, pyplot, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,8 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from ..models.mil import to_cells
     from ..models.mil.slides import read_slide
 
-    if args.output.suffix != '.png' or not args.output.parent.is_dir():
-        raise UsageError(f'--output must be a .png file in a folder that exists, got {args.output}.')
+    check_output(args.output)
     if not args.features.is_file() or args.features.suffix not in ('.h5', '.pt'):
         raise UsageError(f'FEATURES must be a .h5 or .pt file, got {args.features}.')
     if args.patch_size is not None and args.patch_size < 1:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ._common import UsageError, console
-from .erf import pyplot, save_figure
+from ._pictures import check_output, pyplot, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,8 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.output.suffix != '.png' or not args.output.parent.is_dir():
-        raise UsageError(f'--output must be a .png file in a folder that exists, got {args.output}.')
+    check_output(args.output)
     cases = [case for path in args.predictions for case in read_predictions(path)]
     p = log_rank_p(cases)
     save_figure(draw(cases, p), args.output)

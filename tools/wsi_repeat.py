@@ -7,15 +7,13 @@ is there already goes on where it stopped, so that the command may be given agai
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-
-from ._common import UsageError, add_run_arguments, build_runner, console, read_config, write_file
+from ._common import UsageError, add_run_arguments, build_runner, console, read_config, write_json
+from ._tables import print_table
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -53,16 +51,11 @@ def run(args: argparse.Namespace) -> int:
 
     if not is_main_process():
         return 0
-    summary = dict(config=args.config, runs=results, **summarise(list(results.values())))
-    write_file(Path(cfg.work_dir, 'results.json'), (json.dumps(summary, indent=2) + '\n').encode())
+    summary = summarise(list(results.values()))
+    write_json(Path(cfg.work_dir, 'results.json'), dict(config=args.config, runs=results, **summary))
 
-    table = Table('run', *(metric for metric in summary['mean']))
-    for name, metrics in results.items():
-        table.add_row(name, *(f'{value:.4f}' for value in metrics.values()))
-    table.add_section()
-    for statistic in ('mean', 'deviation'):
-        table.add_row(statistic, *(f'{value:.4f}' for value in summary[statistic].values()))
-    console.print(table)
+    rows = [(name, *(f'{value:.4f}' for value in metrics.values())) for name, metrics in (results | summary).items()]
+    print_table(['run', *summary['mean']], rows)
     console.print(f'Written to {cfg.work_dir}', highlight=False, soft_wrap=True)
     return 0
 

@@ -1,24 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time and memory of steps, taken so that they can be compared, and the machine that they were taken on."""
+"""The one timer, and the one description of the machine that its figures were taken on."""
 
-import ctypes
-import gc
 import importlib.metadata
 import math
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ..version import __version__
+from .env import backends
 
-NO_PEAK = 'no peak memory: it needs CUDA, or Linux with glibc and a writable /proc/self/clear_refs'
+Key = TypeVar('Key', bound=Hashable)
 
 
 @dataclass
@@ -28,7 +27,7 @@ class Timing:
     step: Callable[[], Any]
     seconds: list[float] = field(default_factory=list)
     error: str | None = None
-    repeats: int = 1  # of the step in a round
+    repeats: int = 1  # of the step in a turn; the warm-up may raise it
 
 
 def time_interleaved(
@@ -44,11 +43,11 @@ def time_interleaved(
     from then on.
 
     Args:
-        timings: What to time.
-        rounds: How many to keep.
-        warmup: How many to run before.
-        min_seconds: A step that is quicker is repeated so often that its turn takes as long.
-        synchronize: Waits for the device, before and after a turn.
+        timings: Steps to time.
+        rounds: Number of rounds to keep.
+        warmup: Number of rounds to run before them.
+        min_seconds: Least length of a turn; a quicker step is repeated within its turn.
+        synchronize: Function that waits for the device, called before and after a turn.
     """
     timings = list(timings)
     for number in range(-warmup, rounds):
@@ -65,10 +64,37 @@ def time_interleaved(
             except Exception as error:
                 timing.error = one_line(error)
                 continue
-            if number < 0:
-                timing.repeats = math.ceil(max(1.0, min_seconds / max(seconds, 1e-9)))
-            else:
+            if number >= 0:
                 timing.seconds.append(seconds)
+            elif min_seconds:
+                timing.repeats = math.ceil(max(1.0, min_seconds / max(seconds, 1e-9)))
+
+
+def median_seconds(
+    steps: Mapping[Key, Callable[[], Any]],
+    rounds: int,
+    warmup: int = 2,
+    repeats: int = 1,
+    synchronize: Callable[[], Any] = lambda: None,
+) -> dict[Key, float]:
+    """The median seconds of each of several steps, timed by `time_interleaved`.
+
+    Args:
+        steps: Steps to time, by name.
+        rounds: Number of rounds to keep.
+        warmup: Number of rounds to run before them.
+        repeats: Number of steps in a turn, where a single one is too short for the clock.
+        synchronize: Function that waits for the device, called before and after a turn.
+
+    Raises:
+        RuntimeError: A step failed.
+    """
+    timings = {name: Timing(step, repeats=repeats) for name, step in steps.items()}
+    time_interleaved(timings.values(), rounds, warmup, synchronize=synchronize)
+    for name, timing in timings.items():
+        if timing.error is not None:
+            raise RuntimeError(f'{name} failed: {timing.error}')
+    return {name: statistics.median(timing.seconds) for name, timing in timings.items()}
 
 
 def median_and_spread(values: Sequence[float]) -> tuple[float | None, float | None]:
@@ -86,77 +112,20 @@ def one_line(error: BaseException) -> str:
     return f'{type(error).__name__}: {lines[0]}' if lines else type(error).__name__
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------------
+def synchronizer(device: torch.device | str) -> Callable[[], None]:
+    """A function that waits until a device has done all that it was asked to."""
+    device = torch.device(device)
+    return (lambda: torch.cuda.synchronize(device)) if device.type == 'cuda' else (lambda: None)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    texts = ('not enough memory', 'allocate memory', 'out of memory')  # of PyTorch's CPU allocator and of libraries
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
-
-
-def fit_batch(trial: Callable[[int], Any], batch_size: int) -> int:
-    """Halve a batch until a trial of it fits into memory; return its size."""
-    while True:
-        try:
-            trial(batch_size)
-            return batch_size
-        except Exception as error:
-            if batch_size == 1 or not is_out_of_memory(error):
-                raise
-        free_memory()  # here, where no traceback holds the tensors any more
-        batch_size //= 2
-
-
-def free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def peak_growth(step: Callable[[], Any], device: torch.device) -> int | None:
-    """Bytes by which a step that ran before raises the memory in use at most, None where that cannot be had.
-
-    On the CPU they are the process's, as the system sees them: with what the allocator and libraries need beyond the
-    tensors. They are right within some 10 MB, up to 40 MB where other models ran before in this process.
-    """
-    free_memory()
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        step()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    try:
-        # The allocator keeps what was freed, so that a step that runs again finds all its memory there and the process
-        # does not grow at all, unless it is given back first.
-        ctypes.CDLL(None).malloc_trim(0)
-        before = _status_bytes('VmRSS')
-        Path('/proc/self/clear_refs').write_text('5')  # the peak starts again from here
-    except (AttributeError, OSError, TypeError):
-        return None
-    step()
-    return max(0, _status_bytes('VmHWM') - before)
-
-
-def _status_bytes(key: str) -> int:
-    for line in Path('/proc/self/status').read_text().splitlines():
-        if line.startswith(f'{key}:'):
-            return int(line.split()[1]) * 1024
-    raise OSError(f'/proc/self/status has no {key}.')
-
-
-# ---- the machine -----------------------------------------------------------------------------------------------------
-
-
-def conditions(device: torch.device) -> dict[str, Any]:
+def conditions(device: torch.device | str = 'cpu') -> dict[str, Any]:
     """What a figure depends on besides the options: processor, threads, clock, kernels, versions."""
-    from .env import backends
-
+    device = torch.device(device)
     states = backends()
     kernels = 'reference' if states['reference'].startswith('on') else states[device.type.upper()]
+    packages = ['torch', 'timm', 'fvcore']
+    if device.type == 'cuda':
+        packages.append('triton')
     return dict(
         processor=torch.cuda.get_device_name(device) if device.type == 'cuda' else _cpu_name(),
         cores=os.cpu_count(),
@@ -167,12 +136,18 @@ def conditions(device: torch.device) -> dict[str, Any]:
         cuda=torch.version.cuda if device.type == 'cuda' else None,
         tf32=torch.backends.cudnn.allow_tf32 if device.type == 'cuda' else None,  # of convolutions in float32
         vssm=__version__,
-        **{package: importlib.metadata.version(package) for package in ('torch', 'timm', 'fvcore')},
+        **{package: importlib.metadata.version(package) for package in packages},
     )
 
 
+def describe(conditions: Mapping[str, Any]) -> str:
+    """Conditions in a line, without those that do not apply."""
+    return ', '.join(f'{key} {value}' for key, value in conditions.items() if value not in (None, False))
+
+
 def _cpu_name() -> str:
-    return _cpuinfo('model name')[0] if _cpuinfo('model name') else platform.processor() or platform.machine()
+    names = _cpuinfo('model name')
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _cpuinfo(key: str) -> list[str]:
