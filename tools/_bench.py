@@ -22,12 +22,12 @@ Key = TypeVar('Key', bound=Hashable)
 
 @dataclass
 class Timing:
-    """A step to time and what came of it so far: seconds of one step, a round each, or why it failed."""
+    """A step to time, and what came of it so far: the seconds of one step in each round, or why it failed."""
 
     step: Callable[[], Any]
     seconds: list[float] = field(default_factory=list)
     error: str | None = None
-    repeats: int = 1  # of the step in a turn; the warm-up may raise it
+    repeats: int = 1  # steps in a turn; the warm-up may raise their number
 
 
 def time_interleaved(
@@ -98,7 +98,7 @@ def median_seconds(
 
 
 def median_and_spread(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """The median, and half of the interquartile range: half of the values lie about so near the median."""
+    """The median, and half of the interquartile range: half of the values lie about that near the median."""
     if not values:
         return None, None
     if len(values) == 1:
@@ -134,7 +134,7 @@ def conditions(device: torch.device | str = 'cpu') -> dict[str, Any]:
         kernels=kernels.removeprefix('on: '),
         python=platform.python_version(),
         cuda=torch.version.cuda if device.type == 'cuda' else None,
-        tf32=torch.backends.cudnn.allow_tf32 if device.type == 'cuda' else None,  # of convolutions in float32
+        tf32=torch.backends.cudnn.allow_tf32 if device.type == 'cuda' else None,  # for convolutions in float32
         vssm=__version__,
         **{package: importlib.metadata.version(package) for package in packages},
     )

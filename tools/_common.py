@@ -32,7 +32,7 @@ def config_dir() -> Path:
 
 def list_configs() -> list[str]:
     """Names of the shipped configs, such as 'digits/vmamba2d_test'."""
-    paths = [path for path in config_dir().glob('*/**/*.py') if not path.name.startswith('_')]  # what configs share
+    paths = [path for path in config_dir().glob('*/**/*.py') if not path.name.startswith('_')]  # _NAME is shared
     return sorted(path.relative_to(config_dir()).with_suffix('').as_posix() for path in paths)
 
 
@@ -83,7 +83,7 @@ def to_json(content: Any) -> str:
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that a training and a test share."""
+    """Add the options that a training and a test share."""
     parser.add_argument('--work-dir', metavar='DIR', type=Path, help='where to write (default: work_dirs/CONFIG)')
     parser.add_argument('--data-root', metavar='DIR', help='folder of the data, in place of the one in the config')
     parser.add_argument(
@@ -118,7 +118,7 @@ def read_config(args: argparse.Namespace) -> 'Config':
 
 
 def _parse_option(option: str) -> tuple[str, Any]:
-    """KEY=VALUE with its value as in Python, or as the text that it is."""
+    """Split KEY=VALUE; a value that is no Python literal is taken as text."""
     key, equals, value = option.partition('=')
     if not key or not equals:
         raise UsageError(f'--cfg-options must be KEY=VALUE, such as train_cfg.max_epochs=2, got {option!r}.')
@@ -139,7 +139,7 @@ def load_config(name: str) -> 'Config':
     """
     path = find_config(name)
     quieten_packages()
-    import mmengine.runner  # first: where a config imports it in vain, mmengine hides the reason  # noqa: F401
+    import mmengine.runner  # noqa: F401  # first: where only a config imports it in vain, mmengine hides the reason
     from mmengine.config import Config
 
     try:
@@ -147,26 +147,26 @@ def load_config(name: str) -> 'Config':
     except ModuleNotFoundError as error:
         if 'pkg_resources' in str(error):
             raise UsageError("mmengine needs pkg_resources: run `pip install 'setuptools<82'`.") from error
-        for package in ('mmdet', 'mmseg'):  # of a base in them, which mmengine names in its sentence alone
+        for package in ('mmdet', 'mmseg'):  # mmengine names the package of a base in its sentence alone
             if str(error).startswith(package):
                 error.name = package
         raise
     except ImportError as error:
         reason: BaseException = error
         while reason.__context__ is not None and not isinstance(reason, ModuleNotFoundError):
-            reason = reason.__context__  # of the config's own imports mmengine hides the reason
+            reason = reason.__context__  # behind the config's own imports mmengine hides the reason
         raise reason from None
 
 
 def quieten_packages() -> None:
-    """Pass over what mmengine, mmdet and mmseg warn of that is their own affair."""
+    """Silence warnings of mmengine, mmdet and mmseg that concern nobody but their authors."""
     about = 'pkg_resources is deprecated|.* be deprecated|Default ``avg_non_ignore``|The draw is False'
     warnings.filterwarnings('ignore', about, UserWarning)
 
 
 def _move_data(cfg: 'Config', root: str) -> None:
     """Let all data sets and metrics look for their files in another folder."""
-    if 'dataset' in cfg:  # what the data sets have in common
+    if 'dataset' in cfg:  # the settings that all data sets share
         cfg.dataset.data_root = root
         return
     roots = {loader.dataset.get('data_root') for loader in (cfg.train_dataloader, cfg.val_dataloader)}

@@ -23,7 +23,7 @@ aten = torch.ops.aten
 # The one table of rules beside products and convolutions, which all counters count alike, and our ops, whose formulas
 # are in ops/: multiply-accumulates for an element of an operation's input. They are fvcore's, by which papers count.
 RULES = dict(layer_norm=5, batch_norm=2, mean=0, adaptive_avg_pool2d=1, upsample_bilinear2d=4)
-OF_OUTPUT = {'upsample_bilinear2d'}  # whose rule is for an element of the output
+OF_OUTPUT = {'upsample_bilinear2d'}  # here the rule is for an element of the output
 
 # Where PyTorch's counter meets them; it decomposes a batch norm unless the overload has a rule, too.
 OPERATIONS = {
@@ -37,9 +37,9 @@ OPERATIONS = {
 
 
 def rules_of(model: nn.Module) -> dict[str, int]:
-    """RULES, and for our classifiers what their authors' counters saw.
+    """The rules for a model: RULES, but for our classifiers what their authors counted.
 
-    Those counted a batch norm as in training, and VMamba's mean as the pooling layer that it was.
+    They counted a batch norm as in training, and VMamba's mean as the pooling layer that it was.
     """
     if isinstance(model, (SpatialMamba, VMamba)):
         return RULES | dict(batch_norm=5, mean=int(isinstance(model, VMamba)))
@@ -48,7 +48,7 @@ def rules_of(model: nn.Module) -> dict[str, int]:
 
 @dataclass
 class Cost:
-    """Of one image; `modules` has the same of each part, `uncounted` what fvcore leaves out although it costs."""
+    """Counts for one image; `modules` has those of each part, `uncounted` names what costs but fvcore leaves out."""
 
     params: int
     activations: int
@@ -61,7 +61,7 @@ def count_fvcore(model: nn.Module, image: Tensor, depth: int = 0) -> Cost:
     """Trace a model with fvcore, which computes it once: parts of it have no way on the meta device.
 
     Activations are the elements that convolutions and matrix products give, fvcore's rule, also those within our ops.
-    Other libraries' models have fvcore's count as it is, ours that of `rules_of`.
+    Models of other libraries are counted by fvcore's rules alone, ours by those of `rules_of`.
 
     Args:
         model: Model in evaluation mode, on the CPU.
@@ -85,7 +85,7 @@ def count_fvcore(model: nn.Module, image: Tensor, depth: int = 0) -> Cost:
     both.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings('none')
     for name in {**macs._op_handles, **activations._op_handles}:
         both.set_op_handle(name, _both(macs._op_handles.get(name), activations._op_handles.get(name)))
-    with torch.no_grad(), use_reference(False):  # the reference is other operations, of another cost
+    with torch.no_grad(), use_reference(False):  # the reference has other operations, which cost otherwise
         counts = both.by_module_and_operator()
     modules = [
         dict(
@@ -111,7 +111,7 @@ def _both(macs: Callable | None, activations: Callable | None) -> Callable:
 
 
 def _scan_activations(inputs: list[Any], outputs: list[Any]) -> int:
-    """The step sizes of every channel, where the op expands them: a matrix product."""
+    """The step sizes of every channel, a matrix product, where the op itself expands them."""
     x, K, dt_weight = inputs[0].type().sizes(), inputs[2].type().sizes()[0], inputs[7]
     return math.prod(x) * K if dt_weight.isCompleteTensor() else 0
 
@@ -130,7 +130,7 @@ def count_torch(forward: Callable[[Tensor], Any], image: Tensor, rules: Mapping[
     """
     formulas = {op: _formula(name, rules[name]) for op, name in OPERATIONS.items()} if rules else {}
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
-    with torch.no_grad(), use_reference(False), counter:  # the reference is other operations, of another cost
+    with torch.no_grad(), use_reference(False), counter:  # the reference has other operations, which cost otherwise
         forward(image)
     return counter.get_total_flops() // 2  # it counts two for a multiply-accumulate
 
@@ -177,12 +177,14 @@ def build_dense(cfg: 'Config') -> nn.Module:
 
 
 def multiply_adds(model: Any, shape: Sequence[int], rules: Mapping[str, int] | None = RULES) -> int:
-    """Of a segmentor without its auxiliary head, of a Mask R-CNN with 1000 proposals and 100 masks.
+    """Multiply-accumulates of a segmentor or of a Mask R-CNN.
+
+    Those of the segmentor are without its auxiliary head, those of the Mask R-CNN with 1000 proposals and 100 masks.
 
     Args:
         model: Segmentor or detector, such as `build_dense` makes.
         shape: Height and width of the image.
-        rules: Rules of `count_torch`; None counts as PyTorch does.
+        rules: Rules that `count_torch` takes.
     """
 
     def forward(image: Tensor) -> None:

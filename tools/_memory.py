@@ -15,7 +15,7 @@ NO_PEAK = 'no peak memory: it needs CUDA, or Linux with glibc and a writable /pr
 def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    texts = ('not enough memory', 'allocate memory', 'out of memory')  # of PyTorch's CPU allocator and of libraries
+    texts = ('not enough memory', 'allocate memory', 'out of memory')  # PyTorch's CPU allocator and libraries say so
     return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
@@ -39,10 +39,11 @@ def free_memory() -> None:
 
 
 def peak_growth(step: Callable[[], Any], device: torch.device) -> int | None:
-    """Bytes by which a step that ran before raises the memory in use at most, None where that cannot be had.
+    """The most by which a step raises the memory in use, in bytes; None where that cannot be measured.
 
-    On the CPU they are the process's, as the system sees them: with what the allocator and libraries need beyond the
-    tensors. They are right within some 10 MB, up to 40 MB where other models ran before in this process.
+    The step must have run before. On the CPU it is the memory of the process, as the system sees it: with what the
+    allocator and libraries need beyond the tensors. It is right within some 10 MB, up to 40 MB where other models ran
+    before in this process.
     """
     free_memory()
     if device.type == 'cuda':
@@ -70,7 +71,7 @@ def resident_bytes() -> int:
 
 
 def peak_resident_bytes() -> int:
-    """The most that this process has held; getrusage would count what its parent held before the fork, too."""
+    """The most memory that this process has held; getrusage would count its parent's before the fork, too."""
     return _status_bytes('VmHWM')
 
 

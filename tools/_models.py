@@ -51,7 +51,7 @@ def find_timm_model(name: str) -> str:
 
 
 def find_cfg(name: str, tag: str = '') -> PretrainedCfg:
-    """What timm's registry knows of a model's weights and images.
+    """What timm's registry says of a model's weights and images.
 
     Raises:
         UsageError: The model has no weights of that tag.
@@ -63,7 +63,7 @@ def find_cfg(name: str, tag: str = '') -> PretrainedCfg:
 
 
 def create_for_size(name: str, size: int | None = None) -> nn.Module:
-    """A model with random weights in evaluation mode, for square images of a size, or else for those of its own."""
+    """A model with random weights in evaluation mode, for square images of a size or else for its own images."""
     if size is not None and resolve_pretrained_cfg(name).fixed_input_size:
         return timm.create_model(name, img_size=size).eval()
     return timm.create_model(name).eval()

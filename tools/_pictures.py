@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def add_picture_arguments(parser: argparse.ArgumentParser, output: str) -> None:
-    """The options of every command that draws what models see."""
+    """Add the options of every command that draws what models see."""
     parser.add_argument('--size', metavar='N', type=int, default=224, help='height and width (default: 224)')
     parser.add_argument('--pretrained', action='store_true', help='published weights, downloaded')
     parser.add_argument(
@@ -36,12 +36,18 @@ def add_picture_arguments(parser: argparse.ArgumentParser, output: str) -> None:
         default=[],
         help='weights from a file; for several models once for each in turn, - for one without',
     )
-    parser.add_argument('--seed', metavar='N', type=int, default=0, help='of random weights (default: 0)')
-    parser.add_argument('--output', metavar='FILE', type=Path, default=Path(output), help=f'default: {output}')
+    parser.add_argument('--seed', metavar='N', type=int, default=0, help='seed of random weights (default: 0)')
+    parser.add_argument(
+        '--output', metavar='FILE', type=Path, default=Path(output), help=f'picture to write (default: {output})'
+    )
 
 
 def check_picture_arguments(args: argparse.Namespace) -> None:
-    """Raise a UsageError for what can be told before any work."""
+    """Refuse bad options before any work, and give models the names that timm knows.
+
+    Raises:
+        UsageError: An option is not as it must be.
+    """
     args.models = [find_timm_model(name) for name in args.models]
     if args.size < 32:
         raise UsageError(f'--size must be at least 32, got {args.size}.')
@@ -85,7 +91,7 @@ def build_models(args: argparse.Namespace) -> Iterator[tuple[Any, str, str]]:
 
 
 def load_model(name: str, path: Path) -> nn.Module:
-    """A model with the weights of a file; of ours whatever `vssm convert` reads, with the arguments that it tells."""
+    """A model with the weights of a file; for ours any that `vssm convert` reads, with the arguments found in it."""
     if name.partition('.')[0] not in list_models():
         return timm.create_model(name, checkpoint_path=str(path))
     with tempfile.TemporaryDirectory() as folder:
@@ -110,9 +116,9 @@ def read_image(path: Path, size: int) -> Tensor:
     try:
         with Image.open(path) as file:
             picture = ImageOps.exif_transpose(file)
-            if picture.mode.startswith(('I', 'F')):  # which a conversion would clip to white
+            if picture.mode.startswith(('I', 'F')):  # a conversion would clip these to white
                 raise UsageError(f'{path} must have at most 8 bits a channel, got mode {picture.mode}.')
-            picture = picture.convert('RGBA')  # what is transparent lies on white
+            picture = picture.convert('RGBA')  # transparent parts show white
             image = TF.to_tensor(Image.alpha_composite(Image.new('RGBA', picture.size, 'white'), picture))[:3]
     except (OSError, Image.DecompressionBombError) as error:
         raise UsageError(f'{path} must be an image that Pillow reads: {error}') from error
@@ -135,13 +141,13 @@ def read_images(folder: Path, count: int, size: int) -> list[Tensor]:
 def sample_images(size: int) -> list[Tensor]:
     """Two rows of three crops, as far apart as they come, of each of scikit-learn's two photographs of 427x640.
 
-    For more than 427 pixels one row is all there is, and is enlarged.
+    For crops of more than 427 pixels there is a single row, which is enlarged.
     """
     from sklearn.datasets import load_sample_images
 
     crops = []
     for photograph in load_sample_images().images:
-        image = TF.to_tensor(photograph.copy())  # PyTorch warns of arrays that it cannot write to
+        image = TF.to_tensor(photograph.copy())  # PyTorch warns of read-only arrays
         height, width = image.shape[1:]
         side = min(size, height)
         for top in dict.fromkeys((0, height - side)):
@@ -151,12 +157,12 @@ def sample_images(size: int) -> list[Tensor]:
 
 
 def _resize(image: Tensor, size: int) -> Tensor:
-    """To `size` at the shorter side; cubic interpolation overshoots."""
+    """Scale the shorter side to `size`, and clamp what cubic interpolation overshoots."""
     return TF.resize(image, size, TF.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
 
 
 def pyplot():
-    """matplotlib's pyplot, set to write files."""
+    """The module matplotlib.pyplot, set to write files."""
     import matplotlib
 
     matplotlib.use('Agg')

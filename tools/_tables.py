@@ -2,6 +2,7 @@
 """Tables, in the terminal and in Markdown."""
 
 import re
+import sys
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -41,8 +42,13 @@ def print_table(
     to.print(table)
 
 
+def wide_console() -> Console:
+    """A console for tables of many columns, which have their room in a file or a pipe, where rich takes 80 columns."""
+    return Console(width=None if sys.stdout.isatty() else 240, highlight=False, markup=False, emoji=False)
+
+
 def markdown_table(header: Sequence[str], rows: Rows, align_right: bool = False) -> str:
-    """A table in Markdown, a line each row.
+    """A table in Markdown, a row a line.
 
     Args:
         header: Headings of the columns.

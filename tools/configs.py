@@ -13,7 +13,9 @@ EXAMPLE = "vssm configs 'digits/*'"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('pattern', metavar='PATTERN', nargs='?', default='*', help='which ones, * for any text')
+    parser.add_argument(
+        'pattern', metavar='PATTERN', nargs='?', default='*', help='pattern of their names, * for any text'
+    )
 
 
 def run(args: argparse.Namespace) -> int:

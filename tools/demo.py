@@ -33,13 +33,17 @@ TITLES = {'2d': '2-D scan', '1d': '1-D scan'}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        '--work-dir', metavar='DIR', type=Path, default=Path('work_dirs/digits'), help='default: work_dirs/digits'
+        '--work-dir',
+        metavar='DIR',
+        type=Path,
+        default=Path('work_dirs/digits'),
+        help='where to write (default: work_dirs/digits)',
     )
     parser.add_argument('--force', action='store_true', help='train again, even if DIR holds the results of this code')
 
 
 def run(args: argparse.Namespace) -> int:
-    for package in ('mmengine', 'sklearn', 'matplotlib'):  # better now than after the training
+    for package in ('mmengine', 'sklearn', 'matplotlib'):  # better told now than after the training
         if importlib.util.find_spec(package) is None:
             raise ModuleNotFoundError(name=package)
     metrics_path = args.work_dir / 'metrics.json'
@@ -77,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _fingerprint() -> str:
-    """Digest of what decides the results: our code and PyTorch's version."""
+    """A digest of what decides the results: our code and PyTorch's version."""
     import torch
 
     from .. import configs, models, ops
@@ -138,7 +142,7 @@ def _train(run_dirs: dict[str, Path], epochs: int) -> bool:
 
 
 def _read_curves(run_dir: Path, since: float) -> dict[str, list[float]]:
-    """Training loss and held-out accuracy of every epoch so far, of the run that began after a point in time."""
+    """Training loss and held-out accuracy of every epoch so far, for the run that began after a point in time."""
     files = [path for path in run_dir.glob('*/vis_data/scalars.json') if path.stat().st_mtime >= since]
     records = [json.loads(line) for line in max(files).read_text().splitlines()] if files else []
     return {
@@ -197,12 +201,12 @@ def _draw(
 
 
 def _draw_digits(ax: 'Axes', images: 'np.ndarray', labels: 'np.ndarray', predictions: 'np.ndarray') -> None:
-    """A grid of digits over what they were taken for, the wrong ones first."""
+    """Draw a grid of digits over what they were taken for, the wrong ones first."""
     columns, rows = 10, 6
     order = sorted(range(len(labels)), key=lambda i: predictions[i] == labels[i])
     for cell, i in enumerate(order[: columns * rows]):
         row, x = divmod(cell, columns)
-        y = 1.4 * row  # room for the label
+        y = 1.4 * row  # leaves room for the label
         right = predictions[i] == labels[i]
         ax.imshow(images[i], cmap='gray', extent=(x, x + 0.92, y + 0.92, y), vmin=-1, vmax=1)
         ax.text(

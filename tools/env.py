@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def backends() -> dict[str, str]:
-    """For each kernel of the scan whether it is on, and if not why."""
+    """Whether each way to compute the scan is on, and if not, why."""
     if not torch.cuda.is_available():
         cuda = 'off: PyTorch finds no CUDA device'
     elif importlib.util.find_spec('triton') is None:
@@ -70,7 +70,7 @@ def backends() -> dict[str, str]:
         reference = 'off: VSSM_REFERENCE is not 1'
         try:
             cpu = f'on: {torch.ops.vssm.cpu_capability()}'
-        except RuntimeError as error:  # VSSM_CPU_CAPABILITY asks for what this CPU has not
+        except RuntimeError as error:  # VSSM_CPU_CAPABILITY asks for instructions that this CPU lacks
             cpu = f'off: {error}'
     return {'CPU': cpu, 'CUDA': cuda, 'reference': reference}
 

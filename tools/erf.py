@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 EXAMPLE = 'vssm erf vmamba_tiny vmamba2d_tiny --size 512'
 
-DARKEST = 1e-6  # of the colours, over the brightest
-CELLS = 6  # how many positions of the last feature map it takes to measure a cross
+DARKEST = 1e-6  # brightness of the darkest colour over that of the brightest
+CELLS = 6  # positions of the last feature map, at least, to measure a cross
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,9 +68,9 @@ def run(args: argparse.Namespace) -> int:
                 raise UsageError(f'--size must be at least {CELLS * cell} for {name}, got {args.size}.')
             try:
                 field = receptive_field(model, images)
-            except (AssertionError, RuntimeError) as error:  # of networks for images of one size
+            except (AssertionError, RuntimeError) as error:  # from networks for images of one size
                 raise UsageError(f'--size must fit {name}, got {args.size}: {error}') from error
-            # Of black bands there is none.
+            # Black bands have no quotient.
             numbers = [f'{number:.2f}' if math.isfinite(number) else '-' for number in measure_cross(field, cell)]
             rows.append((name, weights, *numbers))
             fields.append(field)
@@ -84,14 +84,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def receptive_field(model: Any, images: Sequence[Tensor]) -> Tensor:
-    """How much the centre of the last feature map depends on every pixel, on average over images.
+    """How much the centre of the last feature map depends on every pixel, averaged over images.
 
-    As in the papers, it is the positive parts of the central features that are summed: of the plain sum, a layer norm
-    would leave nothing.
+    As in the papers, the positive parts of the central features are summed: a layer norm would leave nothing of their
+    plain sum.
 
     Args:
-        model: One of timm's, in evaluation mode.
-        images: Values in [0, 1], each (3, H, W).
+        model: Network of timm's, in evaluation mode.
+        images: Images with values in [0, 1], each (3, H, W).
 
     Returns:
         The field, float64, (H, W).
@@ -111,24 +111,24 @@ class Cross(NamedTuple):
     """Quotients of mean brightness, all 1 for a field that looks the same in all directions."""
 
     mean: float  # the row and the column over the brighter diagonal
-    rim: float  # the same, of the outermost part alone
-    diagonals: float  # the brighter diagonal over the fainter one, of the outermost part
+    rim: float  # the row and the column over the brighter diagonal, in the outermost part alone
+    diagonals: float  # the brighter diagonal over the fainter one, in the outermost part
 
 
 def measure_cross(field: Tensor, cell: int) -> Cross:
     """How much a field stands out along its centre's row and column.
 
-    Compared are bands through the centre, `cell` wide, and the same bands turned by 45 degrees. Of all of them only
-    what is between two circles counts: beyond the inner one the bands do not overlap, and within the outer one the
-    image has all directions. The rim is the outermost `cell` of that. The centre is where a square of three cells has
-    the most in it, at most half a cell from the middle.
+    Bands through the centre, `cell` wide, are compared with the same bands turned by 45 degrees. Only what lies between
+    two circles counts: beyond the inner one the bands do not overlap, and within the outer one the image has all
+    directions. The rim is the outermost `cell` of that. The centre is where a square of three cells is brightest, at
+    most half a cell from the middle.
 
     Args:
-        field: Not negative, (H, W).
-        cell: Pixels to a position of the last feature map.
+        field: Field without negative values, (H, W).
+        cell: Side in pixels of a position of the last feature map.
 
     Raises:
-        ValueError: The field is less than CELLS wide or high.
+        ValueError: The field is less than CELLS cells wide or high.
     """
     if min(field.shape) < CELLS * cell:
         raise ValueError(
@@ -149,7 +149,7 @@ def measure_cross(field: Tensor, cell: int) -> Cross:
     outer = min(row, column, field.shape[0] - 1 - row, field.shape[1] - 1 - column)
 
     def means(least: float) -> list[float]:
-        """Of the row and the column together, and of either diagonal, from a radius outwards."""
+        """The means of the row with the column, and of each diagonal, from a radius outwards."""
         ring = (radius > least) & (radius <= outer)
         distances = x.abs().minimum(y.abs()), (x - y).abs() / math.sqrt(2), (x + y).abs() / math.sqrt(2)
         return [field[ring & (distance <= cell / 2)].mean().item() for distance in distances]
@@ -168,11 +168,11 @@ def _quotient(a: float, b: float) -> float:
 
 
 def draw(fields: Sequence[Tensor], titles: Sequence[str], images: int) -> 'Figure':
-    """Fields side by side, each over its maximum, on one logarithmic scale."""
+    """Draw fields side by side, each over its maximum, on one logarithmic scale."""
     from matplotlib.colors import LogNorm
 
     plt = pyplot()
-    columns = min(len(fields), 3)  # more are too small to read
+    columns = min(len(fields), 3)  # pictures of more columns are too small to read
     rows = math.ceil(len(fields) / columns)
     fig, axes = plt.subplots(
         rows, columns, figsize=(3.2 * columns + 1.1, 3.8 * rows + 0.4), layout='constrained', squeeze=False
@@ -180,7 +180,7 @@ def draw(fields: Sequence[Tensor], titles: Sequence[str], images: int) -> 'Figur
     for ax in axes.flat[len(fields) :]:
         ax.axis('off')
     height, width = fields[0].shape
-    pixels = max(1, height // 64)  # of which a picture shows the mean
+    pixels = max(1, height // 64)  # side of the squares whose means are shown
     brightness = [F.avg_pool2d(field[None], pixels)[0] for field in fields]
     brightness = [field / field.max() for field in brightness]
     norm = LogNorm(max(DARKEST, min(field.min().item() for field in brightness)), 1, clip=True)

@@ -28,7 +28,7 @@ COMMANDS = (
     'env',
 )
 
-# Packages that come with an extra.
+# Optional packages, and the extras that bring them.
 EXTRAS = {
     'mmengine': 'train',
     'mmcv': 'mmlab',

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(str(error)) from error
     if runner.rank == 0:
         rows = [
-            (name, f'{value:.2f}' if abs(value) > 1 else f'{value:.4f}')  # per cent, or shares of 1
+            (name, f'{value:.2f}' if abs(value) > 1 else f'{value:.4f}')  # per cent, or else shares of 1
             for name, value in metrics.items()
         ]
         print_table(['metric', 'value'], rows)

@@ -25,14 +25,18 @@ EXAMPLE = 'vssm wsi-check labels.csv features --patch-size 512'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('table', metavar='CSV', type=Path, help='slide_id,label,... or case_id,slide_id,censorship,...')
-    parser.add_argument('folder', metavar='DIR', type=Path, help='with SLIDE.h5, or SLIDE.pt and its coordinates')
+    parser.add_argument(
+        'table', metavar='CSV', type=Path, help='table with slide_id,label,... or case_id,slide_id,censorship,...'
+    )
+    parser.add_argument(
+        'folder', metavar='DIR', type=Path, help='folder with SLIDE.h5, or SLIDE.pt and its coordinates'
+    )
     parser.add_argument(
         '--task', choices=('classification', 'survival'), help='default: survival, if CSV has a column survival_months'
     )
     parser.add_argument('--classes', metavar='NAME', nargs='+', help='the labels that there may be (default: any)')
     parser.add_argument(
-        '--patch-size', metavar='N', type=int, default=512, help='of a grid cell in pixels (default: 512)'
+        '--patch-size', metavar='N', type=int, default=512, help='side of a grid cell in pixels (default: 512)'
     )
     parser.add_argument(
         '--grid-size', metavar=('H', 'W'), type=int, nargs=2, help='the largest grid that there may be, in cells'
@@ -88,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _count_groups(slides: 'Sequence[Slide]', task: str) -> Iterator[tuple[str, str]]:
-    """How many slides a split and a class have, or how many cases an event."""
+    """Rows with the number of slides of each split and each class, or of cases with an event."""
     for split, count in Counter(slide.split for slide in slides).items():
         yield 'slides without a split' if split is None else f'slides of {split}', str(count)
     if task == 'classification':

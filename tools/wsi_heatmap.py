@@ -33,7 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--patch-size', metavar='N', type=int, help="side of a patch in pixels (default: the network's, or else 512)"
     )
-    parser.add_argument('--output', metavar='FILE', type=Path, default=Path('heatmap.png'), help='default: heatmap.png')
+    parser.add_argument(
+        '--output',
+        metavar='FILE',
+        type=Path,
+        default=Path('heatmap.png'),
+        help='picture to write (default: heatmap.png)',
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,7 +72,7 @@ def load_model(path: Path) -> 'MIL':
     """The network that a training wrote, in evaluation mode.
 
     Raises:
-        ValueError: The file is none of those.
+        ValueError: The file is not one of a training on slides.
         FileNotFoundError: There is no such file.
     """
     from ..models.mil import create_mil_model, list_mil_models
@@ -87,7 +93,7 @@ def load_model(path: Path) -> 'MIL':
 
 
 def read_thumbnail(slide: Path | None) -> tuple[tuple['Image.Image', tuple[int, int]] | None, str]:
-    """A small image of a slide with the slide's width and height in pixels, if it can be had; and in words what for."""
+    """A small image of a slide and the slide's width and height, or None; and, in words, what is drawn on."""
     if slide is None:
         return None, 'the grid: no --slide is given'
     if not slide.is_file():
@@ -112,7 +118,7 @@ def draw(
     thumbnail: tuple['Image.Image', tuple[int, int]] | None,
     title: str,
 ) -> 'Figure':
-    """The weight of each patch over the mean, (n,), in its cell, (n,), of a grid; cells without a patch stay empty."""
+    """Draw each patch's weight over the mean, (n,), in its cell, (n,), of a grid; cells without a patch stay empty."""
     from matplotlib.colors import LogNorm
 
     plt = pyplot()

@@ -24,7 +24,7 @@ EXAMPLE = 'vssm wsi-repeat wsi/classification --seeds 0 1 2 3 4'
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('config', metavar='CONFIG', help='name, as in `vssm configs`, or path of a config')
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument('--seeds', metavar='N', type=int, nargs='+', help='of the runs')
+    what.add_argument('--seeds', metavar='N', type=int, nargs='+', help='seeds of the runs')
     what.add_argument('--folds', metavar='K', type=int, help='divide the cases into K folds, each of which is tested')
     add_run_arguments(parser)
 
@@ -65,7 +65,7 @@ def train_and_test(cfg: 'Config') -> dict[str, float]:
     from ..models.mm import RunError, numbered_checkpoints
 
     best = Path(cfg.work_dir, 'best.safetensors')
-    cfg.experiment_name = '-'.join(Path(cfg.work_dir).parts)  # mmengine keeps loggers and histories by it
+    cfg.experiment_name = '-'.join(Path(cfg.work_dir).parts)  # the name by which mmengine keeps loggers and histories
     cfg.resume = bool(numbered_checkpoints(cfg.work_dir))
     try:
         build_runner(copy.deepcopy(cfg)).train()
@@ -78,7 +78,7 @@ def train_and_test(cfg: 'Config') -> dict[str, float]:
 
 
 def summarise(results: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean and standard deviation (n - 1) of each metric over the runs; that of one run is 0."""
+    """Mean and standard deviation (n - 1) of each metric over the runs; the deviation of a single run is 0."""
     columns = {name: [metrics[name] for metrics in results] for name in results[0]}
     return dict(
         mean={name: statistics.fmean(values) for name, values in columns.items()},

@@ -27,13 +27,18 @@ EXAMPLE = 'vssm zoo --check'
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        'file', metavar='FILE', nargs='?', type=Path, default=Path('MODEL_ZOO.md'), help='default: MODEL_ZOO.md'
+        'file',
+        metavar='FILE',
+        nargs='?',
+        type=Path,
+        default=Path('MODEL_ZOO.md'),
+        help='page to write (default: MODEL_ZOO.md)',
     )
     parser.add_argument(
         '--results',
         metavar='DIR',
         type=Path,
-        help='of the benchmarks (default: benchmarks/results beside FILE)',
+        help="folder of the benchmarks' figures (default: benchmarks/results beside FILE)",
     )
     parser.add_argument('--check', action='store_true', help='write nothing; exit with 1 where the page is stale')
 
@@ -66,7 +71,7 @@ def replace(page: str, name: str, table: str, file: Path) -> str:
 
 
 def tables(results: Path) -> Iterator[tuple[str, str]]:
-    """The name and the text of each."""
+    """The name and the text of each table."""
     yield 'imagenet', imagenet(results)
     yield 'ade20k', dense('ade20k/upernet_{}_4xb4-160k_ade20k-512x512', ADE20K_MIOU, DENSE_SHAPES['segmentor'])
     yield 'coco-1x', dense('coco/mask-rcnn_{}_fpn_8xb2-1x_coco', COCO_1X_AP, DENSE_SHAPES['detector'])
@@ -101,7 +106,7 @@ def cost(name: str) -> tuple[str, str, str]:
 
 
 def read_speeds(results: Path) -> tuple[dict[str, str], str]:
-    """Of inference, by model; and what it was measured on."""
+    """Images per second of inference, by model, and a sentence on what they were measured on."""
     file = results / 'model_cpu.json'
     if not file.is_file():
         raise UsageError(f"--results must hold the benchmarks' figures, got {results} without model_cpu.json.")
@@ -109,7 +114,7 @@ def read_speeds(results: Path) -> tuple[dict[str, str], str]:
     c = content['conditions']
     speeds = {row['name']: f'{row["images_per_s"]:.1f}' for row in content['rows']}
     peers = ', '.join(f'`{name}` {speed}' for name, speed in speeds.items() if name not in OURS)
-    processor, kernels = c.get('processor') or c['cpu'], c.get('kernels') or c['kernel']  # kept files have either names
+    processor, kernels = c.get('processor') or c['cpu'], c.get('kernels') or c['kernel']  # kept files have either
     return speeds, (
         f'inference in float32 on the better of two memory layouts, by `{content["command"]}`, {c["threads"]} threads '
         f'of an {processor} ({kernels}), PyTorch {c["torch"].partition("+")[0]}; in the same process {peers}. '
@@ -118,7 +123,7 @@ def read_speeds(results: Path) -> tuple[dict[str, str], str]:
 
 
 def dense(pattern: str, accuracies: dict[str, tuple[float, float]], shape: tuple[int, int]) -> str:
-    """Of segmentors or detectors; the cost at the size at which the papers count it."""
+    """The table of segmentors or detectors, with the cost at the size at which papers count it."""
     rows = []
     for name in OURS:
         config = pattern.format(name)

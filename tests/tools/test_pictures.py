@@ -22,7 +22,7 @@ IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
 class Toy(nn.Module):
-    """A network of a function on (1, 3, H, W), with what the commands use of timm's."""
+    """A function on (1, 3, H, W) as a network, with the attributes of timm's that the commands use."""
 
     pretrained_cfg = IMAGENET
 
@@ -36,7 +36,7 @@ class Toy(nn.Module):
 
 
 def scan(orders, ndim):
-    """Nothing but the scan of a map of 8x8 patches, with the same step everywhere."""
+    """A network that only scans a map of 8x8 patches, with the same step everywhere."""
 
     def function(x):
         x = F.avg_pool2d(x, 8).permute(0, 2, 3, 1)
@@ -57,9 +57,6 @@ def white(size):
 def gaussian(size, row, column, width):
     y, x = torch.arange(size).unsqueeze(1) - row, torch.arange(size).unsqueeze(0) - column
     return torch.exp(-(x**2 + y**2) / (2 * width**2)).double()
-
-
-# ---- the cross -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('row, column', [(112, 112), (96, 96), (111.5, 103)], ids=str)
@@ -99,14 +96,14 @@ def test_a_2d_scan_has_no_cross_but_two_empty_quadrants():
 
 
 def test_the_numbers_of_the_theory():
-    """docs/theory.md, In numbers."""
+    """As docs/theory.md has them, in the section on numbers."""
     one, two = (erf.measure_cross(erf.receptive_field(scan((0, 1, 2, 3), ndim), white(136)), 8) for ndim in (1, 2))
     assert one == pytest.approx((9.2, 1376, 3.1), rel=0.02)
     assert two[:2] == pytest.approx((0.85, 0.98), rel=0.02)
 
 
 def test_bands_are_measured_as_documented():
-    """Brightness 5 in the row and the column, 2 and 3 in the diagonals, 1 elsewhere; at the rim twice 5."""
+    """The row and the column are of brightness 5, at the rim of 10, the diagonals of 2 and 3, the rest of 1."""
     size, cell = 256, 32
     y = (torch.arange(size) - 127.5).unsqueeze(1).expand(size, size)
     x = y.T
@@ -133,11 +130,8 @@ def test_a_cross_needs_six_cells():
         erf.measure_cross(torch.ones(191, 256), 32)
 
 
-# ---- the field -------------------------------------------------------------------------------------------------------
-
-
 def test_the_field_of_a_mean_is_what_it_covers():
-    """Of the central one of 5x5 means of 4x4 pixels, taken of positive and of negative images."""
+    """The central one of 5x5 means covers 4x4 pixels, of a white and of a black image."""
     model = Toy(lambda x: F.avg_pool2d(x, 4) ** 2)  # whose gradient is negative for dark images
     field = erf.receptive_field(model, [torch.ones(3, 20, 20), torch.zeros(3, 20, 20)])
     expected = torch.zeros(20, 20)
@@ -163,7 +157,9 @@ def arguments(*argv):
 
 
 def test_models_of_the_same_shapes_get_the_same_random_weights():
-    models = {name: model for model, name, _ in _pictures.build_models(arguments('erf', 'test_vmamba', 'test_vmamba2d'))}
+    models = {
+        name: model for model, name, _ in _pictures.build_models(arguments('erf', 'test_vmamba', 'test_vmamba2d'))
+    }
     one, two = (models[name].state_dict() for name in ('test_vmamba', 'test_vmamba2d'))
     assert all(torch.equal(one[name], two[name]) for name in one) and one.keys() == two.keys()
     ((other, _, weights),) = _pictures.build_models(arguments('erf', 'test_vmamba', '--seed', '1'))
@@ -260,9 +256,6 @@ def test_a_picture_that_cannot_be_written_leaves_the_former_one(tmp_path, monkey
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-# ---- class activation maps -------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def grad_cam():
     return pytest.importorskip('pytorch_grad_cam', reason="grad-cam is not installed: pip install '.[plot]'")
@@ -336,9 +329,6 @@ def test_cam_draws_models_side_by_side(tmp_path, capsys, grad_cam):
     assert sorted(tmp_path.iterdir()) == [output, tmp_path / 'photo.png']
     with Image.open(output) as picture:
         assert picture.format == 'PNG' and picture.width > 800
-
-
-# ---- bad input -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

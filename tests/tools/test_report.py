@@ -29,14 +29,11 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 @pytest.fixture
 def short_turns(monkeypatch):
-    """A turn of one step."""
+    """Let every turn be a single step."""
     timed = measure.time_interleaved
     monkeypatch.setattr(
         measure, 'time_interleaved', lambda *args, min_seconds, **kwargs: timed(*args, **kwargs, min_seconds=0.0)
     )
-
-
-# ---- counts ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('size', ['tiny', *(pytest.param(size, marks=pytest.mark.slow) for size in ('small', 'base'))])
@@ -48,7 +45,7 @@ def test_counts_of_ours_are_those_of_the_references(family, size, golden):
     assert row.error is None and row.size == 224
     assert row.params == measured['params']
     assert row.gmacs == pytest.approx(measured['flops_224'] / 1e9, rel=1e-3)
-    assert row.gmacs_torch == pytest.approx(row.gmacs, rel=0.02)  # which counts no norm
+    assert row.gmacs_torch == pytest.approx(row.gmacs, rel=0.02)  # PyTorch counts no norm
     parts = {m['name']: m for m in row.modules}
     assert {'stem', 'stages', 'stages.0', 'head.fc'} <= parts.keys() and 'stages.0.blocks' not in parts
     for key, total in dict(params=row.params, activations=row.activations, gmacs=row.gmacs).items():
@@ -83,7 +80,7 @@ def test_counts_follow_the_size():
     small, large = (count('test_spatial_mamba', size, 0) for size in (32, 64))
     assert (small.size, large.size) == (32, 64)
     assert large.activations == pytest.approx(4 * small.activations, rel=0.1)
-    assert count('test_vit', 96, 0).error is None  # whose size is fixed when it is made
+    assert count('test_vit', 96, 0).error is None  # its size is fixed when it is made
 
 
 @pytest.mark.parametrize(
@@ -103,9 +100,6 @@ def test_a_config_is_counted_whole(config, shape, params, gmacs, tmp_path):
     assert row['size'] == ('800x1280' if shape else '512x2048')
     assert row['params'] / 1e6 == pytest.approx(params, rel=0.02)
     assert row['gmacs'] == pytest.approx(gmacs, rel=0.005) and row['gmacs_torch'] < row['gmacs']
-
-
-# ---- time and memory -------------------------------------------------------------------------------------------------
 
 
 class Clock:
@@ -205,8 +199,6 @@ def test_the_peak_is_seen_again_when_the_allocator_keeps_what_was_freed():
     assert all(0.9 * 2**26 < peak < 1.5 * 2**26 for peak in peaks), peaks
 
 
-# ---- the command -----------------------------------------------------------------------------------------------------
-
 KEYS = {
     *(
         'name',
@@ -291,7 +283,7 @@ def test_a_model_that_fails_is_a_row(tmp_path, capsys, short_turns):
     assert bad['name'] == 'test_vit' and 'divisible' in bad['error'] and bad['images_per_s'] is None
     assert good['error'] is None and good['images_per_s'] > 0
     assert f'test_vit (size 37, batch 2, dtype float32, device cpu): failed: {bad["error"]}' in capsys.readouterr().out
-    assert main(['report', 'test_vit', '--sizes', '37', '--no-throughput']) == 1  # nothing came
+    assert main(['report', 'test_vit', '--sizes', '37', '--no-throughput']) == 1  # no row has a figure
 
 
 def test_too_little_memory_is_said(tmp_path, monkeypatch, capsys, short_turns):
@@ -366,14 +358,9 @@ def test_names_of_ours(name):
     assert found.partition('.')[0] == 'vmamba2d_tiny' and accuracy_of(found) == 82.8
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
-
-
 def timed_row(name, size, images_per_s, **values):
     figures = dict(batch_size=8, dtype='float32', device='cpu', images_per_s_spread=1.0, peak_memory_mb=100.0 + size)
-    return Row(
-        name, size, published_top1=accuracy_of(name), images_per_s=images_per_s, **(figures | values)
-    )
+    return Row(name, size, published_top1=accuracy_of(name), images_per_s=images_per_s, **(figures | values))
 
 
 def test_one_size_draws_accuracy_against_throughput():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is asked for: the options, and what of them cannot be."""
+"""The options of the command, and which of them are refused."""
 
 import argparse
 import contextlib
@@ -37,10 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--sizes', metavar='N', nargs='+', type=positive, help="sides of the image (default: each model's own)"
     )
-    parser.add_argument('--batch-sizes', metavar='N', nargs='+', type=positive, default=[8], help='(default: 8)')
-    parser.add_argument('--dtype', nargs='+', choices=DTYPES, default=['float32'], help='(default: float32)')
+    parser.add_argument(
+        '--batch-sizes', metavar='N', nargs='+', type=positive, default=[8], help='images at a time (default: 8)'
+    )
+    parser.add_argument(
+        '--dtype', nargs='+', choices=DTYPES, default=['float32'], help='types to compute in (default: float32)'
+    )
     parser.add_argument('--device', help='cpu or cuda or cuda:N (default: a GPU where there is one)')
-    parser.add_argument('--threads', metavar='N', type=positive, help="of the CPU (default: PyTorch's choice)")
+    parser.add_argument('--threads', metavar='N', type=positive, help="threads of the CPU (default: PyTorch's choice)")
     parser.add_argument('--compile', action='store_true', help='torch.compile the models')
     parser.add_argument('--channels-last', action='store_true', help='models and images in channels-last memory')
     parser.add_argument('--train', action='store_true', help='time and weigh a training step, too')
@@ -99,7 +103,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace, files: dict[str, str]) -> list[str]:
-    """Refuse what cannot be, before minutes are spent; return the models' names."""
+    """Refuse bad options before minutes are spent, and return the models' names.
+
+    Raises:
+        UsageError: An option is not as it must be.
+    """
     names = find_models(args.models)
     if not names and not args.config:
         raise UsageError('MODEL must be at least one name or pattern, or --config be given, got none.')
@@ -121,7 +129,7 @@ def check(args: argparse.Namespace, files: dict[str, str]) -> list[str]:
 
 
 def check_plot(args: argparse.Namespace, names: Sequence[str]) -> None:
-    import matplotlib  # noqa: F401  better missed now than after the measuring
+    import matplotlib  # noqa: F401  # a missing package is better told now than after the measuring
 
     if args.no_throughput or not names:
         raise UsageError('--plot needs what is timed: MODEL, without --no-throughput.')

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of what is counted, which takes no clock."""
+"""Counts of models, which take no clock."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ def count(name: str, size: int | None, depth: int) -> Row:
 
     Args:
         name: Name of a model of timm's registry.
-        size: Side of the image; without one, the model's own image is taken.
+        size: Side of the image; None takes the model's own size.
         depth: Number of levels of modules to list.
     """
     row = Row(name, size)
@@ -46,7 +46,7 @@ def count_config(name: str, shape: Sequence[int] | None) -> Row:
 
     Args:
         name: Name or path of a config.
-        shape: Height and width of the image; without them, those at which papers count.
+        shape: Height and width of the image; None takes those at which papers count.
 
     Raises:
         UsageError: The config is not of a segmentor or a detector.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of what is timed and weighed: models take turns."""
+"""Speed and memory of models, which take turns."""
 
 import argparse
 import contextlib
@@ -32,9 +32,9 @@ def conditions_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(args: argparse.Namespace, names: Sequence[str], rows: list[Row]) -> None:
-    """Append to rows, so that an interrupt finds what is done."""
+    """Append the rows as they come, so that an interrupt finds what is done."""
     with contextlib.ExitStack() as stack:
-        if args.compile:  # or it goes on uncompiled, with a warning alone, after so many models
+        if args.compile:  # else, after so many models, it goes on uncompiled with a mere warning
             stack.enter_context(torch._dynamo.config.patch(recompile_limit=10**6, accumulated_recompile_limit=10**6))
         say = stack.enter_context(Console(stderr=True).status('')).update
         if args.config:
@@ -65,7 +65,7 @@ def time_groups(args: argparse.Namespace, size: int | None, counts: Sequence[Row
         subjects = {}
         for row in models:
             say(f'building {row.name}')
-            if row.params is not None:  # or it cannot be built
+            if row.params is not None:  # else it could not be built
                 with row.failing():
                     subjects[row.name] = Subject(row.name, size, dtype, args)
         for batch_size in dict.fromkeys(args.batch_sizes):
@@ -87,7 +87,7 @@ class Subject:
         self.device, self.dtype = torch.device(args.device), getattr(torch, dtype)
         self.memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
         self.models = {}
-        if args.train:  # of its own, as the other may be of another dtype
+        if args.train:  # a model of its own, as the other may get another dtype
             self.models['training'] = copy.deepcopy(model).train()
         self.models['inference'] = model.to(self.dtype)
         self.kinds = ['inference', *(['training'] if args.train else [])]
@@ -123,7 +123,7 @@ PREFIX = dict(inference='', training='train_')
 
 @dataclasses.dataclass
 class Turn:
-    """What a row has to time, and how its figures come into the row."""
+    """A step of a row's model that is timed, and how its figures come into the row."""
 
     row: Row
     kind: str  # inference, training, or latency, which is inference with one image
@@ -144,7 +144,7 @@ class Turn:
 
 
 def time_group(group: Sequence[Row], subjects: dict[str, Subject], batch_size: int, args: argparse.Namespace) -> None:
-    """Fill rows, whose models take turns; an interrupt leaves what is done in them."""
+    """Time the models of a group in turns and fill their rows, after an interrupt with what is done."""
     turns = [turn for row in group if row.name in subjects for turn in prepare(row, subjects[row.name], batch_size)]
     wait = synchronizer(args.device)
     try:

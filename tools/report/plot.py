@@ -9,13 +9,13 @@ from .row import SHARED, Row
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which the colour-blind tell apart, less yellow, which is faint on white; markers differ, too.
+# Okabe and Ito's colours, which the colour-blind tell apart, without yellow, which is faint on white.
 COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#E69F00', '#000000')
 MARKERS = 'osD^vPX*<>hp'
 
 
 def draw(rows: Sequence[Row]) -> 'Figure':
-    """Accuracy against throughput, or with several sizes throughput and memory against them; 800 pixels wide."""
+    """Draw accuracy against throughput, or with several sizes throughput and memory against them, 800 pixels wide."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -47,7 +47,7 @@ def _what_ran(rows: Sequence[Row]) -> str:
 def _styles(series: dict[str, list[Row]]) -> Iterator[tuple[str, list[Row], dict[str, Any]]]:
     for i, (label, rows) in enumerate(series.items()):
         style = dict(color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)], markersize=8)
-        style |= dict(markerfacecolor='none', markeredgewidth=2)  # one lets another be seen through it
+        style |= dict(markerfacecolor='none', markeredgewidth=2)  # a hollow marker lets another be seen through it
         yield label, rows, style
 
 

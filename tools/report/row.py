@@ -11,15 +11,15 @@ from .._bench import one_line
 
 @dataclasses.dataclass
 class Row:
-    """One model at one size, batch size and dtype; None is what was not asked for or cannot be had."""
+    """One model at one size, batch size and dtype; None stands for what was not asked for or cannot be measured."""
 
     name: str
     size: int | str | None = None
-    batch_size: int | None = None  # the one that ran
+    batch_size: int | None = None  # that ran; less than was asked for where memory did not suffice
     asked_batch_size: int | None = None
     dtype: str | None = None
     device: str | None = None
-    published_top1: float | None = None  # on ImageNet-1K, at 224x224 alone
+    published_top1: float | None = None  # on ImageNet-1K; only at 224x224
     params: int | None = None
     activations: int | None = None
     gmacs: float | None = None
@@ -46,24 +46,25 @@ class Row:
 
     @contextlib.contextmanager
     def failing(self) -> Iterator[None]:
-        """What fails within is this row's reason."""
+        """Keep what fails within as the row's error."""
         try:
             yield
         except Exception as error:
             self.fail(one_line(error))
 
     def nested(self) -> dict[str, Any]:
-        """The record with the modules, as lists and dicts."""
+        """The record, with the list of modules."""
         return self.record() | dict(modules=self.modules)
 
     def record(self) -> dict[str, Any]:
-        """The figures and, beside them, the conditions, all of them numbers and texts."""
+        """The figures, and beside them the conditions; all values are numbers and texts."""
         record = dataclasses.asdict(self)
         return {**{k: v for k, v in record.items() if k not in ('modules', 'conditions')}, **self.conditions}
 
 
-SHARED = dict(size='size', batch_size='batch', dtype='dtype', device='device', rounds='rounds')  # in the title if equal
-FIGURES = (  # heading, key, unit of it, digits after the point; None: as many as the figure's size asks for
+# Columns by their keys; where all rows agree, the title names their value instead.
+SHARED = dict(size='size', batch_size='batch', dtype='dtype', device='device', rounds='rounds')
+FIGURES = (  # heading, key, unit, digits after the point (None: as many as the figure's size asks for)
     ('published top-1/%', 'published_top1', 1, 1),
     ('params/M', 'params', 1e6, 3),
     ('activations/M', 'activations', 1e6, 2),

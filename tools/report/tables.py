@@ -3,18 +3,15 @@
 
 import csv
 import io
-import sys
 from collections.abc import Iterator, Sequence
 
-from rich.console import Console
-
 from .._bench import describe
-from .._tables import markdown_table, print_table
+from .._tables import markdown_table, print_table, wide_console
 from .row import FIGURES, SHARED, Row
 
 
 def tables(rows: Sequence[Row]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """(title, header, cells) of the table of all rows, and of the modules of each."""
+    """(title, header, cells) of the table of all rows, and of a table of each model's modules."""
     shared, header, columns = [], ['model'], [[row.name for row in rows]]
     for key, heading in SHARED.items():
         values = [getattr(row, key) for row in rows]
@@ -51,7 +48,7 @@ def figure(row: Row, key: str, unit: float, digits: int | None) -> str:
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:
-    """What does not fit into a table: notes, why a model failed, the conditions."""
+    """Lines for what does not fit into a table: notes, why a model failed, the conditions."""
     lines = []
     for row in rows:
         of = ', '.join(f'{h} {getattr(row, k)}' for k, h in SHARED.items() if getattr(row, k) is not None)
@@ -64,8 +61,7 @@ def remarks(rows: Sequence[Row]) -> list[str]:
 
 
 def show(rows: Sequence[Row], interrupted: bool) -> None:
-    # A table needs its room in a file or a pipe, where rich would take 80 columns.
-    console = Console(width=None if sys.stdout.isatty() else 240, highlight=False, markup=False, emoji=False)
+    console = wide_console()
     for title, header, cells in tables(rows):
         print_table(header, cells, title, to=console, fold=True)
     for line in remarks(rows):
