@@ -166,9 +166,6 @@ def dense_kind(cfg: 'Config') -> str | None:
 
 def build_dense(cfg: 'Config') -> nn.Module:
     """The whole segmentor or detector of a config, on the meta device, in evaluation mode."""
-    from ..models import mm  # noqa: F401  # first: it stands in for mmcv's operators
-
-    # isort: split
     from mmengine.registry import MODELS, init_default_scope
 
     init_default_scope(cfg.default_scope)

@@ -17,7 +17,6 @@ def print_table(
     header: Sequence[str],
     rows: Rows,
     title: str | None = None,
-    caption: str | None = None,
     to: Console = console,
     fold: bool = False,
 ) -> None:
@@ -27,12 +26,11 @@ def print_table(
         header: Headings of the columns.
         rows: Cells of each row.
         title: Line above the table.
-        caption: Line below the table.
         to: Console to print to.
         fold: Whether a narrow console breaks all cells, so that nothing is lost; else it breaks the words behind the
             first column alone.
     """
-    table = Table(title=title, title_justify='left', caption=caption, caption_justify='left')
+    table = Table(title=title, title_justify='left')
     for i, heading in enumerate(header):
         figures = all(re.fullmatch(r'-|\d+(\.\d+)?(x| ?%| s| GB| ±.+)?', row[i]) for row in rows)
         whole = not fold and (figures or i == 0)
