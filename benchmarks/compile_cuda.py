@@ -9,7 +9,7 @@
 Exits with 1 where a kernel does not compile, or where one spills registers with its default tile.
 """
 
-import argparse
+import multiprocessing
 import os
 import re
 import sys
@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from io import StringIO
-from pathlib import Path
 from typing import Any
 
 CAPABILITIES = ('7.5', '8.0', '8.6', '8.9', '9.0', '10.0', '12.0')
@@ -26,7 +25,7 @@ DTYPES = ('float32', 'float16', 'bfloat16')
 
 
 class Card:
-    """Stands in for Triton's driver: names the card to compile for, and runs nothing."""
+    """A stand-in for Triton's driver that names the card to compile for, and runs nothing."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
@@ -44,7 +43,7 @@ class Card:
 
 
 def calls(dtype: str, all_tiles: bool, which: str) -> Iterator[tuple[bool, str]]:
-    """Run the ops so that every kernel is launched with every option; yields whether the tile is a default one."""
+    """Launch every kernel with every option; yields whether the tile is a default one, and the options in words."""
     import torch
 
     from vssm.ops.fusion import triton as fusion
@@ -100,7 +99,7 @@ def calls(dtype: str, all_tiles: bool, which: str) -> Iterator[tuple[bool, str]]
 
 
 def compile_all(capability: str, dtype: str, all_tiles: bool, options: str) -> list[dict[str, Any]]:
-    """A row for each kernel that is compiled, in a process of its own."""
+    """Compile all kernels for a card and a type, in a process of its own, and return a row for each."""
     os.environ.pop('TRITON_INTERPRET', None)
     os.environ['TRITON_CACHE_DIR'] = tempfile.mkdtemp()
     import triton
@@ -117,7 +116,7 @@ def compile_all(capability: str, dtype: str, all_tiles: bool, options: str) -> l
         with redirect_stdout(log):
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         found = {key: re.search(pattern, log.getvalue()) for key, pattern in PATTERNS.items()}
-        if all(found.values()):  # or it was compiled before
+        if all(found.values()):  # else it was compiled before
             numbers = {key: int(match[1]) for key, match in found.items()}
             rows.append(
                 dict(
@@ -141,19 +140,32 @@ def compile_all(capability: str, dtype: str, all_tiles: bool, options: str) -> l
 PATTERNS = dict(registers=r'Used (\d+) registers', spilled=r'(\d+) bytes spill stores')
 
 
+COLUMNS = {
+    'capability': 'card',
+    'dtype': 'dtype',
+    'kernel': 'kernel',
+    'options': 'options',
+    'warps': 'warps',
+    'registers': 'registers',
+    'spilled': 'spilled bytes',
+    'shared': 'shared bytes',
+}
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    from _run import (
+        finish,
+        make_parser,
+        parse,
+    )  # here, for the processes that compile import Triton later
+
+    parser = make_parser(__doc__)
     parser.add_argument('--capability', nargs='*', default=CAPABILITIES, choices=CAPABILITIES, metavar='X.Y')
     parser.add_argument('--dtype', nargs='*', default=DTYPES, choices=DTYPES)
     parser.add_argument('--all-tiles', action='store_true')
     parser.add_argument('--options', choices=('all', 'models'), default='all')
     parser.add_argument('--jobs', type=int, default=os.cpu_count())
-    parser.add_argument('--json', type=Path)
-    args = parser.parse_args()
-
-    from rich.console import Console
-    from rich.table import Table
-    from timing import write_json
+    args = parse(parser)
 
     jobs = [
         (c, d, args.all_tiles, args.options)
@@ -161,23 +173,14 @@ def main() -> int:
         for d in args.dtype
         if (c, d) != ('7.5', 'bfloat16')
     ]
-    import multiprocessing
-
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context('spawn'), max_tasks_per_child=1) as pool:
         results = pool.map(compile_all, *zip(*jobs, strict=True))
         rows = [row for result in results for row in result]
 
-    table = Table(title='Compiled CUDA kernels')
-    for heading in ('card', 'dtype', 'kernel', 'options', 'warps', 'registers', 'spilled bytes', 'shared bytes'):
-        table.add_column(heading)
-    for row in rows:
-        keys = ('capability', 'dtype', 'kernel', 'options', 'warps', 'registers', 'spilled', 'shared')
-        table.add_row(*(str(row[key]) for key in keys))
-    Console(width=160).print(table)
+    cells = [[str(row[key]) for key in COLUMNS] for row in rows]
+    finish(args, rows, 'Compiled CUDA kernels', list(COLUMNS.values()), cells)
     spilling = [row for row in rows if row['default'] and row['spilled']]
     print(f'{len(rows)} kernels compiled, {len(spilling)} of default tiles spill')
-    if args.json:
-        write_json(args.json, 'python benchmarks/compile_cuda.py', rows)
     return 1 if spilling else 0
 
 

@@ -9,77 +9,62 @@ which the better one counts. Shapes are those of the four stages of Spatial-Mamb
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
-from timing import conditions, cpu_parser, interleaved, parse, write_json
+from _ops import SPATIAL_MAMBA_STAGES, forward, ratios, step
+from _run import finish, make_parser, parse
+from torch import Tensor
 
 from vssm.ops import state_fusion
+from vssm.tools._bench import median_seconds
 
-STAGES = ((56, 128), (28, 256), (14, 512), (7, 1024))  # (H = W, E)
 
-
-def three_convolutions(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """On h of (batch, E, H, W)."""
-    y = 0
+def three_convolutions(h: Tensor, weight: Tensor) -> Tensor:
+    """Fuse states, (batch, E, H, W), as Spatial-Mamba does in training."""
+    y = torch.zeros(())
     for kernel, dilation in zip(weight, (1, 3, 5), strict=True):
         padded = F.pad(h, (dilation,) * 4, mode='replicate')
         y = y + F.conv2d(padded, kernel.unsqueeze(1), groups=h.shape[1], dilation=dilation)
     return y
 
 
-def merged_convolution(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """On h of (batch, E, H, W)."""
+def merged_convolution(h: Tensor, weight: Tensor) -> Tensor:
+    """Fuse states, (batch, E, H, W), as Spatial-Mamba does in inference."""
     kernel = h.new_zeros(h.shape[1], 1, 11, 11)
-    for w, first, step in zip(weight, (4, 2, 0), (1, 3, 5), strict=True):
-        kernel[:, 0, first : 11 - first : step, first : 11 - first : step] += w
+    for w, first, dilation in zip(weight, (4, 2, 0), (1, 3, 5), strict=True):
+        kernel[:, 0, first : 11 - first : dilation, first : 11 - first : dilation] += w
     return F.conv2d(F.pad(h, (5,) * 4, mode='replicate'), kernel, groups=h.shape[1])
 
 
-def forward(fuse, h: torch.Tensor, weight: torch.Tensor) -> None:
-    with torch.inference_mode():
-        fuse(h, weight)
-
-
-def step(fuse, h: torch.Tensor, weight: torch.Tensor) -> None:
-    """Forward and backward."""
-    h, weight = h.detach().requires_grad_(), weight.detach().requires_grad_()
-    y = fuse(h, weight)
-    y.backward(torch.ones_like(y))
+def measure(batch: int, size: int, dim: int, rounds: int) -> dict[str, Any]:
+    h, weight = torch.randn(batch, size, size, dim), torch.randn(3, dim, 3, 3)
+    view = h.permute(0, 3, 1, 2)  # [batch, H, W, E] -> [batch, E, H, W]
+    ops = {('kernel', ''): (state_fusion, h)}
+    for layout, maps in dict(contiguous=view.contiguous(), channels_last=view).items():
+        ops['three', layout] = three_convolutions, maps
+        ops['merged', layout] = merged_convolution, maps
+    forwards, steps = {}, {}
+    for name, (op, maps) in ops.items():
+        tensors = dict(h=maps, weight=weight)
+        forwards[name] = partial(forward, op, tensors)
+        steps[name] = partial(step, op, tensors, torch.ones_like(maps))
+    row: dict[str, Any] = dict(batch=batch, size=size, dim=dim)
+    for what, calls, n in (('forward', forwards, rounds), ('step', steps, max(rounds // 3, 1))):
+        seconds = median_seconds(calls, n, warmup=1)
+        for name in ('kernel', 'three', 'merged'):
+            row[f'{what}_{name}_ms'] = 1e3 * min(s for (op, _), s in seconds.items() if op == name)
+    return row
 
 
 def main() -> None:
-    args = parse(cpu_parser(__doc__, rounds=9))
-
-    rows = []
-    for size, dim in STAGES:
-        h, weight = torch.randn(args.batch_size, size, size, dim), torch.randn(3, dim, 3, 3)
-        layouts = dict(contiguous=h.permute(0, 3, 1, 2).contiguous(), channels_last=h.permute(0, 3, 1, 2))
-        row = dict(batch=args.batch_size, size=size, dim=dim)
-        for what, call in (('forward', forward), ('step', step)):
-            calls = {('kernel', ''): partial(call, state_fusion, h, weight)}
-            for layout, nchw in layouts.items():
-                calls['three', layout] = partial(call, three_convolutions, nchw, weight)
-                calls['merged', layout] = partial(call, merged_convolution, nchw, weight)
-            seconds = interleaved(calls, args.rounds if what == 'forward' else max(args.rounds // 3, 1), warmup=1)
-            for name in ('kernel', 'three', 'merged'):
-                row[f'{what}_{name}_ms'] = 1e3 * min(s for (n, _), s in seconds.items() if n == name)
-        rows.append(row)
-
-    table = Table(title='state_fusion on the CPU, float32; step = forward + backward', caption=str(conditions()))
-    for heading in ('H=W', 'E', 'forward ms', 'three convs x', 'merged x', 'step ms', 'three convs x', 'merged x'):
-        table.add_column(heading, justify='right')
-    for r in rows:
-        cells = [str(r['size']), str(r['dim'])]
-        for what in ('forward', 'step'):
-            kernel = r[f'{what}_kernel_ms']
-            cells += [f'{kernel:.2f}', *(f'{r[f"{what}_{name}_ms"] / kernel:.1f}' for name in ('three', 'merged'))]
-        table.add_row(*cells)
-    Console().print(table)
-    if args.json:
-        write_json(args.json, 'python benchmarks/fusion_cpu.py', rows)
+    args = parse(make_parser(__doc__, batch_size=8, rounds=9, threads=0))
+    rows = [measure(args.batch_size, *stage, args.rounds) for stage in SPATIAL_MAMBA_STAGES]
+    title = 'state_fusion on the CPU, float32; step = forward + backward'
+    header = ['H=W', 'E', 'forward ms', 'three convs x', 'merged x', 'step ms', 'three convs x', 'merged x']
+    cells = [[str(row['size']), str(row['dim']), *ratios(row, 'kernel', ('three', 'merged'))] for row in rows]
+    finish(args, rows, title, header, cells)
 
 
 if __name__ == '__main__':

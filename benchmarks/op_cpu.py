@@ -8,127 +8,70 @@ is the throughput with one image over that with a batch.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from timing import conditions, cpu_parser, interleaved, parse, write_json
+from _ops import VMAMBA_STAGES, forward, scan_inputs, step
+from _run import finish, make_parser, parse
 from torch import nn
 
 from vssm.ops import selective_scan, selective_scan_ref
-
-STAGES = ((56, 96), (28, 192), (14, 384), (7, 768))  # (H = W, E)
-
-
-def scan_inputs(batch: int, size: int, dim: int) -> dict:
-    """Inputs as the model makes them: dt, B and C are slices of one projection."""
-    K, N, R = 4, 1, -(-dim // 16)
-    proj = torch.randn(batch, size, size, K, R + 2 * N) * 0.5
-    dt, B, C = proj.split([R, N, N], dim=-1)
-    return dict(
-        x=torch.randn(batch, size, size, dim),
-        dt=dt,
-        A=-torch.ones(K, dim, N),
-        B=B,
-        C=C,
-        D=torch.ones(K, dim),
-        dt_bias=torch.empty(K, dim).uniform_(-6.9, -2.3),
-        dt_weight=torch.empty(K, dim, R).uniform_(-(R**-0.5), R**-0.5),
-    )
+from vssm.tools._bench import median_seconds
 
 
-def forward(scan, inputs: dict, **options) -> None:
-    with torch.inference_mode():
-        scan(**inputs, **options)
+def measure(batch: int, size: int, dim: int, rounds: int, with_reference: bool) -> dict[str, Any]:
+    inputs, one_image = scan_inputs(batch, size, dim), scan_inputs(1, size, dim)
+    grad = torch.randn_like(inputs['x'])
+    linear = nn.Linear(dim, dim)
+    row: dict[str, Any] = dict(batch=batch, size=size, dim=dim)
+    for what, call in (('forward', forward), ('step', partial(step, grad=grad))):
+        calls = {
+            'scan_2d': partial(call, selective_scan, inputs),
+            'scan_1d': partial(call, selective_scan, inputs, ndim=1),
+            'linear': partial(call, linear, dict(input=inputs['x'])),
+        }
+        seconds = median_seconds(calls, rounds)
+        if with_reference:
+            calls = {'reference_2d': partial(call, selective_scan_ref, inputs)}
+            seconds |= median_seconds(calls, rounds=3, warmup=1)
+        row |= {f'{what}_{name}_ms': 1e3 * s for name, s in seconds.items()}
+    calls = dict(batch=partial(forward, selective_scan, inputs), one_image=partial(forward, selective_scan, one_image))
+    alone = median_seconds(calls, rounds, repeats=5)
+    row['one_image_throughput'] = alone['batch'] / batch / alone['one_image']
+    row['forward_ns_per_element'] = 1e6 * row['forward_scan_2d_ms'] / (batch * size * size * dim * 4)
+    return row
 
 
-def step(scan, inputs: dict, grad: torch.Tensor, **options) -> None:
-    """Forward and backward."""
-    leaves = {name: t.detach().requires_grad_() for name, t in inputs.items()}
-    scan(**leaves, **options).backward(grad)
+COLUMNS = {  # by their headings, how the cell follows from a row
+    'H=W': lambda r: str(r['size']),
+    'E': lambda r: str(r['dim']),
+    'forward ms': lambda r: f'{r["forward_scan_2d_ms"]:.2f}',
+    'ns/element': lambda r: f'{r["forward_ns_per_element"]:.2f}',
+    'x Linear': lambda r: f'{r["forward_scan_2d_ms"] / r["forward_linear_ms"]:.2f}',
+    '2-D / 1-D': lambda r: f'{r["forward_scan_2d_ms"] / r["forward_scan_1d_ms"]:.2f}',
+    'reference x': lambda r: over_reference(r, 'forward'),
+    'batch 1': lambda r: f'{r["one_image_throughput"]:.2f}',
+    'step ms': lambda r: f'{r["step_scan_2d_ms"]:.2f}',
+    'x Linear step': lambda r: f'{r["step_scan_2d_ms"] / r["step_linear_ms"]:.2f}',
+    'step / forward': lambda r: f'{r["step_scan_2d_ms"] / r["forward_scan_2d_ms"]:.2f}',
+    'reference x step': lambda r: over_reference(r, 'step'),
+}
+
+
+def over_reference(row: dict[str, Any], what: str) -> str:
+    reference = row.get(f'{what}_reference_2d_ms')
+    return '-' if reference is None else f'{reference / row[f"{what}_scan_2d_ms"]:.0f}'
 
 
 def main() -> None:
-    parser = cpu_parser(__doc__, rounds=15)
+    parser = make_parser(__doc__, batch_size=8, rounds=15, threads=0)
     parser.add_argument(
         '--no-reference', action='store_true', help='leave out the reference, which takes most of the time'
     )
     args = parse(parser)
-
-    rows = []
-    for size, dim in STAGES:
-        inputs = scan_inputs(args.batch_size, size, dim)
-        one_image = scan_inputs(1, size, dim)
-        grad = torch.randn_like(inputs['x'])
-        linear = nn.Linear(dim, dim)
-        row = dict(batch=args.batch_size, size=size, dim=dim)
-        for what, call in (('forward', forward), ('step', partial(step, grad=grad))):
-            seconds = interleaved(
-                {
-                    'scan_2d': partial(call, selective_scan, inputs),
-                    'scan_1d': partial(call, selective_scan, inputs, ndim=1),
-                    'linear': partial(call, linear, dict(input=inputs['x'])),
-                },
-                args.rounds,
-            )
-            if not args.no_reference:
-                seconds |= interleaved({'reference_2d': partial(call, selective_scan_ref, inputs)}, rounds=3, warmup=1)
-            row |= {f'{what}_{name}_ms': 1e3 * s for name, s in seconds.items()}
-        alone = interleaved(
-            {
-                'batch': partial(forward, selective_scan, inputs),
-                'one_image': partial(forward, selective_scan, one_image),
-            },
-            args.rounds,
-            repeats=5,
-        )
-        row['one_image_throughput'] = alone['batch'] / args.batch_size / alone['one_image']
-        positions = args.batch_size * size * size * dim * 4
-        row['forward_ns_per_element'] = 1e6 * row['forward_scan_2d_ms'] / positions
-        rows.append(row)
-
-    table = Table(
-        title='selective_scan on the CPU, four orders, N = 1, float32; step = forward + backward',
-        caption=str(conditions()),
-    )
-    for heading in (
-        'H=W',
-        'E',
-        'forward ms',
-        'ns/element',
-        'x Linear',
-        '2-D / 1-D',
-        'reference x',
-        'batch 1',
-        'step ms',
-        'x Linear step',
-        'step / forward',
-        'reference x',
-    ):
-        table.add_column(heading, justify='right')
-    for r in rows:
-
-        def over_reference(what, r=r):
-            reference = r.get(f'{what}_reference_2d_ms')
-            return '-' if reference is None else f'{reference / r[f"{what}_scan_2d_ms"]:.0f}'
-
-        table.add_row(
-            str(r['size']),
-            str(r['dim']),
-            f'{r["forward_scan_2d_ms"]:.2f}',
-            f'{r["forward_ns_per_element"]:.2f}',
-            f'{r["forward_scan_2d_ms"] / r["forward_linear_ms"]:.2f}',
-            f'{r["forward_scan_2d_ms"] / r["forward_scan_1d_ms"]:.2f}',
-            over_reference('forward'),
-            f'{r["one_image_throughput"]:.2f}',
-            f'{r["step_scan_2d_ms"]:.2f}',
-            f'{r["step_scan_2d_ms"] / r["step_linear_ms"]:.2f}',
-            f'{r["step_scan_2d_ms"] / r["forward_scan_2d_ms"]:.2f}',
-            over_reference('step'),
-        )
-    Console().print(table)
-    if args.json:
-        write_json(args.json, 'python benchmarks/op_cpu.py', rows)
+    rows = [measure(args.batch_size, *stage, args.rounds, not args.no_reference) for stage in VMAMBA_STAGES]
+    title = 'selective_scan on the CPU, four orders, N = 1, float32; step = forward + backward'
+    finish(args, rows, title, list(COLUMNS), [[cell(row) for cell in COLUMNS.values()] for row in rows])
 
 
 if __name__ == '__main__':

@@ -27,21 +27,16 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import matplotlib
 import numpy as np
 import torch
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
+from _run import finish, make_parser, parse
 from matplotlib.colors import ListedColormap
-from rich.console import Console
-from rich.table import Table
-from timing import write_json
 
+from vssm.tools._pictures import pyplot, save_figure
 from vssm.tools.main import main as vssm_main
 
 PATCH_SIZE = 512
-WIDTH = 16  # of the features
+WIDTH = 16  # channels of the features
 STROMA, FIRST, SECOND = range(3)
 
 # Training of both tasks: small networks, more learning rate and fewer epochs than a real data set wants.
@@ -67,9 +62,6 @@ NETWORKS = {
 }
 
 
-# ---- slides ----------------------------------------------------------------------------------------------------------
-
-
 def tissue(rng: np.random.Generator) -> np.ndarray:
     """Where an oval slice of tissue with a wavy border has patches, (rows, columns)."""
     height, width = rng.integers(10, 17, 2)
@@ -86,7 +78,7 @@ def neighbours(mask: np.ndarray) -> np.ndarray:
 
 
 def grow(rng: np.random.Generator, start: np.ndarray, free: np.ndarray, cells: int) -> np.ndarray | None:
-    """A connected region of so many free cells that begins in one of `start`; None where there is no room."""
+    """A connected region of `cells` free cells that begins in one of `start`; None where there is no room."""
     region = np.zeros_like(free)
     border = start & free
     for _ in range(cells):
@@ -106,7 +98,7 @@ def touching(rng: np.random.Generator, touch: bool, cells: int = 8) -> tuple[np.
         if first is None:
             continue
         rows, columns = first.any(1), first.any(0)
-        near = np.convolve(columns, np.ones(5), 'same') > 0  # with two columns on both sides
+        near = np.convolve(columns, np.ones(5), 'same') > 0  # and two columns on both sides
         free = mask & ~rows[:, None] & (True if touch else ~near[None])
         next_rows = neighbours(rows[:, None])[:, :1]
         start = neighbours(first) if touch else np.broadcast_to(next_rows, mask.shape)
@@ -119,8 +111,8 @@ def touching(rng: np.random.Generator, touch: bool, cells: int = 8) -> tuple[np.
 
 
 def write_slide(path: Path, rng: np.random.Generator, mask: np.ndarray, kinds: np.ndarray) -> None:
-    """Features of each patch's kind with noise, in the order of a scanner, row by row."""
-    looks = np.random.default_rng(7).normal(size=(3, WIDTH))  # the same on all slides
+    """Write features of each patch's kind with noise, in the order of a scanner, row by row."""
+    looks = np.random.default_rng(7).normal(size=(3, WIDTH))  # equal on all slides
     cells = np.argwhere(mask)  # [n, (row, column)]
     features = looks[kinds[mask]] + 0.3 * rng.normal(size=(len(cells), WIDTH))
     with h5py.File(path, 'w') as file:
@@ -129,7 +121,7 @@ def write_slide(path: Path, rng: np.random.Generator, mask: np.ndarray, kinds: n
 
 
 def write_touching(folder: Path, counts: dict[str, int], seed: int = 0) -> None:
-    """FOLDER/labels.csv and a file for each slide, half of each split touching."""
+    """Write FOLDER/labels.csv and a file for each slide; in half of each split the tissues touch."""
     rng = np.random.default_rng(seed)
     rows = [(split, i % 2 == 1) for split, count in counts.items() for i in range(count)]
     with open(folder / 'labels.csv', 'w', newline='') as file:
@@ -142,7 +134,7 @@ def write_touching(folder: Path, counts: dict[str, int], seed: int = 0) -> None:
 
 
 def write_survival(folder: Path, counts: dict[str, int], seed: int = 0) -> dict[str, float]:
-    """FOLDER/survival.csv and a file for each slide; gives the log-risk of each case, which no file holds."""
+    """Write FOLDER/survival.csv and a file for each slide; return the log-risk of each case, which no file holds."""
     rng = np.random.default_rng(seed)
     splits = [split for split, count in counts.items() for _ in range(count)]
     risks = {}
@@ -164,9 +156,6 @@ def write_survival(folder: Path, counts: dict[str, int], seed: int = 0) -> dict[
     return risks
 
 
-# ---- trainings -------------------------------------------------------------------------------------------------------
-
-
 def vssm(*arguments: object) -> None:
     status = vssm_main([str(argument) for argument in arguments])
     if status:
@@ -174,7 +163,7 @@ def vssm(*arguments: object) -> None:
 
 
 def train(config: str, data: Path, work_dir: Path, seeds: list[int], options: dict[str, object]) -> dict[str, Any]:
-    """What `vssm wsi-repeat` writes: the test metrics of each seed, their mean and deviation."""
+    """Train by `vssm wsi-repeat`, and return its test metrics of each seed, their mean and deviation."""
     changes = [f'{key}={value!r}' for key, value in (TRAINING | options).items()]
     where = ['--data-root', data, '--work-dir', work_dir]
     vssm('wsi-repeat', config, '--seeds', *seeds, *where, '--cfg-options', *changes)
@@ -231,7 +220,8 @@ def true_c_index(predictions: Path, risks: dict[str, float]) -> float:
 
 
 def draw_touch(rows: list[dict[str, Any]], path: Path) -> None:
-    """Slides of both classes, and the accuracies of the networks."""
+    """Draw slides of both classes, and the accuracies of the networks."""
+    plt = pyplot()
     rng = np.random.default_rng(3)
     colours = ListedColormap(['white', '0.85', 'tab:purple', 'tab:orange'])
     fig, axes = plt.subplot_mosaic('abx;cdx', figsize=(11, 5.2), width_ratios=(1, 1, 2.4), layout='constrained')
@@ -247,30 +237,27 @@ def draw_touch(rows: list[dict[str, Any]], path: Path) -> None:
     ax.set(yticks=range(len(rows)), yticklabels=[row['name'] for row in reversed(rows)], xlim=(0, 1))
     ax.set(xlabel='accuracy on 300 held-out slides, mean and each seed')
     ax.legend(loc='lower right')
-    fig.savefig(path, dpi=100)
+    save_figure(fig, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument('task', choices=('touch', 'survival'))
-    parser.add_argument('--networks', nargs='+', choices=NETWORKS, help='of the task touch, all unless given')
+    parser.add_argument('--networks', nargs='+', choices=NETWORKS, help='networks of the task touch, all unless given')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1])
     parser.add_argument('--train', type=int, help='slides or cases to train on')
     parser.add_argument('--epochs', type=int)
     parser.add_argument('--picture', type=Path)
-    parser.add_argument('--json', type=Path)
-    args = parser.parse_args()
+    args = parse(parser)
     with tempfile.TemporaryDirectory() as folder:
         rows = dict(touch=run_touch, survival=run_survival)[args.task](Path(folder), args)
-    table = Table('network', *list(rows[0])[1:])
-    for row in rows:
-        values = [row.get(key, '') for key in list(rows[0])[1:]]
-        table.add_row(
-            row['name'], *(f'{v:.3f}' if isinstance(v, float) else ' '.join(f'{x:.3f}' for x in v) for v in values)
-        )
-    Console().print(table)
-    if args.json:
-        write_json(args.json, f'python benchmarks/synthetic_slides.py {" ".join(sys.argv[1:])}', rows)
+    keys = list(rows[0])[1:]
+    cells = [[row['name'], *(figures(row.get(key, [])) for key in keys)] for row in rows]
+    finish(args, rows, f'synthetic slides, {args.task}', ['network', *keys], cells)
+
+
+def figures(value: float | list[float]) -> str:
+    return ' '.join(f'{x:.3f}' for x in (value if isinstance(value, list) else [value]))
 
 
 if __name__ == '__main__':

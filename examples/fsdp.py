@@ -34,8 +34,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from vssm.models.files import replacing
 from vssm.models.mm import GuardedDataset, RunError, save_for_timm
-from vssm.models.mm.utils import mix_seeds, replacing, seed_everything
+from vssm.models.mm.utils import mix_seeds, seed_everything
 from vssm.tools._common import UsageError, add_run_arguments, read_config
 
 
@@ -58,11 +59,11 @@ def build_model(cfg: Config, device: str) -> nn.Module:
     for stage in classifier.model.stages:
         for block in stage.blocks:
             fully_shard(block, mesh=mesh)
-    return fully_shard(classifier, mesh=mesh)  # what the blocks leave: stem, downsampling, head
+    return fully_shard(classifier, mesh=mesh)  # the modules outside the blocks: stem, downsampling, head
 
 
 def build_schedulers(cfg: Config, optimizer: Optimizer, epoch_length: int) -> list:
-    """Those of the config, which end with the training unless they say when."""
+    """The schedulers of the config, which end with the training unless they say when."""
     epochs, schedulers = cfg.train_cfg.max_epochs, []
     for scheduler in cfg.param_scheduler:
         end = epochs if scheduler.get('by_epoch', True) else epochs * epoch_length
@@ -106,7 +107,7 @@ def train(cfg: Config, folder: Path, device: str, resumes: bool) -> None:
     start, end, length = 0, cfg.train_cfg.max_epochs, len(loader)
     if resumes and (folder / 'resume.pt').is_file():
         start = resume(folder, classifier, optimizer, schedulers)
-    optim_wrapper.initialize_count_status(classifier, start * length, end * length)  # where gradients accumulate
+    optim_wrapper.initialize_count_status(classifier, start * length, end * length)  # to accumulate gradients
 
     for epoch in range(start, end):
         loader.sampler.set_epoch(epoch)
@@ -121,7 +122,7 @@ def train(cfg: Config, folder: Path, device: str, resumes: bool) -> None:
                     scheduler.step()
             if last or (i + 1) % cfg.default_hooks.logger.interval == 0:
                 all_reduce(loss, 'mean')
-                if not math.isfinite(loss):  # in all processes alike, and before it is saved
+                if not math.isfinite(loss):  # in all processes alike, and before anything is saved
                     raise RunError(f'the loss is {loss.item()} in epoch {epoch + 1}, iteration {i + 1}.')
                 if dist.get_rank() == 0:
                     print(f'epoch {epoch + 1}/{end}  {i + 1}/{length}  loss {loss:.4f}  lr {rate:.2e}', flush=True)
@@ -131,7 +132,7 @@ def train(cfg: Config, folder: Path, device: str, resumes: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config', metavar='CONFIG', help='name, as in `vssm configs`, or path of a config')
-    add_run_arguments(parser)  # --launcher has no say: it is torchrun
+    add_run_arguments(parser)  # --launcher has no effect: it is torchrun
     parser.add_argument('--resume', action='store_true', help='go on from resume.pt in the work dir, if there is one')
     args = parser.parse_args()
     if not dist.is_torchelastic_launched():

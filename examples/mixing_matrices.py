@@ -16,13 +16,13 @@ from torch import Tensor
 
 
 def decays_1d(a: Tensor) -> Tensor:
-    """What remains at p of what q put into the state: a[p] ... a[q+1], along the flattened walk, 0 for q after p.
+    """What remains at p of what q put into the state: a[p] ... a[q+1] along the flattened walk, or 0 if q is after p.
 
     Args:
         a: Decays, (outer, inner, N).
 
     Returns:
-        (outer * inner, outer * inner, N), p first.
+        The decays from every q to every p, (outer * inner, outer * inner, N), p first.
     """
     a = a.flatten(0, 1)
     out = a.new_zeros(len(a), *a.shape)
@@ -33,7 +33,14 @@ def decays_1d(a: Tensor) -> Tensor:
 
 
 def decays_2d(a: Tensor) -> Tensor:
-    """The same of the 2-D scan, from q = (k, l) to p = (i, j): along the row k to column j, then along j to row i."""
+    """What remains in the 2-D scan at p = (i, j) of what q = (k, l) put in, along row k to column j, then to row i.
+
+    Args:
+        a: Decays, (outer, inner, N).
+
+    Returns:
+        The decays from every q to every p, (outer * inner, outer * inner, N), p first.
+    """
     outer, inner = a.shape[:2]
     out = a.new_zeros(outer, inner, *a.shape)
     for i in range(outer):
@@ -61,11 +68,11 @@ def scan_matrix(
         B: Input map, (H, W, K, N).
         C: Output map, (H, W, K, N).
         D: Skip connection, (K,).
-        ndim: Which scan, 1 or 2.
-        orders: Which walks, K of them.
+        ndim: Number of dimensions of the scan, 1 or 2.
+        orders: Orders of the walks, K of them.
 
     Returns:
-        (HW, HW).
+        The matrix, (HW, HW).
     """
     height, width = dt.shape[:2]
     M = D.sum() * torch.eye(height * width, dtype=dt.dtype)
@@ -83,12 +90,12 @@ def fusion_matrix(weight: Tensor, height: int, width: int) -> Tensor:
     """The state fusion of one channel, h' = F h; a tap beyond the border takes the nearest position.
 
     Args:
-        weight: A 3x3 kernel for each of the dilations 1, 3 and 5, (3, 3, 3).
-        height: Of the map.
-        width: Of the map.
+        weight: Kernels of 3x3 for the dilations 1, 3 and 5, (3, 3, 3).
+        height: Height of the map.
+        width: Width of the map.
 
     Returns:
-        (HW, HW).
+        The matrix F, (HW, HW).
     """
     F = weight.new_zeros(height, width, height, width)
     for kernel, dilation in zip(weight, (1, 3, 5), strict=True):
@@ -105,7 +112,7 @@ def fusion_matrix(weight: Tensor, height: int, width: int) -> Tensor:
 def fused_matrix(dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, weight: Tensor) -> Tensor:
     """M of Spatial-Mamba's mixer: the states of the 1-D scan, fused, read by C, and D x added.
 
-    Args as those of `scan_matrix` and `fusion_matrix`, K = 1.
+    The arguments are those of `scan_matrix` and `fusion_matrix`, with K = 1.
     """
     states = scan_matrix(dt, A, B, torch.ones_like(C), torch.zeros_like(D), ndim=1, orders=(0,))
     M = C.flatten().unsqueeze(1) * (fusion_matrix(weight, *dt.shape[:2]) @ states)
@@ -113,7 +120,7 @@ def fused_matrix(dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, weight:
 
 
 def draw(path: str, height: int = 9, width: int = 9) -> None:
-    """The three matrices, and what the central position takes from the map, for random step sizes, B and C."""
+    """Draw the three matrices, and what the central position takes from the map, for random step sizes, B and C."""
     import matplotlib
 
     matplotlib.use('Agg')

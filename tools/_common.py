@@ -4,17 +4,16 @@
 import argparse
 import ast
 import difflib
-import os
+import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from .. import configs
-from ..models.backbone import ALIASES
-from ..models.weights import list_models
+from ..models.files import replacing
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -33,7 +32,7 @@ def config_dir() -> Path:
 
 def list_configs() -> list[str]:
     """Names of the shipped configs, such as 'digits/vmamba2d_test'."""
-    paths = [path for path in config_dir().glob('*/**/*.py') if not path.name.startswith('_')]  # what configs share
+    paths = [path for path in config_dir().glob('*/**/*.py') if not path.name.startswith('_')]  # _NAME is shared
     return sorted(path.relative_to(config_dir()).with_suffix('').as_posix() for path in paths)
 
 
@@ -57,58 +56,34 @@ def did_you_mean(name: str, names: Sequence[str]) -> str:
     return f' Did you mean {close[0]!r}?' if close else ''
 
 
-def find_timm_model(name: str) -> str:
-    """Any model of timm by its name, ours among them, with or without a tag.
-
-    Raises:
-        UsageError: There is no such model or tag.
-    """
-    import timm
-    from timm.models import resolve_pretrained_cfg
-
-    base, dot, tag = name.partition('.')
-    base = ALIASES.get(base, base)
-    if not timm.is_model(base):
-        close = difflib.get_close_matches(base, timm.list_models(), n=3)
-        hint = f' Did you mean {" or ".join(map(repr, close))}?' if close else ''
-        raise UsageError(f'MODEL must be a model of timm, got {name!r}.{hint}')
-    try:
-        resolve_pretrained_cfg(base, tag or None)
-    except RuntimeError as error:
-        raise UsageError(str(error)) from error
-    return base + dot + tag
-
-
 def write_file(path: Path, data: bytes) -> None:
     """Replace a file as a whole, or not at all.
 
     Raises:
         UsageError: It cannot be written.
     """
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(data)
     except OSError as error:
         raise UsageError(f'{path} cannot be written: {error}') from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
-def find_model(name: str) -> str:
-    """One of our models by its name, or by that of the paper's code, with or without a tag."""
-    base = name.partition('.')[0]
-    base = ALIASES.get(base, base)
-    names = list_models()
-    if base not in names:
-        raise UsageError(
-            f'NAME must be one of the models that `vssm info` lists, got {name!r}.{did_you_mean(name, names)}'
-        )
-    return base
+def write_json(path: Path, content: Any) -> None:
+    """Replace a file by what `to_json` says.
+
+    Raises:
+        UsageError: It cannot be written.
+    """
+    write_file(path, to_json(content).encode())
+
+
+def to_json(content: Any) -> str:
+    return json.dumps(content, indent=2) + '\n'
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that a training and a test share."""
+    """Add the options that a training and a test share."""
     parser.add_argument('--work-dir', metavar='DIR', type=Path, help='where to write (default: work_dirs/CONFIG)')
     parser.add_argument('--data-root', metavar='DIR', help='folder of the data, in place of the one in the config')
     parser.add_argument(
@@ -129,35 +104,8 @@ def read_config(args: argparse.Namespace) -> 'Config':
         UsageError: There is no such config, or an option does not fit it.
     """
     path = find_config(args.config)
-    options = {}
-    for option in args.cfg_options:
-        key, equals, value = option.partition('=')
-        if not key or not equals:
-            raise UsageError(f'--cfg-options must be KEY=VALUE, such as train_cfg.max_epochs=2, got {option!r}.')
-        try:
-            options[key] = ast.literal_eval(value)
-        except (SyntaxError, ValueError):
-            if value.startswith(('[', '{', '(')):
-                raise UsageError(f'--cfg-options values in brackets must be Python literals, got {option!r}.') from None
-            options[key] = value
-
-    quieten_packages()
-    import mmengine.runner  # first: where a config imports it in vain, mmengine hides the reason  # noqa: F401
-    from mmengine.config import Config
-
-    try:
-        cfg = Config.fromfile(path)
-    except ModuleNotFoundError as error:
-        if 'pkg_resources' in str(error):
-            raise UsageError("mmengine needs pkg_resources: run `pip install 'setuptools<82'`.") from error
-        for package in ('mmdet', 'mmseg'):  # of a base in them, which mmengine names in its sentence alone
-            if str(error).startswith(package):
-                error.name = package
-        raise
-    except ImportError as error:
-        while error.__context__ is not None and not isinstance(error, ModuleNotFoundError):
-            error = error.__context__  # of the config's own imports mmengine hides the reason
-        raise error from None
+    options = dict(_parse_option(option) for option in args.cfg_options)
+    cfg = load_config(args.config)
     if args.data_root is not None:
         _move_data(cfg, args.data_root)
     try:
@@ -169,15 +117,56 @@ def read_config(args: argparse.Namespace) -> 'Config':
     return cfg
 
 
+def _parse_option(option: str) -> tuple[str, Any]:
+    """Split KEY=VALUE; a value that is no Python literal is taken as text."""
+    key, equals, value = option.partition('=')
+    if not key or not equals:
+        raise UsageError(f'--cfg-options must be KEY=VALUE, such as train_cfg.max_epochs=2, got {option!r}.')
+    try:
+        return key, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        if value.startswith(('[', '{', '(')):
+            raise UsageError(f'--cfg-options values in brackets must be Python literals, got {option!r}.') from None
+        return key, value
+
+
+def load_config(name: str) -> 'Config':
+    """A config by name or path, with its bases.
+
+    Raises:
+        UsageError: There is no such config.
+        ImportError: A package that it imports is missing; the error is that of the package.
+    """
+    path = find_config(name)
+    quieten_packages()
+    import mmengine.runner  # noqa: F401  # first: where only a config imports it in vain, mmengine hides the reason
+    from mmengine.config import Config
+
+    try:
+        return Config.fromfile(path)
+    except ModuleNotFoundError as error:
+        if 'pkg_resources' in str(error):
+            raise UsageError("mmengine needs pkg_resources: run `pip install 'setuptools<82'`.") from error
+        for package in ('mmdet', 'mmseg'):  # mmengine names the package of a base in its sentence alone
+            if str(error).startswith(package):
+                error.name = package
+        raise
+    except ImportError as error:
+        reason: BaseException = error
+        while reason.__context__ is not None and not isinstance(reason, ModuleNotFoundError):
+            reason = reason.__context__  # behind the config's own imports mmengine hides the reason
+        raise reason from None
+
+
 def quieten_packages() -> None:
-    """Pass over what mmengine, mmdet and mmseg warn of that is their own affair."""
+    """Silence warnings of mmengine, mmdet and mmseg that concern nobody but their authors."""
     about = 'pkg_resources is deprecated|.* be deprecated|Default ``avg_non_ignore``|The draw is False'
     warnings.filterwarnings('ignore', about, UserWarning)
 
 
 def _move_data(cfg: 'Config', root: str) -> None:
     """Let all data sets and metrics look for their files in another folder."""
-    if 'dataset' in cfg:  # what the data sets have in common
+    if 'dataset' in cfg:  # the settings that all data sets share
         cfg.dataset.data_root = root
         return
     roots = {loader.dataset.get('data_root') for loader in (cfg.train_dataloader, cfg.val_dataloader)}

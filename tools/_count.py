@@ -3,10 +3,9 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +13,42 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..models import SpatialMamba, VMamba
 from ..ops import selective_scan_fvcore_macs, state_fusion_fvcore_macs, use_reference
+from ._models import count_params
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
+
+aten = torch.ops.aten
+
+# The one table of rules beside products and convolutions, which all counters count alike, and our ops, whose formulas
+# are in ops/: multiply-accumulates for an element of an operation's input. They are fvcore's, by which papers count.
+RULES = dict(layer_norm=5, batch_norm=2, mean=0, adaptive_avg_pool2d=1, upsample_bilinear2d=4)
+OF_OUTPUT = {'upsample_bilinear2d'}  # here the rule is for an element of the output
+
+# Where PyTorch's counter meets them; it decomposes a batch norm unless the overload has a rule, too.
+OPERATIONS = {
+    aten.native_layer_norm: 'layer_norm',
+    aten.native_batch_norm: 'batch_norm',
+    aten.native_batch_norm.default: 'batch_norm',
+    aten.mean: 'mean',
+    aten._adaptive_avg_pool2d: 'adaptive_avg_pool2d',
+    aten.upsample_bilinear2d: 'upsample_bilinear2d',
+}
+
+
+def rules_of(model: nn.Module) -> dict[str, int]:
+    """The rules for a model: RULES, but for our classifiers what their authors counted.
+
+    They counted a batch norm as in training, and VMamba's mean as the pooling layer that it was.
+    """
+    if isinstance(model, (SpatialMamba, VMamba)):
+        return RULES | dict(batch_norm=5, mean=int(isinstance(model, VMamba)))
+    return RULES
 
 
 @dataclass
 class Cost:
-    """Of one image; `modules` has the same of each part, `uncounted` what fvcore leaves out although it costs."""
+    """Counts for one image; `modules` has those of each part, `uncounted` names what costs but fvcore leaves out."""
 
     params: int
     activations: int
@@ -31,13 +61,12 @@ def count_fvcore(model: nn.Module, image: Tensor, depth: int = 0) -> Cost:
     """Trace a model with fvcore, which computes it once: parts of it have no way on the meta device.
 
     Activations are the elements that convolutions and matrix products give, fvcore's rule, also those within our ops.
-    Other libraries' models have fvcore's count as it is. In ours a batch norm counts as in training, 5 per element, and
-    VMamba's mean as the pooling layer that its authors' counter saw.
+    Models of other libraries are counted by fvcore's rules alone, ours by those of `rules_of`.
 
     Args:
-        model: In evaluation mode, on the CPU.
-        image: (1, in_chans, H, W).
-        depth: How many levels of modules to list.
+        model: Model in evaluation mode, on the CPU.
+        image: Image, (1, in_chans, H, W).
+        depth: Number of levels of modules to list.
     """
     from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
     from fvcore.nn.jit_analysis import JitModelAnalysis
@@ -48,20 +77,20 @@ def count_fvcore(model: nn.Module, image: Tensor, depth: int = 0) -> Cost:
     macs.set_op_handle('vssm::state_fusion', state_fusion_fvcore_macs)
     activations.set_op_handle('vssm::selective_scan', _scan_activations)
     activations.set_op_handle('vssm::state_fusion', _fusion_activations)
-    if isinstance(model, (SpatialMamba, VMamba)):
-        macs.set_op_handle('aten::batch_norm', elementwise_flop_counter(5, 0))
-        macs.set_op_handle('aten::mean', elementwise_flop_counter(int(isinstance(model, VMamba)), 0))
+    rules = rules_of(model)
+    for name in ('batch_norm', 'mean') if rules != RULES else ():
+        macs.set_op_handle(f'aten::{name}', elementwise_flop_counter(rules[name], 0))
 
     both = JitModelAnalysis(model, image)  # one trace for the two
     both.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings('none')
     for name in {**macs._op_handles, **activations._op_handles}:
         both.set_op_handle(name, _both(macs._op_handles.get(name), activations._op_handles.get(name)))
-    with torch.no_grad(), use_reference(False):  # the reference is other operations, of another cost
+    with torch.no_grad(), use_reference(False):  # the reference has other operations, which cost otherwise
         counts = both.by_module_and_operator()
     modules = [
         dict(
             name=name,
-            params=_params(module),
+            params=count_params(module),
             activations=int(counts[name]['activations']),
             gmacs=counts[name]['macs'] / 1e9,
         )
@@ -70,11 +99,7 @@ def count_fvcore(model: nn.Module, image: Tensor, depth: int = 0) -> Cost:
     ]
     uncounted = [op.removeprefix('aten::') for op in both.unsupported_ops() if 'attention' in op]
     total = counts['']
-    return Cost(_params(model), int(total['activations']), int(total['macs']), modules, uncounted)
-
-
-def _params(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+    return Cost(count_params(model), int(total['activations']), int(total['macs']), modules, uncounted)
 
 
 def _both(macs: Callable | None, activations: Callable | None) -> Callable:
@@ -86,7 +111,7 @@ def _both(macs: Callable | None, activations: Callable | None) -> Callable:
 
 
 def _scan_activations(inputs: list[Any], outputs: list[Any]) -> int:
-    """The step sizes of every channel, where the op expands them: a matrix product."""
+    """The step sizes of every channel, a matrix product, where the op itself expands them."""
     x, K, dt_weight = inputs[0].type().sizes(), inputs[2].type().sizes()[0], inputs[7]
     return math.prod(x) * K if dt_weight.isCompleteTensor() else 0
 
@@ -95,47 +120,68 @@ def _fusion_activations(inputs: list[Any], outputs: list[Any]) -> int:
     return 3 * math.prod(inputs[0].type().sizes())  # three convolutions
 
 
-def count_torch(model: nn.Module, image: Tensor, rules: dict[Any, Callable] | None = None) -> int:
-    """Multiply-accumulates by PyTorch's FlopCounterMode, which counts two FLOPs for one.
+def count_torch(forward: Callable[[Tensor], Any], image: Tensor, rules: Mapping[str, int] | None = None) -> int:
+    """Multiply-accumulates by PyTorch's FlopCounterMode; on the meta device they cost no computation.
 
     Args:
-        model: Any callable; on the meta device it costs no computation.
-        image: (1, in_chans, H, W).
-        rules: More formulas, as `custom_mapping` takes them.
+        forward: Model in evaluation mode, or a part of one.
+        image: Image, (1, in_chans, H, W).
+        rules: Rules such as RULES; without them PyTorch counts products, convolutions and our ops alone.
     """
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(use_reference(False))
-        counter = stack.enter_context(FlopCounterMode(display=False, custom_mapping=rules))
-        model(image)
-    return counter.get_total_flops() // 2
+    formulas = {op: _formula(name, rules[name]) for op, name in OPERATIONS.items()} if rules else {}
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    with torch.no_grad(), use_reference(False), counter:  # the reference has other operations, which cost otherwise
+        forward(image)
+    return counter.get_total_flops() // 2  # it counts two for a multiply-accumulate
 
 
-# ---- detectors and segmentors ----------------------------------------------------------------------------------------
+def _formula(name: str, macs: int) -> Callable[..., int]:
+    """FLOPs of an operation by the shapes of its first input and its output."""
+    of_output = name in OF_OUTPUT
+    return lambda x, *args, out_shape, **kwargs: 2 * macs * math.prod(out_shape if of_output else x)
 
 
-def _each(factor: int, of_output: bool = False) -> Callable[..., int]:
-    """Of an operation with its inputs' shapes: so many for each element of its first input or of its output."""
-    return lambda x, *args, out_shape, **kwargs: 2 * factor * math.prod(out_shape if of_output else x)
+def count_macs(model: nn.Module, image: Tensor) -> int:
+    """Multiply-accumulates of one of our classifiers by fvcore's rules.
 
-
-# fvcore's rules, by which the published numbers were counted; PyTorch counts two for a multiply-add.
-RULES = {
-    torch.ops.aten.native_layer_norm: _each(5),
-    torch.ops.aten.native_batch_norm: _each(2),
-    torch.ops.aten.native_batch_norm.default: _each(2),  # both, or the counter decomposes it
-    torch.ops.aten._adaptive_avg_pool2d: _each(1),
-    torch.ops.aten.upsample_bilinear2d: _each(4, of_output=True),
-}
-
-
-def multiply_adds(model: nn.Module, shape: Sequence[int], rules: dict[Any, Callable] | None = RULES) -> int:
-    """Of a segmentor without its auxiliary head, of a Mask R-CNN with 1000 proposals and 100 masks.
+    fvcore itself has to trace the model, for which PyTorch's convolution on the meta device is not made.
 
     Args:
-        model: What mmseg's or mmdet's registry builds, on the meta device, in evaluation mode.
+        model: Classifier in evaluation mode, here on the meta device.
+        image: Image, (1, in_chans, H, W).
+    """
+    return count_torch(model, image, rules_of(model))
+
+
+# Height and width of the image at which papers count.
+DENSE_SHAPES = dict(segmentor=(512, 2048), detector=(800, 1280))
+
+
+def dense_kind(cfg: 'Config') -> str | None:
+    """Whether a config's model is a 'segmentor' or a 'detector', None if it is neither."""
+    if 'decode_head' in cfg.model:
+        return 'segmentor'
+    return 'detector' if 'roi_head' in cfg.model else None
+
+
+def build_dense(cfg: 'Config') -> nn.Module:
+    """The whole segmentor or detector of a config, on the meta device, in evaluation mode."""
+    from mmengine.registry import MODELS, init_default_scope
+
+    init_default_scope(cfg.default_scope)
+    with torch.device('meta'):
+        return MODELS.build(cfg.model).eval()
+
+
+def multiply_adds(model: Any, shape: Sequence[int], rules: Mapping[str, int] | None = RULES) -> int:
+    """Multiply-accumulates of a segmentor or of a Mask R-CNN.
+
+    Those of the segmentor are without its auxiliary head, those of the Mask R-CNN with 1000 proposals and 100 masks.
+
+    Args:
+        model: Segmentor or detector, such as `build_dense` makes.
         shape: Height and width of the image.
-        rules: As of `count_torch`; None counts as PyTorch does.
+        rules: Rules that `count_torch` takes.
     """
 
     def forward(image: Tensor) -> None:

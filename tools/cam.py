@@ -9,13 +9,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ._common import UsageError, console
-from .erf import (
+from ._pictures import (
     add_picture_arguments,
     build_models,
     check_picture_arguments,
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     for model, name, weights in build_models(args):
         try:
             activation, class_index, probability = activation_map(model, image, args.class_index)
-        except (AssertionError, RuntimeError) as error:  # of networks for images of one size
+        except (AssertionError, RuntimeError) as error:  # from networks for images of one size
             raise UsageError(f'--size must fit {name}, got {args.size}: {error}') from error
         maps.append(activation)
         titles.append(f'{name}\n{weights}\nclass {class_index}, probability {probability:.2g}')
@@ -60,13 +60,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def activation_map(model: nn.Module, image: Tensor, class_index: int | None = None) -> tuple[Tensor, int, float]:
+def activation_map(model: Any, image: Tensor, class_index: int | None = None) -> tuple[Tensor, int, float]:
     """Where an image speaks for a class.
 
     Args:
-        model: A classifier of timm's with feature maps, in evaluation mode.
-        image: Values in [0, 1], (3, H, W).
-        class_index: The class, the likeliest if None.
+        model: Classifier of timm's with feature maps, in evaluation mode.
+        image: Image with values in [0, 1], (3, H, W).
+        class_index: Number of the class; None takes the likeliest.
 
     Returns:
         The map, from 0 to 1 at its maximum, (H, W); the class; and the model's probability of it.
@@ -97,7 +97,7 @@ def activation_map(model: nn.Module, image: Tensor, class_index: int | None = No
 
 
 def draw(image: Tensor, maps: Sequence[Tensor], titles: Sequence[str]) -> 'Figure':
-    """The image, and beside it the maps, each over the image in grey."""
+    """Draw the image, and beside it the maps, each over the image in grey."""
     plt = pyplot()
     columns = len(maps) + 1
     fig, axes = plt.subplots(1, columns, figsize=(3.1 * columns + 1, 4.1), layout='constrained', sharey=True)

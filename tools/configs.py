@@ -6,27 +6,24 @@ import ast
 import fnmatch
 import sys
 
-from rich.table import Table
-
-from ._common import UsageError, console, find_config, list_configs
+from ._common import UsageError, find_config, list_configs
+from ._tables import print_table
 
 EXAMPLE = "vssm configs 'digits/*'"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('pattern', metavar='PATTERN', nargs='?', default='*', help='which ones, * for any text')
+    parser.add_argument(
+        'pattern', metavar='PATTERN', nargs='?', default='*', help='pattern of their names, * for any text'
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     names = fnmatch.filter(list_configs(), args.pattern)
     if not names:
         raise UsageError(f'PATTERN must match one of {", ".join(list_configs())}, got {args.pattern!r}.')
-    table = Table()
-    table.add_column('config', no_wrap=True)
-    table.add_column('what it trains')
-    for name in names:
-        table.add_row(name, ast.get_docstring(ast.parse(find_config(name).read_text())))
-    console.print(table)
+    rows = [(name, ast.get_docstring(ast.parse(find_config(name).read_text())) or '') for name in names]
+    print_table(['config', 'what it trains'], rows)
     return 0
 
 

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 from ..models.weights import WEIGHTS, convert
-from ._common import UsageError, console, find_model
+from ._common import UsageError, console
+from ._models import find_model
 
 EXAMPLE = 'vssm convert vssm1_tiny_0230s_ckpt_epoch_264.pth vmamba_tiny.safetensors'
 

@@ -10,18 +10,16 @@ import argparse
 import hashlib
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
 from ..version import __version__
-from ._common import console, find_config
+from ._common import console, load_config, write_json
+from ._pictures import pyplot, save_figure
+from ._tables import print_table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,13 +33,17 @@ TITLES = {'2d': '2-D scan', '1d': '1-D scan'}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        '--work-dir', metavar='DIR', type=Path, default=Path('work_dirs/digits'), help='default: work_dirs/digits'
+        '--work-dir',
+        metavar='DIR',
+        type=Path,
+        default=Path('work_dirs/digits'),
+        help='where to write (default: work_dirs/digits)',
     )
     parser.add_argument('--force', action='store_true', help='train again, even if DIR holds the results of this code')
 
 
 def run(args: argparse.Namespace) -> int:
-    for package in ('mmengine', 'sklearn', 'matplotlib'):  # better now than after the training
+    for package in ('mmengine', 'sklearn', 'matplotlib'):  # better told now than after the training
         if importlib.util.find_spec(package) is None:
             raise ModuleNotFoundError(name=package)
     metrics_path = args.work_dir / 'metrics.json'
@@ -53,10 +55,8 @@ def run(args: argparse.Namespace) -> int:
             _show(metrics, args.work_dir)
             return 0
 
-    from mmengine.config import Config
-
     start = time.time()
-    cfg = Config.fromfile(find_config(CONFIGS['2d']))
+    cfg = load_config(CONFIGS['2d'])
     args.work_dir.mkdir(parents=True, exist_ok=True)
     run_dirs = {scan: args.work_dir / Path(config).name for scan, config in CONFIGS.items()}
     if not _train(run_dirs, cfg.train_cfg.max_epochs):
@@ -75,20 +75,20 @@ def run(args: argparse.Namespace) -> int:
         'vssm': __version__,
         'fingerprint': fingerprint,
     }
-    _replace(metrics_path, lambda path: path.write_text(json.dumps(metrics, indent=2) + '\n'))
+    write_json(metrics_path, metrics)
     _show(metrics, args.work_dir)
     return 0
 
 
 def _fingerprint() -> str:
-    """Digest of what decides the results: our code and PyTorch's version."""
+    """A digest of what decides the results: our code and PyTorch's version."""
     import torch
 
     from .. import configs, models, ops
 
     digest = hashlib.sha256(torch.__version__.encode())
     for package in (configs, models, ops):
-        for path in sorted(Path(package.__file__).parent.rglob('*')):
+        for path in sorted(Path(package.__path__[0]).rglob('*')):
             if path.suffix in ('.py', '.so'):
                 digest.update(path.read_bytes())
     digest.update(Path(__file__).read_bytes())
@@ -142,7 +142,7 @@ def _train(run_dirs: dict[str, Path], epochs: int) -> bool:
 
 
 def _read_curves(run_dir: Path, since: float) -> dict[str, list[float]]:
-    """Training loss and held-out accuracy of every epoch so far, of the run that began after a point in time."""
+    """Training loss and held-out accuracy of every epoch so far, for the run that began after a point in time."""
     files = [path for path in run_dir.glob('*/vis_data/scalars.json') if path.stat().st_mtime >= since]
     records = [json.loads(line) for line in max(files).read_text().splitlines()] if files else []
     return {
@@ -160,7 +160,7 @@ def _predict(checkpoints: dict[str, Path]) -> tuple['np.ndarray', 'np.ndarray', 
     from ..models.mm import Digits
 
     digits = Digits('heldout')
-    images = torch.stack([sample['inputs'] for sample in digits])
+    images = torch.stack([digits[i]['inputs'] for i in range(len(digits))])
     predictions = {}
     for scan, path in checkpoints.items():
         with safe_open(path, framework='pt') as file:
@@ -180,11 +180,7 @@ def _draw(
     predictions: dict[str, 'np.ndarray'],
 ) -> None:
     """Draw the curves of both scans, and below them held-out digits with what each scan takes them for."""
-    import matplotlib
-
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     fig, axes = plt.subplots(2, 2, figsize=(12, 9.5), height_ratios=(4, 5), layout='constrained')
     fig.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
     for ax, name, title in zip(axes[0], ('loss', 'accuracy'), ('Training loss', 'Held-out accuracy (%)'), strict=True):
@@ -201,17 +197,16 @@ def _draw(
         ax.set_title(f'{TITLES[scan]}: {wrong} of {len(labels)} held-out digits wrong')
         _draw_digits(ax, images, labels, predictions[scan])
     fig.supxlabel('Below each digit what the network reads; if wrong, in red with the true digit in brackets.')
-    _replace(path, lambda temporary: fig.savefig(temporary, format='png', dpi=110))
-    plt.close(fig)
+    save_figure(fig, path, dpi=110)
 
 
 def _draw_digits(ax: 'Axes', images: 'np.ndarray', labels: 'np.ndarray', predictions: 'np.ndarray') -> None:
-    """A grid of digits over what they were taken for, the wrong ones first."""
+    """Draw a grid of digits over what they were taken for, the wrong ones first."""
     columns, rows = 10, 6
     order = sorted(range(len(labels)), key=lambda i: predictions[i] == labels[i])
     for cell, i in enumerate(order[: columns * rows]):
-        y, x = divmod(cell, columns)
-        y *= 1.4  # room for the label
+        row, x = divmod(cell, columns)
+        y = 1.4 * row  # leaves room for the label
         right = predictions[i] == labels[i]
         ax.imshow(images[i], cmap='gray', extent=(x, x + 0.92, y + 0.92, y), vmin=-1, vmax=1)
         ax.text(
@@ -227,19 +222,12 @@ def _draw_digits(ax: 'Axes', images: 'np.ndarray', labels: 'np.ndarray', predict
     ax.axis('off')
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file as a whole or not at all."""
-    temporary = path.with_suffix('.tmp')
-    write(temporary)
-    os.replace(temporary, path)
-
-
 def _show(metrics: dict[str, Any], work_dir: Path) -> None:
-    table = Table('network', 'held-out accuracy', 'checkpoint')
-    for scan in CONFIGS:
-        checkpoint = metrics['checkpoints'][scan]
-        table.add_row(TITLES[scan], f'{100 * metrics[f"heldout_accuracy_{scan}"]:.2f} %', checkpoint)
-    console.print(table)
+    rows = [
+        (TITLES[scan], f'{100 * metrics[f"heldout_accuracy_{scan}"]:.2f} %', metrics['checkpoints'][scan])
+        for scan in CONFIGS
+    ]
+    print_table(['network', 'held-out accuracy', 'checkpoint'], rows)
     console.print(
         f'{metrics["heldout_images"]} held-out images, {metrics["epochs"]} epochs, seed {metrics["seed"]}, '
         f'{metrics["seconds"]} s. Picture: {work_dir / "digits.png"}',

@@ -12,7 +12,8 @@ import torch
 from timm.models import resolve_pretrained_cfg
 
 from ..models.weights import cached_path, download_pretrained, is_cached
-from ._common import UsageError, console, find_model
+from ._common import UsageError, console
+from ._models import find_model
 
 EXAMPLE = 'vssm download spatial_mamba_tiny'
 
@@ -20,7 +21,10 @@ EXAMPLE = 'vssm download spatial_mamba_tiny'
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('model', metavar='NAME', help='a model, as in `vssm info`')
     parser.add_argument(
-        '--cache-dir', metavar='DIR', type=Path, help="as timm.create_model's cache_dir (default: torch.hub's)"
+        '--cache-dir',
+        metavar='DIR',
+        type=Path,
+        help="folder of the weights, timm.create_model's cache_dir (default: torch.hub's)",
     )
 
 
@@ -28,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     model = find_model(args.model)
     try:
         cfg = resolve_pretrained_cfg(model, args.model.partition('.')[2] or None)
-    except RuntimeError as error:  # an unknown tag
+    except RuntimeError as error:  # for an unknown tag
         raise UsageError(str(error)) from error
     if not cfg.url and not cfg.origin_url:
         raise UsageError(f'NAME must be a model with published weights, got {args.model}, of which there are none.')
@@ -54,9 +58,9 @@ def fetch_drive(url: str, path: str) -> None:
 
     try:
         saved = gdown.download(url, path, quiet=not console.is_terminal)
-    except Exception as error:  # its own kinds, which differ between its releases, and those of requests
+    except Exception as error:  # gdown's own kinds, which differ between its releases, and those of requests
         raise OSError(str(error)) from error
-    if saved is None:  # older releases say so
+    if saved is None:  # as older releases say it
         raise OSError('Google Drive did not give the file.')
 
 

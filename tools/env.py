@@ -8,10 +8,11 @@ import os
 import platform
 import sys
 
-from rich.table import Table
+import torch
 
 from ..version import __version__
 from ._common import console
+from ._tables import print_table
 
 EXAMPLE = 'vssm env'
 
@@ -43,30 +44,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
-
-    table = Table('package', 'version')
-    table.add_row('vssm', __version__)
-    table.add_row('python', platform.python_version())
+    versions = dict(vssm=__version__, python=platform.python_version())
     for package in PACKAGES:
         try:
-            table.add_row(package, importlib.metadata.version(package))
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            table.add_row(package, 'not installed')
-    console.print(table)
-
-    table = Table('backend', 'state')
-    for name, state in backends().items():
-        table.add_row(name, state)
-    console.print(table)
+            versions[package] = 'not installed'
+    print_table(['package', 'version'], list(versions.items()))
+    print_table(['backend', 'state'], list(backends().items()))
     console.print(f'{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads')
     return 0
 
 
 def backends() -> dict[str, str]:
-    """For each kernel of the scan whether it is on, and if not why."""
-    import torch
-
+    """Whether each way to compute the scan is on, and if not, why."""
     if not torch.cuda.is_available():
         cuda = 'off: PyTorch finds no CUDA device'
     elif importlib.util.find_spec('triton') is None:
@@ -79,7 +70,7 @@ def backends() -> dict[str, str]:
         reference = 'off: VSSM_REFERENCE is not 1'
         try:
             cpu = f'on: {torch.ops.vssm.cpu_capability()}'
-        except RuntimeError as error:  # VSSM_CPU_CAPABILITY asks for what this CPU has not
+        except RuntimeError as error:  # VSSM_CPU_CAPABILITY asks for instructions that this CPU lacks
             cpu = f'off: {error}'
     return {'CPU': cpu, 'CUDA': cuda, 'reference': reference}
 

@@ -28,7 +28,7 @@ COMMANDS = (
     'env',
 )
 
-# Packages that come with an extra.
+# Optional packages, and the extras that bring them.
 EXTRAS = {
     'mmengine': 'train',
     'mmcv': 'mmlab',
@@ -52,10 +52,11 @@ def make_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
     for name in COMMANDS:
         module = importlib.import_module(f'.{name.replace("-", "_")}', __package__)
+        words = module.__doc__ or ''
         subparser = subparsers.add_parser(
             name,
-            help=module.__doc__.splitlines()[0],
-            description=module.__doc__,
+            help=words.splitlines()[0],
+            description=words,
             epilog=f'example:\n  {module.EXAMPLE}',
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

@@ -19,7 +19,7 @@ def main() -> None:
         sys.exit(f'python -m vssm.tools.mm SCRIPT ARGS: SCRIPT must be a Python file, got {script!r}.')
     mmcv_ext.install()
     sys.argv = sys.argv[1:]
-    sys.path[0] = str(Path(script).parent)  # as where Python runs it itself
+    sys.path[0] = str(Path(script).parent)  # where Python would put it
     runpy.run_path(script, run_name='__main__')
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the papers and their repositories report, and where its weights lie. None of it was measured here."""
 
-SOURCES = {  # of a family's numbers
+SOURCES = {  # where a family's numbers are from
     'vmamba2d': '2DMamba, CVPR 2025',
     'spatial_mamba': "Spatial-Mamba's repository",
     'vmamba': "VMamba's repository",

@@ -5,9 +5,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.table import Table
-
-from ._common import UsageError, add_run_arguments, build_runner, console, read_config
+from ._common import UsageError, add_run_arguments, build_runner, read_config
+from ._tables import print_table
 
 EXAMPLE = 'vssm test digits/vmamba2d_test work_dirs/digits/vmamba2d_test/checkpoint.safetensors'
 
@@ -40,10 +39,11 @@ def run(args: argparse.Namespace) -> int:
     except RunError as error:
         raise UsageError(str(error)) from error
     if runner.rank == 0:
-        table = Table('metric', 'value')
-        for name, value in metrics.items():
-            table.add_row(name, f'{value:.2f}' if abs(value) > 1 else f'{value:.4f}')  # per cent, or shares of 1
-        console.print(table)
+        rows = [
+            (name, f'{value:.2f}' if abs(value) > 1 else f'{value:.4f}')  # per cent, or else shares of 1
+            for name, value in metrics.items()
+        ]
+        print_table(['metric', 'value'], rows)
     return 0
 
 

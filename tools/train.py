@@ -41,9 +41,9 @@ def run(args: argparse.Namespace) -> int:
         if args.resume is not True:
             cfg.load_from = args.resume
         elif numbered_checkpoints(cfg.work_dir):
-            cfg.load_from = None  # where this run started from; it goes on from its own checkpoints
+            cfg.load_from = None  # the run goes on from its own checkpoints, not from where it started
         elif cfg.get('load_from'):
-            cfg.resume = False  # not yet
+            cfg.resume = False  # there is nothing to go on from yet
     if args.amp:
         _use_bfloat16(cfg)
     if args.auto_scale_lr:

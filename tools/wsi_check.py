@@ -9,25 +9,34 @@ table count its header as row 1, rows of a slide's arrays begin with 0.
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.progress import track
-from rich.table import Table
 
 from ._common import UsageError, console
+from ._tables import print_table
+
+if TYPE_CHECKING:
+    from ..models.mil.slides import Slide
 
 EXAMPLE = 'vssm wsi-check labels.csv features --patch-size 512'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('table', metavar='CSV', type=Path, help='slide_id,label,... or case_id,slide_id,censorship,...')
-    parser.add_argument('folder', metavar='DIR', type=Path, help='with SLIDE.h5, or SLIDE.pt and its coordinates')
+    parser.add_argument(
+        'table', metavar='CSV', type=Path, help='table with slide_id,label,... or case_id,slide_id,censorship,...'
+    )
+    parser.add_argument(
+        'folder', metavar='DIR', type=Path, help='folder with SLIDE.h5, or SLIDE.pt and its coordinates'
+    )
     parser.add_argument(
         '--task', choices=('classification', 'survival'), help='default: survival, if CSV has a column survival_months'
     )
     parser.add_argument('--classes', metavar='NAME', nargs='+', help='the labels that there may be (default: any)')
     parser.add_argument(
-        '--patch-size', metavar='N', type=int, default=512, help='of a grid cell in pixels (default: 512)'
+        '--patch-size', metavar='N', type=int, default=512, help='side of a grid cell in pixels (default: 512)'
     )
     parser.add_argument(
         '--grid-size', metavar=('H', 'W'), type=int, nargs=2, help='the largest grid that there may be, in cells'
@@ -49,12 +58,12 @@ def run(args: argparse.Namespace) -> int:
     except (FileNotFoundError, ValueError) as error:
         raise UsageError(str(error)) from error
 
-    widths, patches, heights, columns = Counter(), [], [], []
+    usual: int | None = None
+    patches, heights, columns = [], [], []
     for slide in track(slides, 'reading', console=console, transient=True, disable=not console.is_terminal):
         try:
             features, coords = read_slide(find_slide(args.folder, slide.slide_id))
-            widths[features.shape[1]] += 1
-            usual = next(iter(widths))  # that of the first
+            usual = usual or features.shape[1]
             if features.shape[1] != usual:
                 raise ValueError(
                     f'features must be as wide as those of the first slide, {usual}, got {features.shape[1]}.'
@@ -71,22 +80,28 @@ def run(args: argparse.Namespace) -> int:
             console.print(problem, highlight=False, markup=False, soft_wrap=True)
         raise UsageError(f'{len(problems)} problems in {args.table} and {args.folder}.')
 
-    table = Table('what', 'count')
-    table.add_row('slides', str(len(slides)))
-    table.add_row('cases', str(len({slide.case_id for slide in slides})))
-    table.add_row('width of the features', str(next(iter(widths))))
-    table.add_row('patches of a slide', f'{min(patches)} to {max(patches)}')
-    table.add_row('largest grid, height x width', f'{max(heights)} x {max(columns)}')
+    rows = [
+        ('slides', str(len(slides))),
+        ('cases', str(len({slide.case_id for slide in slides}))),
+        ('width of the features', str(usual)),
+        ('patches of a slide', f'{min(patches)} to {max(patches)}'),
+        ('largest grid, height x width', f'{max(heights)} x {max(columns)}'),
+        *_count_groups(slides, task),
+    ]
+    print_table(['what', 'count'], rows)
+    return 0
+
+
+def _count_groups(slides: 'Sequence[Slide]', task: str) -> Iterator[tuple[str, str]]:
+    """Rows with the number of slides of each split and each class, or of cases with an event."""
     for split, count in Counter(slide.split for slide in slides).items():
-        table.add_row('slides without a split' if split is None else f'slides of {split}', str(count))
+        yield 'slides without a split' if split is None else f'slides of {split}', str(count)
     if task == 'classification':
         for label, count in sorted(Counter(slide.label for slide in slides).items()):
-            table.add_row(f'slides of class {label}', str(count))
+            yield f'slides of class {label}', str(count)
     else:
         censored = {slide.case_id: slide.censored for slide in slides}
-        table.add_row('cases with an event', str(sum(not value for value in censored.values())))
-    console.print(table)
-    return 0
+        yield 'cases with an event', str(sum(not value for value in censored.values()))
 
 
 def _header(path: Path) -> str:

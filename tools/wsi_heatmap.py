@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._common import UsageError, console
-from .erf import pyplot, save_figure
+from ._pictures import check_output, pyplot, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,15 +33,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--patch-size', metavar='N', type=int, help="side of a patch in pixels (default: the network's, or else 512)"
     )
-    parser.add_argument('--output', metavar='FILE', type=Path, default=Path('heatmap.png'), help='default: heatmap.png')
+    parser.add_argument(
+        '--output',
+        metavar='FILE',
+        type=Path,
+        default=Path('heatmap.png'),
+        help='picture to write (default: heatmap.png)',
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     from ..models.mil import to_cells
     from ..models.mil.slides import read_slide
 
-    if args.output.suffix != '.png' or not args.output.parent.is_dir():
-        raise UsageError(f'--output must be a .png file in a folder that exists, got {args.output}.')
+    check_output(args.output)
     if not args.features.is_file() or args.features.suffix not in ('.h5', '.pt'):
         raise UsageError(f'FEATURES must be a .h5 or .pt file, got {args.features}.')
     if args.patch_size is not None and args.patch_size < 1:
@@ -67,7 +72,7 @@ def load_model(path: Path) -> 'MIL':
     """The network that a training wrote, in evaluation mode.
 
     Raises:
-        ValueError: The file is none of those.
+        ValueError: The file is not one of a training on slides.
         FileNotFoundError: There is no such file.
     """
     from ..models.mil import create_mil_model, list_mil_models
@@ -88,7 +93,7 @@ def load_model(path: Path) -> 'MIL':
 
 
 def read_thumbnail(slide: Path | None) -> tuple[tuple['Image.Image', tuple[int, int]] | None, str]:
-    """A small image of a slide with the slide's width and height in pixels, if it can be had; and in words what for."""
+    """A small image of a slide and the slide's width and height, or None; and, in words, what is drawn on."""
     if slide is None:
         return None, 'the grid: no --slide is given'
     if not slide.is_file():
@@ -113,7 +118,7 @@ def draw(
     thumbnail: tuple['Image.Image', tuple[int, int]] | None,
     title: str,
 ) -> 'Figure':
-    """The weight of each patch over the mean, (n,), in its cell, (n,), of a grid; cells without a patch stay empty."""
+    """Draw each patch's weight over the mean, (n,), in its cell, (n,), of a grid; cells without a patch stay empty."""
     from matplotlib.colors import LogNorm
 
     plt = pyplot()

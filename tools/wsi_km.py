@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ._common import UsageError, console
-from .erf import pyplot, save_figure
+from ._pictures import check_output, pyplot, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,17 +28,18 @@ COLUMNS = ('case_id', 'risk', 'censorship', 'survival_months')
 class Case(NamedTuple):
     months: float
     event: bool
-    high: bool  # risk
+    high: bool  # whether the risk is high
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('predictions', metavar='CSV', type=Path, nargs='+', help=f'with {", ".join(COLUMNS)}')
-    parser.add_argument('--output', metavar='FILE', type=Path, default=Path('km.png'), help='default: km.png')
+    parser.add_argument('predictions', metavar='CSV', type=Path, nargs='+', help=f'table with {", ".join(COLUMNS)}')
+    parser.add_argument(
+        '--output', metavar='FILE', type=Path, default=Path('km.png'), help='picture to write (default: km.png)'
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.output.suffix != '.png' or not args.output.parent.is_dir():
-        raise UsageError(f'--output must be a .png file in a folder that exists, got {args.output}.')
+    check_output(args.output)
     cases = [case for path in args.predictions for case in read_predictions(path)]
     p = log_rank_p(cases)
     save_figure(draw(cases, p), args.output)
@@ -55,7 +56,7 @@ def read_predictions(path: Path) -> list[Case]:
     """The cases of a file, those above its median risk being of high risk.
 
     Raises:
-        UsageError: It is not a table of predictions, or its risks are all the same.
+        UsageError: The file is not a table of predictions, or its risks are all the same.
     """
     if not path.is_file():
         raise UsageError(f'CSV must be a file, got {path}, which does not exist.')
@@ -84,7 +85,7 @@ def read_predictions(path: Path) -> list[Case]:
 
 
 def log_rank_p(cases: Sequence[Case]) -> float:
-    """The probability of curves as different as those of high and low risk, if there were no difference."""
+    """The probability that curves differ as much as those of high and low risk by chance alone."""
     from lifelines.statistics import logrank_test
 
     high, low = ([case for case in cases if case.high == group] for group in (True, False))
@@ -99,7 +100,7 @@ def log_rank_p(cases: Sequence[Case]) -> float:
 
 
 def draw(cases: Sequence[Case], p: float) -> 'Figure':
-    """Both curves with their 95 % bands, and below them how many cases are at risk."""
+    """Draw both curves with their 95 % bands, and below them how many cases are at risk."""
     from lifelines import KaplanMeierFitter
     from lifelines.plotting import add_at_risk_counts
 

@@ -7,15 +7,13 @@ is there already goes on where it stopped, so that the command may be given agai
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-
-from ._common import UsageError, add_run_arguments, build_runner, console, read_config, write_file
+from ._common import UsageError, add_run_arguments, build_runner, console, read_config, write_json
+from ._tables import print_table
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -26,7 +24,7 @@ EXAMPLE = 'vssm wsi-repeat wsi/classification --seeds 0 1 2 3 4'
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('config', metavar='CONFIG', help='name, as in `vssm configs`, or path of a config')
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument('--seeds', metavar='N', type=int, nargs='+', help='of the runs')
+    what.add_argument('--seeds', metavar='N', type=int, nargs='+', help='seeds of the runs')
     what.add_argument('--folds', metavar='K', type=int, help='divide the cases into K folds, each of which is tested')
     add_run_arguments(parser)
 
@@ -53,16 +51,11 @@ def run(args: argparse.Namespace) -> int:
 
     if not is_main_process():
         return 0
-    summary = dict(config=args.config, runs=results, **summarise(list(results.values())))
-    write_file(Path(cfg.work_dir, 'results.json'), (json.dumps(summary, indent=2) + '\n').encode())
+    summary = summarise(list(results.values()))
+    write_json(Path(cfg.work_dir, 'results.json'), dict(config=args.config, runs=results, **summary))
 
-    table = Table('run', *(metric for metric in summary['mean']))
-    for name, metrics in results.items():
-        table.add_row(name, *(f'{value:.4f}' for value in metrics.values()))
-    table.add_section()
-    for statistic in ('mean', 'deviation'):
-        table.add_row(statistic, *(f'{value:.4f}' for value in summary[statistic].values()))
-    console.print(table)
+    rows = [(name, *(f'{value:.4f}' for value in metrics.values())) for name, metrics in (results | summary).items()]
+    print_table(['run', *summary['mean']], rows)
     console.print(f'Written to {cfg.work_dir}', highlight=False, soft_wrap=True)
     return 0
 
@@ -72,7 +65,7 @@ def train_and_test(cfg: 'Config') -> dict[str, float]:
     from ..models.mm import RunError, numbered_checkpoints
 
     best = Path(cfg.work_dir, 'best.safetensors')
-    cfg.experiment_name = '-'.join(Path(cfg.work_dir).parts)  # mmengine keeps loggers and histories by it
+    cfg.experiment_name = '-'.join(Path(cfg.work_dir).parts)  # the name by which mmengine keeps loggers and histories
     cfg.resume = bool(numbered_checkpoints(cfg.work_dir))
     try:
         build_runner(copy.deepcopy(cfg)).train()
@@ -85,7 +78,7 @@ def train_and_test(cfg: 'Config') -> dict[str, float]:
 
 
 def summarise(results: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean and standard deviation (n - 1) of each metric over the runs; that of one run is 0."""
+    """Mean and standard deviation (n - 1) of each metric over the runs; the deviation of a single run is 0."""
     columns = {name: [metrics[name] for metrics in results] for name in results[0]}
     return dict(
         mean={name: statistics.fmean(values) for name, values in columns.items()},

@@ -8,29 +8,37 @@ accuracies and links are those of the papers and their repositories; speeds thos
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ._common import UsageError, console, find_config, write_file
-from .info import count_macs, scan_of
+import timm
+from torch import nn
+
+from ._common import UsageError, console, find_config, load_config, write_file
+from ._count import DENSE_SHAPES, build_dense, count_macs, multiply_adds
+from ._models import OURS, count_params, find_cfg, image_of
+from ._tables import markdown_table
+from .info import scan_of
 from .published import ADE20K_MIOU, COCO_1X_AP, COCO_3X_AP, DENSE_WEIGHTS, IMAGENET_TOP1, SOURCES
 
 EXAMPLE = 'vssm zoo --check'
 
-SIZES = ('tiny', 'small', 'base')
-MODELS = [f'{family}_{size}' for family in SOURCES for size in SIZES]
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        'file', metavar='FILE', nargs='?', type=Path, default=Path('MODEL_ZOO.md'), help='default: MODEL_ZOO.md'
+        'file',
+        metavar='FILE',
+        nargs='?',
+        type=Path,
+        default=Path('MODEL_ZOO.md'),
+        help='page to write (default: MODEL_ZOO.md)',
     )
     parser.add_argument(
         '--results',
         metavar='DIR',
         type=Path,
-        help='of the benchmarks (default: benchmarks/results beside FILE)',
+        help="folder of the benchmarks' figures (default: benchmarks/results beside FILE)",
     )
     parser.add_argument('--check', action='store_true', help='write nothing; exit with 1 where the page is stale')
 
@@ -63,20 +71,18 @@ def replace(page: str, name: str, table: str, file: Path) -> str:
 
 
 def tables(results: Path) -> Iterator[tuple[str, str]]:
-    """The name and the text of each."""
+    """The name and the text of each table."""
     yield 'imagenet', imagenet(results)
-    yield 'ade20k', dense('ade20k/upernet_{}_4xb4-160k_ade20k-512x512', ADE20K_MIOU, (512, 2048))
-    yield 'coco-1x', dense('coco/mask-rcnn_{}_fpn_8xb2-1x_coco', COCO_1X_AP, (800, 1280))
-    yield 'coco-3x', dense('coco/mask-rcnn_{}_fpn_8xb2-ms-3x_coco', COCO_3X_AP, (800, 1280))
+    yield 'ade20k', dense('ade20k/upernet_{}_4xb4-160k_ade20k-512x512', ADE20K_MIOU, DENSE_SHAPES['segmentor'])
+    yield 'coco-1x', dense('coco/mask-rcnn_{}_fpn_8xb2-1x_coco', COCO_1X_AP, DENSE_SHAPES['detector'])
+    yield 'coco-3x', dense('coco/mask-rcnn_{}_fpn_8xb2-ms-3x_coco', COCO_3X_AP, DENSE_SHAPES['detector'])
 
 
 def imagenet(results: Path) -> str:
-    import timm
-
     speeds, conditions = read_speeds(results)
     rows = []
-    for name in MODELS:
-        cfg = timm.get_pretrained_cfg(name)
+    for name in OURS:
+        cfg = find_cfg(name)
         rows.append(
             [
                 f'`{name}`',
@@ -89,39 +95,37 @@ def imagenet(results: Path) -> str:
             ]
         )
     header = ['model', 'scan', 'parameters', 'GMACs', 'top-1', 'source', 'weights', 'config', 'images/s']
-    return f'{table(header, rows)}\nimages/s: {conditions}\n'
+    return f'{markdown_table(header, rows)}\nimages/s: {conditions}\n'
 
 
 def cost(name: str) -> tuple[str, str, str]:
     """Scan, parameters and multiply-accumulates of a classifier, on the meta device."""
-    import timm
-    import torch
-
     model = timm.create_model(name, device='meta').eval()
-    macs = count_macs(model, torch.empty(1, 3, 224, 224, device='meta'))
+    macs = count_macs(model, image_of(name, 224, 'meta'))
     return scan_of(model), millions(model), f'{macs / 1e9:.2f}'
 
 
 def read_speeds(results: Path) -> tuple[dict[str, str], str]:
-    """Of inference, by model; and what it was measured on."""
+    """Images per second of inference, by model, and a sentence on what they were measured on."""
     file = results / 'model_cpu.json'
     if not file.is_file():
         raise UsageError(f"--results must hold the benchmarks' figures, got {results} without model_cpu.json.")
     content = json.loads(file.read_text())
     c = content['conditions']
     speeds = {row['name']: f'{row["images_per_s"]:.1f}' for row in content['rows']}
-    peers = ', '.join(f'`{name}` {speed}' for name, speed in speeds.items() if name not in MODELS)
+    peers = ', '.join(f'`{name}` {speed}' for name, speed in speeds.items() if name not in OURS)
+    processor, kernels = c.get('processor') or c['cpu'], c.get('kernels') or c['kernel']  # kept files have either
     return speeds, (
         f'inference in float32 on the better of two memory layouts, by `{content["command"]}`, {c["threads"]} threads '
-        f'of an {c["cpu"]} ({c["kernel"]}), PyTorch {c["torch"].partition("+")[0]}; in the same process {peers}. '
+        f'of an {processor} ({kernels}), PyTorch {c["torch"].partition("+")[0]}; in the same process {peers}. '
         'Not measured on a GPU.'
     )
 
 
 def dense(pattern: str, accuracies: dict[str, tuple[float, float]], shape: tuple[int, int]) -> str:
-    """Of segmentors or detectors; the cost at the size at which the papers count it."""
+    """The table of segmentors or detectors, with the cost at the size at which papers count it."""
     rows = []
-    for name in MODELS:
+    for name in OURS:
         config = pattern.format(name)
         params, macs = dense_cost(config, shape)
         accuracy = accuracies.get(name, ('-', '-'))
@@ -131,27 +135,17 @@ def dense(pattern: str, accuracies: dict[str, tuple[float, float]], shape: tuple
         )
     ends = ['mIoU', 'mIoU, several scales'] if accuracies is ADE20K_MIOU else ['box AP', 'mask AP']
     cost = f'GMACs at {shape[0]}x{shape[1]}'
-    return table(['backbone', 'parameters', cost, *ends, 'source', 'weights', 'config'], rows)
+    return markdown_table(['backbone', 'parameters', cost, *ends, 'source', 'weights', 'config'], rows)
 
 
 def dense_cost(config: str, shape: tuple[int, int]) -> tuple[str, str]:
     """Parameters and multiply-accumulates of a whole segmentor or detector, on the meta device."""
-    import torch
-    from mmengine.config import Config
-    from mmengine.registry import MODELS, init_default_scope
-
-    from ..models import mm  # noqa: F401  # first: it stands in for mmcv's operators
-    from ._count import multiply_adds
-
-    cfg = Config.fromfile(find_config(config))
-    init_default_scope(cfg.default_scope)
-    with torch.device('meta'):
-        model = MODELS.build(cfg.model).eval()
+    model = build_dense(load_config(config))
     return millions(model), f'{multiply_adds(model, shape) / 1e9:.0f}'
 
 
-def millions(model: Any) -> str:
-    return f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M'
+def millions(model: nn.Module) -> str:
+    return f'{count_params(model) / 1e6:.1f} M'
 
 
 def source(name: str, accuracies: dict[str, Any]) -> str:
@@ -165,11 +159,6 @@ def link(text: str, url: Any) -> str:
 def config_link(name: str) -> str:
     find_config(name)
     return f'[config](configs/{name}.py)'
-
-
-def table(header: Sequence[str], rows: list[Sequence[str]]) -> str:
-    lines = [header, ['---'] * len(header), *rows]
-    return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
 
 
 if __name__ == '__main__':

@@ -49,7 +49,11 @@ def test_script_writes_its_figures(script, options, rows, key, tmp_path):
     assert len(written['rows']) == rows
     assert all(row[key] > 0 for row in written['rows'])
     assert written['conditions']['threads'] >= 1
-    assert not file.with_suffix('.tmp').exists()
+    assert (
+        written['command'].startswith(f'python benchmarks/{script} --rounds 1') and '--json' not in written['command']
+    )
+    assert list(tmp_path.iterdir()) == [file]
+    assert f'processor {written["conditions"]["processor"]}' in result.stdout  # below the table
 
 
 @pytest.mark.parametrize(

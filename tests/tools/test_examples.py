@@ -17,12 +17,12 @@ pytest.importorskip('mmengine', reason="mmengine is not installed: pip install '
 pytest.importorskip('sklearn', reason='scikit-learn is not installed')
 
 FSDP = Path(__file__).parents[2] / 'examples' / 'fsdp.py'
-CONFIG = 'digits/vmamba2d_test'  # its network knows no batch norm
+CONFIG = 'digits/vmamba2d_test'  # its network has no batch norm, which would depend on the batch's division
 pytestmark = pytest.mark.slow
 
 
 def run(*arguments):
-    """What a process says that ends well."""
+    """Run a Python process that must end well, and return what it prints."""
     process = subprocess.run(
         [sys.executable, '-m', *map(str, arguments)],
         env=dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore'),
@@ -36,14 +36,14 @@ def run(*arguments):
 
 
 def options(processes, epochs):
-    """Two epochs of five iterations of 64 images, or the first of them; gradients are clipped in every iteration."""
+    """Options for two epochs, or the first of them, of five iterations of 64 images that all clip their gradients."""
     changes = {
         'train_cfg.max_epochs': epochs,
         'train_dataloader.batch_size': 64 // processes,
         'train_dataloader.num_batch_per_epoch': 5,
         'optim_wrapper.clip_grad.max_norm': 0.1,
         'param_scheduler.0.end': 1,
-        'param_scheduler.1.end': 2,  # of the cosine, which would else end with the run
+        'param_scheduler.1.end': 2,  # the cosine would else end with the run
         'default_hooks.logger.interval': 1,
         'log_processor.window_size': 1,
         'log_processor.custom_cfg': [],
@@ -52,7 +52,7 @@ def options(processes, epochs):
 
 
 def fsdp(work_dir, epochs, *arguments):
-    """Losses and rates of a training by two processes."""
+    """Train with two processes, and return the losses and the rates."""
     launcher = ('torch.distributed.run', '--standalone', '--nproc-per-node', 2)
     said = run(*launcher, FSDP, CONFIG, '--work-dir', work_dir, *arguments, *options(2, epochs))
     return [tuple(map(float, numbers)) for numbers in re.findall(r'loss (\S+)  lr (\S+)', said)]
@@ -92,4 +92,4 @@ def test_a_resumed_fsdp_run_goes_on_as_if_nothing_had_happened(unbroken, tmp_pat
 def test_vssm_test_evaluates_what_fsdp_trained(unbroken, tmp_path):
     work_dir, _ = unbroken
     said = run('vssm.tools.test', CONFIG, work_dir / 'checkpoint.safetensors', '--work-dir', tmp_path)
-    assert float(re.search(r'accuracy/top1\s+\S\s+([\d.]+)', said)[1]) > 20  # of ten digits
+    assert float(re.search(r'accuracy/top1\s+\S\s+([\d.]+)', said)[1]) > 20  # chance is 10, for ten digits

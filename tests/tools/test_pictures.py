@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from vssm.ops import selective_scan
-from vssm.tools import cam, erf
+from vssm.tools import _pictures, cam, erf
 from vssm.tools._common import UsageError
 from vssm.tools.main import main
 
@@ -22,7 +22,7 @@ IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
 class Toy(nn.Module):
-    """A network of a function on (1, 3, H, W), with what the commands use of timm's."""
+    """A function on (1, 3, H, W) as a network, with the attributes of timm's that the commands use."""
 
     pretrained_cfg = IMAGENET
 
@@ -36,7 +36,7 @@ class Toy(nn.Module):
 
 
 def scan(orders, ndim):
-    """Nothing but the scan of a map of 8x8 patches, with the same step everywhere."""
+    """A network that only scans a map of 8x8 patches, with the same step everywhere."""
 
     def function(x):
         x = F.avg_pool2d(x, 8).permute(0, 2, 3, 1)
@@ -57,9 +57,6 @@ def white(size):
 def gaussian(size, row, column, width):
     y, x = torch.arange(size).unsqueeze(1) - row, torch.arange(size).unsqueeze(0) - column
     return torch.exp(-(x**2 + y**2) / (2 * width**2)).double()
-
-
-# ---- the cross -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('row, column', [(112, 112), (96, 96), (111.5, 103)], ids=str)
@@ -99,14 +96,14 @@ def test_a_2d_scan_has_no_cross_but_two_empty_quadrants():
 
 
 def test_the_numbers_of_the_theory():
-    """docs/theory.md, In numbers."""
+    """As docs/theory.md has them, in the section on numbers."""
     one, two = (erf.measure_cross(erf.receptive_field(scan((0, 1, 2, 3), ndim), white(136)), 8) for ndim in (1, 2))
     assert one == pytest.approx((9.2, 1376, 3.1), rel=0.02)
     assert two[:2] == pytest.approx((0.85, 0.98), rel=0.02)
 
 
 def test_bands_are_measured_as_documented():
-    """Brightness 5 in the row and the column, 2 and 3 in the diagonals, 1 elsewhere; at the rim twice 5."""
+    """The row and the column are of brightness 5, at the rim of 10, the diagonals of 2 and 3, the rest of 1."""
     size, cell = 256, 32
     y = (torch.arange(size) - 127.5).unsqueeze(1).expand(size, size)
     x = y.T
@@ -133,11 +130,8 @@ def test_a_cross_needs_six_cells():
         erf.measure_cross(torch.ones(191, 256), 32)
 
 
-# ---- the field -------------------------------------------------------------------------------------------------------
-
-
 def test_the_field_of_a_mean_is_what_it_covers():
-    """Of the central one of 5x5 means of 4x4 pixels, taken of positive and of negative images."""
+    """The central one of 5x5 means covers 4x4 pixels, of a white and of a black image."""
     model = Toy(lambda x: F.avg_pool2d(x, 4) ** 2)  # whose gradient is negative for dark images
     field = erf.receptive_field(model, [torch.ones(3, 20, 20), torch.zeros(3, 20, 20)])
     expected = torch.zeros(20, 20)
@@ -149,7 +143,7 @@ def test_the_field_of_a_mean_is_what_it_covers():
 @pytest.mark.parametrize('name', [*TEST_MODELS, 'test_resnet'])
 def test_networks_have_fields(name):
     model = timm.create_model(name).eval()
-    field = erf.receptive_field(model, erf.sample_images(96)[:1])
+    field = erf.receptive_field(model, _pictures.sample_images(96)[:1])
     assert field.shape == (96, 96)
     assert field.isfinite().all() and (field >= 0).all() and field[24:56, 24:56].mean() > field.mean()
 
@@ -158,15 +152,17 @@ def arguments(*argv):
     from vssm.tools.main import make_parser
 
     args = make_parser().parse_args(list(argv))
-    erf.check_picture_arguments(args)
+    _pictures.check_picture_arguments(args)
     return args
 
 
 def test_models_of_the_same_shapes_get_the_same_random_weights():
-    models = {name: model for model, name, _ in erf.build_models(arguments('erf', 'test_vmamba', 'test_vmamba2d'))}
+    models = {
+        name: model for model, name, _ in _pictures.build_models(arguments('erf', 'test_vmamba', 'test_vmamba2d'))
+    }
     one, two = (models[name].state_dict() for name in ('test_vmamba', 'test_vmamba2d'))
     assert all(torch.equal(one[name], two[name]) for name in one) and one.keys() == two.keys()
-    ((other, _, weights),) = erf.build_models(arguments('erf', 'test_vmamba', '--seed', '1'))
+    ((other, _, weights),) = _pictures.build_models(arguments('erf', 'test_vmamba', '--seed', '1'))
     assert weights == 'random, seed 1' and not torch.equal(one['head.fc.weight'], other.head.fc.weight)
 
 
@@ -174,7 +170,7 @@ def test_checkpoints_go_to_the_models_in_turn(tmp_path):
     path = tmp_path / 'mine.pth'
     torch.save({'model': timm.create_model('test_vmamba2d', num_classes=5).state_dict()}, path)
     argv = ('erf', 'test_vmamba', 'test_vmamba2d', '--checkpoint', '-', '--checkpoint', str(path))
-    built = list(erf.build_models(arguments(*argv)))
+    built = list(_pictures.build_models(arguments(*argv)))
     assert [built[i][1:] for i in (0, 1)] == [('test_vmamba', 'random, seed 0'), ('test_vmamba2d', 'mine.pth')]
     model = built[1][0]
     assert torch.equal(model.head.fc.weight, torch.load(path)['model']['head.fc.weight']) and not model.training
@@ -190,21 +186,21 @@ def test_images_of_every_mode_are_read(tmp_path):
         Image.new(mode, (50, 40)).save(tmp_path / f'{mode}.png')
     Image.new('RGB', (33, 90), 'white').save(tmp_path / 'z.JPEG')
     (tmp_path / 'notes.txt').touch()
-    images = erf.read_images(tmp_path, count=100, size=32)
+    images = _pictures.read_images(tmp_path, count=100, size=32)
     assert len(images) == 6 and all(image.shape == (3, 32, 32) for image in images)
     assert images[-1].min() > 0.99
-    assert len(erf.read_images(tmp_path, count=4, size=32)) == 4
+    assert len(_pictures.read_images(tmp_path, count=4, size=32)) == 4
 
 
 def test_what_is_transparent_lies_on_white(tmp_path):
     Image.new('RGBA', (40, 40), (255, 0, 0, 0)).save(tmp_path / 'clear.png')
-    assert erf.read_image(tmp_path / 'clear.png', 32).min() > 0.99
+    assert _pictures.read_image(tmp_path / 'clear.png', 32).min() > 0.99
 
 
 def test_sixteen_bits_are_refused(tmp_path):
     Image.new('I;16', (40, 40), 1000).save(tmp_path / 'deep.png')
     with pytest.raises(UsageError, match='deep.png must have at most 8 bits a channel, got mode I'):
-        erf.read_image(tmp_path / 'deep.png', 32)
+        _pictures.read_image(tmp_path / 'deep.png', 32)
 
 
 def test_a_size_that_a_network_does_not_take(tmp_path, capsys):
@@ -216,14 +212,14 @@ def test_a_size_that_a_network_does_not_take(tmp_path, capsys):
 
 @pytest.mark.parametrize('size', [64, 512])
 def test_the_photographs_are_cut_into_different_crops(size):
-    images = erf.sample_images(size)
+    images = _pictures.sample_images(size)
     count = 12 if size < 427 else 6
     assert len(images) == count and all(image.shape == (3, size, size) for image in images)
     assert len({image.sum().item() for image in images}) == count
 
 
 def test_erf_prints_numbers_and_leaves_a_picture(tmp_path, capsys, monkeypatch):
-    output, photographs = tmp_path / 'fields.png', erf.sample_images(192)
+    output, photographs = tmp_path / 'fields.png', _pictures.sample_images(192)
     monkeypatch.setattr(erf, 'sample_images', lambda size: photographs[::6])
     assert main(['erf', 'test_vmamba2d', 'test_resnet', '--size', '192', '--output', str(output)]) == 0
     out = capsys.readouterr().out
@@ -246,7 +242,7 @@ def test_erf_takes_images_of_a_folder(tmp_path, capsys):
 def test_a_picture_that_cannot_be_written_leaves_the_former_one(tmp_path, monkeypatch):
     fig = erf.draw([torch.rand(64, 64)], ['title'], 1)
     path = tmp_path / 'a.png'
-    erf.save_figure(fig, path)
+    _pictures.save_figure(fig, path)
     before = path.read_bytes()
 
     def write_bytes(path, data):
@@ -256,11 +252,8 @@ def test_a_picture_that_cannot_be_written_leaves_the_former_one(tmp_path, monkey
 
     monkeypatch.setattr('pathlib.Path.write_bytes', write_bytes)
     with pytest.raises(UsageError, match='a.png cannot be written: .*No space left'):
-        erf.save_figure(fig, path)
+        _pictures.save_figure(fig, path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
-
-
-# ---- class activation maps -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -305,7 +298,7 @@ def test_a_map_is_grad_cam(name, grad_cam):
     model, image = timm.create_model(name).eval(), torch.rand(3, 96, 96)
     activation, class_index, probability = cam.activation_map(model, image, 7)
 
-    features = model.forward_features(erf.normalize(model, image)[None])
+    features = model.forward_features(_pictures.normalize(model, image)[None])
     logits = model.forward_head(features)
     (grad,) = torch.autograd.grad(logits[0, 7], features)
     expected = (grad.mean((1, 2), keepdim=True) * features).sum(-1).relu().detach()
@@ -336,9 +329,6 @@ def test_cam_draws_models_side_by_side(tmp_path, capsys, grad_cam):
     assert sorted(tmp_path.iterdir()) == [output, tmp_path / 'photo.png']
     with Image.open(output) as picture:
         assert picture.format == 'PNG' and picture.width > 800
-
-
-# ---- bad input -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

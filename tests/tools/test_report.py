@@ -12,9 +12,15 @@ import timm
 import torch
 from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
 
-from vssm.tools import _measure, report
-from vssm.tools._measure import Timing, fit_batch, median_and_spread, peak_growth, time_interleaved
+from vssm.tools import _bench
+from vssm.tools._bench import Timing, median_and_spread, median_seconds, time_interleaved
+from vssm.tools._memory import NO_PEAK, fit_batch, peak_growth
 from vssm.tools.main import main
+from vssm.tools.report import measure
+from vssm.tools.report.cli import find_models
+from vssm.tools.report.counts import accuracy_of, count
+from vssm.tools.report.plot import draw
+from vssm.tools.report.row import Row
 
 FAMILIES = {'2dvmamba': 'vmamba2d', 'spatialmamba': 'spatial_mamba', 'vmamba': 'vmamba'}
 QUICK = ['--rounds', '2', '--warmup', '1']
@@ -24,14 +30,11 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 @pytest.fixture
 def short_turns(monkeypatch):
-    """A turn of one step."""
-    timed = _measure.time_interleaved
+    """Let every turn be a single step."""
+    timed = measure.time_interleaved
     monkeypatch.setattr(
-        _measure, 'time_interleaved', lambda *args, min_seconds, **kwargs: timed(*args, **kwargs, min_seconds=0.0)
+        measure, 'time_interleaved', lambda *args, min_seconds, **kwargs: timed(*args, **kwargs, min_seconds=0.0)
     )
-
-
-# ---- counts ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('size', ['tiny', pytest.param('base', marks=pytest.mark.slow)])
@@ -39,11 +42,11 @@ def short_turns(monkeypatch):
 def test_counts_of_ours_are_those_of_the_references(family, size, golden):
     variants = golden('reported.json')['variants']
     (measured,) = (v['measured'] for name, v in variants.items() if name.startswith(f'{family}_{size}'))
-    row = report.count(f'{FAMILIES[family]}_{size}', None, depth=2)
+    row = count(f'{FAMILIES[family]}_{size}', None, depth=2)
     assert row.error is None and row.size == 224
     assert row.params == measured['params']
     assert row.gmacs == pytest.approx(measured['flops_224'] / 1e9, rel=1e-3)
-    assert row.gmacs_torch == pytest.approx(row.gmacs, rel=0.02)  # which counts no norm
+    assert row.gmacs_torch == pytest.approx(row.gmacs, rel=0.02)  # PyTorch counts no norm
     parts = {m['name']: m for m in row.modules}
     assert {'stem', 'stages', 'stages.0', 'head.fc'} <= parts.keys() and 'stages.0.blocks' not in parts
     for key, total in dict(params=row.params, activations=row.activations, gmacs=row.gmacs).items():
@@ -61,7 +64,7 @@ def test_counts_of_ours_are_those_of_the_references(family, size, golden):
     ],
 )
 def test_counts_of_peers_are_those_of_fvcore(name):
-    row = report.count(name, None, 0)
+    row = count(name, None, 0)
     model = timm.create_model(name).eval()
     image = torch.zeros(1, *model.pretrained_cfg['input_size'])
     for kind, counted in ((FlopCountAnalysis, 1e9 * row.gmacs), (ActivationCountAnalysis, row.activations)):
@@ -72,10 +75,10 @@ def test_counts_of_peers_are_those_of_fvcore(name):
 
 
 def test_counts_follow_the_size():
-    small, large = (report.count('test_spatial_mamba', size, 0) for size in (32, 64))
+    small, large = (count('test_spatial_mamba', size, 0) for size in (32, 64))
     assert (small.size, large.size) == (32, 64)
     assert large.activations == pytest.approx(4 * small.activations, rel=0.1)
-    assert report.count('test_vit', 96, 0).error is None  # whose size is fixed when it is made
+    assert count('test_vit', 96, 0).error is None  # its size is fixed when it is made
 
 
 @pytest.mark.parametrize(
@@ -97,15 +100,12 @@ def test_a_config_is_counted_whole(config, shape, params, gmacs, tmp_path):
     assert row['gmacs'] == pytest.approx(gmacs, rel=0.005) and row['gmacs_torch'] < row['gmacs']
 
 
-# ---- time and memory -------------------------------------------------------------------------------------------------
-
-
 class Clock:
     """A clock that steps move."""
 
     def __init__(self, monkeypatch):
         self.now, self.order = 0.0, []
-        monkeypatch.setattr(_measure.time, 'perf_counter', lambda: self.now)
+        monkeypatch.setattr(_bench.time, 'perf_counter', lambda: self.now)
 
     def step(self, name, *seconds):
         pace = itertools.chain(seconds, itertools.repeat(seconds[-1]))
@@ -133,6 +133,15 @@ def test_quick_steps_are_repeated_and_waited_for(monkeypatch):
     time_interleaved([a, b], rounds=1, warmup=1, min_seconds=1.0, synchronize=lambda: clock.order.append('|'))
     assert ''.join(clock.order) == '|a||b|' + '|aaaa||b|'
     assert a.seconds == [0.25]
+
+
+def test_medians_by_name_of_turns_of_several_steps(monkeypatch):
+    clock = Clock(monkeypatch)
+    steps = dict(a=clock.step('a', 9.0, 9.0, 1.0, 2.0, 5.0), b=clock.step('b', 3.0))
+    assert median_seconds(steps, rounds=1, warmup=1, repeats=2) == dict(a=1.5, b=3.0)
+    assert clock.order == ['a', 'a', 'b', 'b'] * 2
+    with pytest.raises(RuntimeError, match='bad failed: ZeroDivisionError'):
+        median_seconds(dict(bad=lambda: 1 / 0), rounds=1)
 
 
 def test_a_step_that_fails_is_left_out(monkeypatch):
@@ -184,11 +193,9 @@ def test_the_peak_is_seen_again_when_the_allocator_keeps_what_was_freed():
 
     peaks = [peak_growth(step, torch.device('cpu')) for _ in range(3)]
     if peaks[0] is None:
-        pytest.skip(_measure.NO_PEAK)
+        pytest.skip(NO_PEAK)
     assert all(0.9 * 2**26 < peak < 1.5 * 2**26 for peak in peaks), peaks
 
-
-# ---- the command -----------------------------------------------------------------------------------------------------
 
 KEYS = {
     *(
@@ -276,18 +283,18 @@ def test_a_model_that_fails_is_a_row(tmp_path, capsys, short_turns):
     assert bad['name'] == 'test_vit' and 'divisible' in bad['error'] and bad['images_per_s'] is None
     assert good['error'] is None and good['images_per_s'] > 0
     assert f'test_vit (size 37, batch 2, dtype float32, device cpu): failed: {bad["error"]}' in capsys.readouterr().out
-    assert main(['report', 'test_vit', '--sizes', '37', '--no-throughput']) == 1  # nothing came
+    assert main(['report', 'test_vit', '--sizes', '37', '--no-throughput']) == 1  # no row has a figure
 
 
 def test_too_little_memory_is_said(tmp_path, monkeypatch, capsys, short_turns):
-    step = report.Subject.step
+    step = measure.Subject.step
 
     def limited(self, kind, batch_size):
         if batch_size > 2:
             raise torch.OutOfMemoryError('CUDA out of memory.')
         return step(self, kind, batch_size)
 
-    monkeypatch.setattr(report.Subject, 'step', limited)
+    monkeypatch.setattr(measure.Subject, 'step', limited)
     file = tmp_path / 'a.json'
     assert main(['report', 'test_vmamba', *QUICK, '--json', str(file)]) == 0
     (row,) = json.loads(file.read_text())
@@ -297,7 +304,7 @@ def test_too_little_memory_is_said(tmp_path, monkeypatch, capsys, short_turns):
 
 
 def test_an_interrupt_leaves_what_is_done(tmp_path, monkeypatch, capsys, short_turns):
-    step, calls = report.Subject.step, itertools.count()
+    step, calls = measure.Subject.step, itertools.count()
 
     def interrupted(self, kind, batch_size):
         inner, held = step(self, kind, batch_size)
@@ -309,7 +316,7 @@ def test_an_interrupt_leaves_what_is_done(tmp_path, monkeypatch, capsys, short_t
 
         return run, held
 
-    monkeypatch.setattr(report.Subject, 'step', interrupted)
+    monkeypatch.setattr(measure.Subject, 'step', interrupted)
     file = tmp_path / 'a.json'
     argv = ['test_vmamba', 'test_convnext', '--sizes', '64', '--batch-sizes', '2', '4', '--json', str(file)]
     assert main(['report', *argv, '--rounds', '5', '--warmup', '1']) == 130
@@ -347,25 +354,20 @@ def test_bad_input_gives_one_sentence(argv, said, capsys, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize('name', ['2dvmamba_tiny', 'vmamba2d_tiny', 'vmamba2d_tiny.in1k'])
 def test_names_of_ours(name):
-    (found,) = report.find_models([name, name])
-    assert found.partition('.')[0] == 'vmamba2d_tiny' and report.accuracy_of(found) == 82.8
-
-
-# ---- pictures --------------------------------------------------------------------------------------------------------
+    (found,) = find_models([name, name])
+    assert found.partition('.')[0] == 'vmamba2d_tiny' and accuracy_of(found) == 82.8
 
 
 def timed_row(name, size, images_per_s, **values):
     figures = dict(batch_size=8, dtype='float32', device='cpu', images_per_s_spread=1.0, peak_memory_mb=100.0 + size)
-    return report.Row(
-        name, size, published_top1=report.accuracy_of(name), images_per_s=images_per_s, **(figures | values)
-    )
+    return Row(name, size, published_top1=accuracy_of(name), images_per_s=images_per_s, **(figures | values))
 
 
 def test_one_size_draws_accuracy_against_throughput():
     pytest.importorskip('matplotlib')
-    failed = report.Row('vmamba_base', 224, error='ValueError')
+    failed = Row('vmamba_base', 224, error='ValueError')
     rows = [timed_row('vmamba_tiny', 224, 10.0), timed_row('vmamba2d_tiny', 224, 9.0), timed_row('resnet50', 224, 12.0)]
-    figure = report.draw([*rows, failed])
+    figure = draw([*rows, failed])
     (axes,) = figure.axes
     assert axes.get_xlabel() == 'throughput (images/s)'
     assert axes.get_ylabel() == 'published ImageNet-1K top-1 at 224 (%)'
@@ -387,7 +389,7 @@ def test_several_sizes_draw_throughput_and_memory_against_them():
         for size in (224, 384)
         for dtype in ('float32', 'bfloat16')
     ]
-    figure = report.draw(rows)
+    figure = draw(rows)
     assert [axes.get_xlabel() for axes in figure.axes] == ['side of the image (pixels)'] * 2
     assert [axes.get_ylabel() for axes in figure.axes] == ['throughput (images/s)', 'peak memory (MB)']
     lines = figure.axes[1].get_lines()

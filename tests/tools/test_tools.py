@@ -13,11 +13,13 @@ import timm
 import torch
 from fvcore.nn import FlopCountAnalysis
 from fvcore.nn.jit_handles import elementwise_flop_counter
+from rich.console import Console
 
 import vssm
 from vssm.models import weights as checkpoints
 from vssm.ops import selective_scan_fvcore_macs, state_fusion_fvcore_macs, use_reference
 from vssm.tools import env, info
+from vssm.tools._tables import markdown_table, print_table
 from vssm.tools.main import COMMANDS, main, make_parser
 from vssm.tools.published import IMAGENET_TOP1
 
@@ -48,13 +50,26 @@ def test_a_subcommand_runs_as_a_module():
     assert 'digits/vmamba_test' in result.stdout and not result.stderr
 
 
+def test_tables_align_figures_and_keep_names_whole(capsys):
+    console = Console(width=50, file=sys.stdout)
+    rows = [('a-name-that-stays-whole', '1.5 s', 'words that may be broken'), ('b', '-', '')]
+    print_table(['model', 'time', 'note'], rows, 'title', to=console)
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title.strip() == 'title'
+    assert any('a-name-that-stays-whole │ 1.5 s │ words that' in line for line in lines)
+    assert any('│ b                       │     - │' in line for line in lines)
+
+
+def test_tables_in_markdown():
+    rows = [('a', '1'), ('b', '2')]
+    assert markdown_table(['x', 'y'], rows) == '| x | y |\n| --- | --- |\n| a | 1 |\n| b | 2 |\n'
+    assert markdown_table(['x', 'y'], rows, align_right=True).splitlines()[1] == '| --- | ---: |'
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit):
         main(['--version'])
     assert capsys.readouterr().out == f'vssm {vssm.__version__}\n'
-
-
-# ---- info ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -120,16 +135,13 @@ def test_macs_follow_the_rules_of_fvcore(name):
     analysis.set_op_handle('vssm::selective_scan', selective_scan_fvcore_macs)
     analysis.set_op_handle('vssm::state_fusion', state_fusion_fvcore_macs)
     analysis.set_op_handle('aten::batch_norm', elementwise_flop_counter(5, 0))
-    # As fvcore does for its pooling operators, which Spatial-Mamba does not use.
+    # fvcore counts pooling operators so; Spatial-Mamba uses none.
     analysis.set_op_handle('aten::mean', elementwise_flop_counter(0 if 'spatial' in name else 1, 0))
     expected = analysis.total()
     model, image = model.to('meta'), image.to('meta')
     assert info.count_macs(model, image) == expected
     with use_reference():
         assert info.count_macs(model, image) == expected
-
-
-# ---- env -------------------------------------------------------------------------------------------------------------
 
 
 def test_env(capsys):
@@ -160,9 +172,6 @@ def test_env_says_why_a_backend_is_off(variable, value, backend, state, monkeypa
     assert env.backends()[backend].startswith(state)
 
 
-# ---- configs ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     'pattern, shown',
     [(['digits/*'], {'digits/vmamba2d_test', 'digits/vmamba_test'}), (['*2d_test'], {'digits/vmamba2d_test'})],
@@ -180,9 +189,6 @@ def test_configs_lists_all(capsys):
     names = re.findall(r'^│ (\S+/\S+) ', capsys.readouterr().out, re.MULTILINE)
     assert len(names) == len(set(names)) == 2 + 9 + 9 + 2 * 9 + 2 + 3
     assert not [name for name in names if '/_' in name]
-
-
-# ---- bad input -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
