@@ -7,7 +7,7 @@ Feature maps are channels-last, (batch, height, width, channels).
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -272,7 +272,7 @@ def build_backbone(
     cls: type[Network],
     variant: str,
     pretrained: bool,
-    filter_fn: Callable[[Mapping[str, Any], nn.Module], Mapping[str, Tensor]],
+    filter_fn: Callable[[dict[str, Any], nn.Module], dict[str, Tensor]],
     output_stride: int = 32,
     **kwargs,
 ) -> Network:

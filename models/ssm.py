@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the state-space mixers share: the way to the operators, the decay rates, and Mamba's initialisation of the scan."""
+"""What the state-space mixers share: the way to the operators, the decay rates, and the initialisation of a scan."""
 
 import math
 

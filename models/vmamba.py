@@ -10,7 +10,6 @@ Feature maps are channels-last, (batch, height, width, channels), from the stem'
 """
 
 import math
-from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -194,7 +193,7 @@ class VMamba(Backbone):
         super().__init__(stem, stages, dims, in_chans, num_classes, global_pool, drop_rate, **dd)
         named_apply(init_linear, self)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load the tensors of a checkpoint, whether under our names or under published ones."""
         return super().load_state_dict(checkpoint_filter_fn(state_dict, self), strict=strict, assign=assign)
 
@@ -216,7 +215,7 @@ _RENAMES = (
 )
 
 
-def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Mapping[str, Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Bring a published VMamba or 2DVMamba checkpoint to our names and shapes by `rename_checkpoint`."""
     return rename_checkpoint(state_dict, model, _RENAMES)
 
