@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the backbones share: the pyramid of stem, stages and head with the methods that timm expects of it, the reading
-of published checkpoints, and the way from an entrypoint to a model.
+"""What the backbones share: the pyramid of stem, stages and head with the methods that timm expects of it, and the way
+from an entrypoint to a model.
 
 Feature maps are channels-last, (batch, height, width, channels).
 """
 
 import re
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from timm.layers import create_classifier, trunc_normal_
@@ -17,7 +16,7 @@ from timm.models import build_model_with_cfg, checkpoint_seq, register_model_dep
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .layers import in_groups
+from .layers import Blocks
 from .weights import pretrained_kwargs
 
 __all__ = [
@@ -28,31 +27,40 @@ __all__ = [
     'build_backbone',
     'init_linear',
     'register_aliases',
-    'rename_checkpoint',
     'stage_dims',
 ]
 
 
 class Stage(nn.Module):
-    """Downsample, then blocks."""
+    """Downsample, then blocks.
+
+    Args:
+        downsample: Map to this stage's resolution and width.
+        blocks: Blocks of this width.
+    """
 
     def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
         super().__init__()
         self.grad_checkpointing = False
         self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = Blocks(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self.blocks(self.downsample(x))
         x = self.downsample(x)
-        if self.grad_checkpointing:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.blocks, x)
-        return in_groups(self.blocks, x)
+        return self.blocks(x)
 
 
 class NormPoolHead(nn.Module):
-    """Classifier: layer norm of every token, pooling, linear."""
+    """Classifier: layer norm of every token, pooling, linear.
+
+    Args:
+        dim: Width of the feature map.
+        num_classes: Number of classes; 0 leaves the pooled features.
+        pool_type: Pooling by timm's name, '' for none.
+        drop_rate: Dropout before the classifier.
+    """
 
     def __init__(
         self,
@@ -66,7 +74,7 @@ class NormPoolHead(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.in_features = dim
-        self.norm = nn.LayerNorm(dim, **dd)
+        self.norm: nn.Module = nn.LayerNorm(dim, **dd)
         self.global_pool, self.fc = create_classifier(dim, num_classes, pool_type, input_fmt='NHWC', **dd)
         self.num_features = dim * self.global_pool.feat_mult()  # after pooling
         self.drop = nn.Dropout(drop_rate)
@@ -93,10 +101,10 @@ class Backbone(nn.Module):
 
     Args:
         stem: Images, (batch, in_chans, H, W), to tokens, (batch, H/4, W/4, dims[0]).
-        stages: Each a map to the next one, the last of width dims[-1].
+        stages: Stages, which map tokens to those of the next width.
         dims: Width of each stage.
-        in_chans: Channels of the image.
-        num_classes: Classes of the head; 0 leaves the pooled features.
+        in_chans: Number of channels of the image.
+        num_classes: Number of classes of the head; 0 leaves the pooled features.
         global_pool: Pooling of the head, '' for none.
         drop_rate: Dropout before the classifier.
     """
@@ -145,7 +153,7 @@ class Backbone(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for stage in self.stages:
+        for stage in cast(Iterable[Stage], self.stages):
             stage.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -154,7 +162,7 @@ class Backbone(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         self.num_classes = num_classes
-        weight = self.stem.conv1.weight
+        weight = self.get_parameter('stem.conv1.weight')
         self.head.reset(num_classes, global_pool, device=weight.device, dtype=weight.dtype)
         self.head_hidden_size = self.head.num_features
 
@@ -171,11 +179,11 @@ class Backbone(nn.Module):
 
         Args:
             x: Images, (batch, in_chans, H, W).
-            indices: Which stages: the last n if an int, all if None.
-            norm: Apply the head's norm to the last stage's output.
-            stop_early: Stop after the last stage that is asked for.
+            indices: Indices of the stages that are asked for; an int for the last so many, None for all.
+            norm: Whether the head's norm is applied to the last stage's output.
+            stop_early: Whether the stages after the last that is asked for are left out.
             output_fmt: Layout of the intermediates, 'NCHW' or 'NHWC'.
-            intermediates_only: Return the intermediates alone.
+            intermediates_only: Whether the intermediates are returned alone.
         """
         if output_fmt not in ('NCHW', 'NHWC'):
             raise ValueError(f"forward_intermediates: output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}.")
@@ -183,18 +191,16 @@ class Backbone(nn.Module):
         last_index = len(self.stages) - 1
         intermediates = []
 
-        x = self.forward_stem(x)
-        if torch.jit.is_scripting() or not stop_early:  # TorchScript cannot slice a Sequential
-            stages = self.stages
-        else:
-            stages = self.stages[: max_index + 1]
-        for i, stage in enumerate(stages):
+        x = self.stem(x)
+        for i, stage in enumerate(self.stages):
             x = stage(x)
             if i in take_indices:
                 intermediate = self.head.norm(x) if norm and i == last_index else x
                 if output_fmt == 'NCHW':
                     intermediate = intermediate.permute(0, 3, 1, 2).contiguous()  # [B, H, W, C] -> [B, C, H, W]
                 intermediates.append(intermediate)
+            if stop_early and i == max_index:
+                break
 
         if intermediates_only:
             return intermediates
@@ -209,7 +215,7 @@ class Backbone(nn.Module):
         """Drop what `forward_intermediates` with these indices does not need, and return the kept indices."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         pruned = max_index < len(self.stages) - 1
-        self.stages = self.stages[: max_index + 1]
+        self.stages = nn.Sequential(*list(self.stages)[: max_index + 1])
         if pruned:  # the head was sized for the last stage's width
             self.num_features = self.feature_info[max_index]['num_chs']
             self.head.in_features = self.num_features
@@ -219,13 +225,9 @@ class Backbone(nn.Module):
             self.reset_classifier(0, '')
         return take_indices
 
-    def forward_stem(self, x: Tensor) -> Tensor:
-        """Images, (batch, in_chans, H, W) -> tokens, (batch, H/4, W/4, C)."""
-        return self.stem(x) if torch.jit.is_scripting() else in_groups(self.stem, x, growth=8)
-
     def forward_features(self, x: Tensor) -> Tensor:
         """Images, (batch, in_chans, H, W) -> feature map before the head, (batch, H/32, W/32, C)."""
-        return self.stages(self.forward_stem(x))
+        return self.stages(self.stem(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         return self.head(x, pre_logits=pre_logits) if pre_logits else self.head(x)
@@ -235,7 +237,16 @@ class Backbone(nn.Module):
 
 
 def stage_dims(name: str, dims: int | Sequence[int], depths: Sequence[int]) -> tuple[int, ...]:
-    """One width per stage, from those or from the first one's, which then doubles at every stage."""
+    """The width of each stage: dims itself or, of one number, that of the first stage, doubled at every further one.
+
+    Args:
+        name: Name of the network, for the message of an error.
+        dims: Width of each stage, or of the first.
+        depths: Number of blocks of each stage.
+
+    Raises:
+        ValueError: dims and depths differ in length.
+    """
     if isinstance(dims, int):
         return tuple(dims * 2**i for i in range(len(depths)))
     if len(dims) != len(depths):
@@ -244,83 +255,36 @@ def stage_dims(name: str, dims: int | Sequence[int], depths: Sequence[int]) -> t
 
 
 def init_linear(module: nn.Module, name: str) -> None:
-    """For `named_apply`: linear layers from a truncated normal; all else, x_proj too, as its constructor made it."""
+    """Initialise the linear layers from a truncated normal, for `named_apply`.
+
+    All other modules, and x_proj, stay as their constructors made them.
+    """
     if isinstance(module, nn.Linear) and not name.endswith('x_proj'):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
 
-# The mixers' part of the published names; every family begins with its own.
-_MIXER_RENAMES = (
-    (r'\.(op|self_attention)\.', '.mixer.'),
-    (r'\.mixer\.conv2d\.', '.mixer.conv.'),
-    (r'\.mixer\.out_norm\.', '.mixer.norm.'),
-    (r'\.mixer\.x_proj_weight$', '.mixer.x_proj.weight'),
-    (r'\.mixer\.dt_projs(_|\.)weight$', '.mixer.dt_weight'),
-    (r'\.mixer\.dt_projs(_|\.)bias$', '.mixer.dt_bias'),
-    (r'\.mixer\.A_logs$', '.mixer.A_log'),
-    (r'\.mixer\.Ds$', '.mixer.D'),
-)
-
-
-def rename_checkpoint(
-    state_dict: dict[str, Any],
-    model: nn.Module,
-    renames: Sequence[tuple[str, str | Callable[[re.Match], str]]],
-) -> dict[str, Tensor]:
-    """Bring a published checkpoint to our names and shapes; the model's own names and tensors pass unchanged.
-
-    Names that no rule knows, or that would become a name that is there already, are kept as they are, so that a strict
-    load reports them.
-
-    Args:
-        state_dict: Names and tensors, or what wraps them: state_dict_ema, model_ema, state_dict or model.
-        model: The network that the tensors are for.
-        renames: Patterns and replacements of the family, applied in order before those of the mixers.
-
-    Raises:
-        ValueError: A tensor of the scan has another number of elements than the model's.
-    """
-    for wrapper in ('state_dict_ema', 'model_ema', 'state_dict', 'model'):  # averaged weights first, as timm takes them
-        if wrapper in state_dict:
-            state_dict = state_dict[wrapper]
-            break
-
-    own = model.state_dict()
-    if state_dict.keys() <= own.keys():
-        return state_dict
-    out = OrderedDict()
-    if hasattr(state_dict, '_metadata'):  # the modules' versions, which loading reads
-        out._metadata = state_dict._metadata
-    for name, value in state_dict.items():
-        ours = name
-        if name not in own:
-            for pattern, replacement in (*renames, *_MIXER_RENAMES):
-                ours = re.sub(pattern, replacement, ours)
-            if ours in out or ours in state_dict:
-                ours = name
-        # The scan's parameters are stacked over the orders, published in one layout or another of the same numbers.
-        if ours != name and ours in own and re.search(r'\.mixer\.(x_proj\.weight|dt_weight|dt_bias|A_log|D)$', ours):
-            if value.numel() != own[ours].numel():
-                raise ValueError(
-                    f'checkpoint: {name} must hold {own[ours].numel()} numbers for {ours} of shape '
-                    f'{tuple(own[ours].shape)}, got {tuple(value.shape)}.'
-                )
-            value = value.reshape(own[ours].shape)
-        out[ours] = value
-    return out
+Network = TypeVar('Network', bound=Backbone)
 
 
 def build_backbone(
-    cls: type[Backbone],
+    cls: type[Network],
     variant: str,
     pretrained: bool,
     filter_fn: Callable[[dict[str, Any], nn.Module], dict[str, Tensor]],
     output_stride: int = 32,
     **kwargs,
-) -> Backbone:
+) -> Network:
     """The model of an entrypoint, through timm's builder.
+
+    Args:
+        cls: Class of the network.
+        variant: Name of the model, which is its entrypoint's.
+        pretrained: Whether to load the published weights.
+        filter_fn: Function that brings a published checkpoint, for a network, to our names and shapes.
+        output_stride: Resolution of the image over that of the last feature map.
+        kwargs: Further arguments of the network, and of timm's builder.
 
     Raises:
         ValueError: output_stride is not 32; a scan has no dilated form that would keep the resolution.
@@ -340,7 +304,7 @@ def build_backbone(
     )
 
 
-ALIASES: dict[str, str] = {}  # further names of registered models
+ALIASES: dict[str, str] = {}  # of further names to the models' own
 
 
 def register_aliases(module: str, aliases: dict[str, str]) -> None:
@@ -349,10 +313,10 @@ def register_aliases(module: str, aliases: dict[str, str]) -> None:
     timm keeps a name out of its listings only as a deprecated one. An alias is not, so its warning is silenced.
 
     Args:
-        module: Name of the file's module, which holds the entrypoints.
-        aliases: Further names and the models' own.
+        module: Name of the Python module that holds the entrypoints.
+        aliases: Mapping of further names to the models' own.
     """
     ALIASES.update(aliases)
     for alias in aliases:
         warnings.filterwarnings('ignore', f'Mapping deprecated model name {re.escape(alias)} ')
-    register_model_deprecations(module, aliases)
+    register_model_deprecations(module, {**aliases})

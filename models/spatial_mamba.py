@@ -8,23 +8,20 @@ Feature maps are channels-last, (batch, height, width, channels), from the end o
 """
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, calculate_drop_path_rates
-from timm.models import generate_default_cfgs, named_apply, register_model, register_notrace_function
+from timm.models import generate_default_cfgs, named_apply, register_model
 from torch import Tensor, nn
 
-from ..ops import gated_readout, selective_scan, state_fusion
-from ..ops.backend import uses_reference
-from .backbone import Backbone, Stage, build_backbone, init_linear, register_aliases, rename_checkpoint, stage_dims
-from .layers import Mlp, in_groups, is_plain, linear, linear_chunks
-from .ssm import decay_rates, init_scan_
+from .backbone import Backbone, Stage, build_backbone, init_linear, register_aliases, stage_dims
+from .layers import Linear, Mlp, in_chunks, in_groups, in_one_pass
+from .ssm import decay_rates, fuse_states, init_scan_, scan
+from .weights.rename import rename_checkpoint
 
 __all__ = ['SpatialMamba']
-
-register_notrace_function(state_fusion)  # its checks read shapes, which FX cannot trace
 
 
 class Stem(nn.Module):
@@ -46,6 +43,7 @@ class Stem(nn.Module):
         self.conv5 = nn.Conv2d(4 * dim, dim, kernel_size=1, bias=False, **dd)
         self.norm5 = nn.BatchNorm2d(dim, **dd)
 
+    @in_groups(growth=8)
     def forward(self, x: Tensor) -> Tensor:
         # Channels last in memory, so that what follows is too, and the last permute a view. Not by memory_format, which
         # vmap does not know.
@@ -70,12 +68,10 @@ class Downsample(nn.Module):
         self.norm = nn.BatchNorm2d(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            x = self.convolve(x)
-        else:
-            x = in_groups(self, x, growth=8, forward=self.convolve, while_training=True)
+        x = self.convolve(x)
         return self.norm(x).permute(0, 2, 3, 1)  # -> [B, H/2, W/2, C']
 
+    @in_groups(growth=8, while_training=True)
     def convolve(self, x: Tensor) -> Tensor:
         x = self.act(self.conv1(x.permute(0, 3, 1, 2)))  # [B, H, W, C] -> [B, 4C', H, W]
         x = self.act(self.conv2(x))  # -> [B, 4C', H/2, W/2]
@@ -99,9 +95,7 @@ class StateFusion(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         kernels = torch.cat([self.kernel_3, self.kernel_3_1, self.kernel_3_2], dim=1).transpose(0, 1)  # [3, E, 3, 3]
         weight = self.alpha.view(3, 1, 1, 1) * kernels
-        if torch.jit.is_scripting():
-            return torch.ops.vssm.state_fusion(h, weight)
-        return state_fusion(h, weight)
+        return fuse_states(h, weight)
 
 
 class SpatialMixer(nn.Module):
@@ -114,7 +108,7 @@ class SpatialMixer(nn.Module):
         self.dt_rank = math.ceil(dim / 16)
         self.orders = [0]
 
-        self.in_proj = nn.Linear(dim, 2 * inner_dim, bias=False, **dd)
+        self.in_proj = Linear(dim, 2 * inner_dim, bias=False, **dd)
         self.conv = nn.Conv2d(inner_dim, inner_dim, kernel_size=3, padding=1, groups=inner_dim, **dd)
         self.act = nn.SiLU()
         self.x_proj = nn.Linear(inner_dim, self.dt_rank + 2, bias=False, **dd)
@@ -124,38 +118,29 @@ class SpatialMixer(nn.Module):
         self.D = nn.Parameter(torch.empty(1, inner_dim, **dd))
         self.fusion = StateFusion(inner_dim, **dd)
         self.norm = nn.LayerNorm(inner_dim, **dd)
-        self.out_proj = nn.Linear(inner_dim, dim, bias=False, **dd)
+        self.out_proj = Linear(inner_dim, dim, bias=False, **dd)
         init_scan_(self.A_log, self.D, self.dt_weight, self.dt_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         # Names are used again, so that few of these wide maps live at a time.
-        if torch.jit.is_scripting():
-            x, z = self.in_proj(x).chunk(2, dim=-1)  # [B, H, W, C] -> two [B, H, W, E]
-        else:
-            x, z = linear_chunks(self.in_proj, x, 2)
+        x, z = self.project(x)
         x = self.act(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         dt, B, C = self.x_proj(x).split([self.dt_rank, 1, 1], dim=-1)
         dt, B = dt.unsqueeze(3), B.unsqueeze(3)  # [B, H, W, K, R], [B, H, W, K, N] with K = N = 1
         A = decay_rates(self.A_log)
-        if torch.jit.is_scripting():
-            y = torch.ops.vssm.selective_scan(
-                x, dt, A, B, None, None, self.dt_bias, self.dt_weight, 1, self.orders, True
-            )
-        else:
-            y = selective_scan(x, dt, A, B, dt_bias=self.dt_bias, dt_weight=self.dt_weight, ndim=1, orders=self.orders)
-        y = self.fusion(y)
-        if torch.jit.is_scripting():
-            return self.out_proj(self.read_out(y, x, C, z))
-        fused = is_plain(self.norm, nn.LayerNorm, y) and is_plain(self.act, nn.SiLU, y) and not uses_reference(y)
-        if fused and self.norm.bias is not None:
-            D = self.D.squeeze(0).to(y.dtype)
-            y = gated_readout(y, x, C, D, z, self.norm.weight, self.norm.bias, self.norm.eps)
-        else:
-            y = self.read_out(y, x, C, z)
-        return linear(self.out_proj, y)
+        y = scan(x, dt, A, B, dt_bias=self.dt_bias, dt_weight=self.dt_weight, ndim=1, orders=self.orders)
+        y = self.read_out(self.fusion(y), x, C, z)
+        return self.out_proj(y)
 
+    @in_chunks('in_proj', 2)
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x, z = self.in_proj(x).chunk(2, dim=-1)  # [B, H, W, C] -> two [B, H, W, E]
+        return x, z
+
+    @in_one_pass
     def read_out(self, h: Tensor, x: Tensor, C: Tensor, z: Tensor) -> Tensor:
-        return self.norm(torch.addcmul(self.D.to(x.dtype) * x, C, h)) * self.act(z)  # [B, H, W, E]
+        y = torch.addcmul(self.D.to(x.dtype) * x, C, h)  # [B, H, W, E]
+        return self.norm(y) * self.act(z)
 
 
 class Block(nn.Module):
@@ -192,10 +177,10 @@ class SpatialMamba(Backbone):
     resolution, odd sizes rounded up.
 
     Args:
-        in_chans: Channels of the image.
-        num_classes: Classes of the head; 0 leaves the pooled features.
+        in_chans: Number of channels of the image.
+        num_classes: Number of classes of the head; 0 leaves the pooled features.
         global_pool: Pooling of the head, '' for none.
-        depths: Blocks of each stage.
+        depths: Number of blocks of each stage.
         dims: Width of each stage, or the first one's, which then doubles at every stage.
         mlp_ratio: Hidden width of the MLP over the stage's width.
         drop_rate: Dropout before the classifier.
@@ -218,7 +203,7 @@ class SpatialMamba(Backbone):
         dd = {'device': device, 'dtype': dtype}
         dims = stage_dims('SpatialMamba', dims, depths)
         stem = Stem(in_chans, dims[0], **dd)
-        drop_path = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        drop_path = cast(list[list[float]], calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
         stages = []
         for i, dim in enumerate(dims):
             downsample = Downsample(dims[i - 1], dim, **dd) if i > 0 else nn.Identity()
@@ -227,8 +212,8 @@ class SpatialMamba(Backbone):
         super().__init__(stem, stages, dims, in_chans, num_classes, global_pool, drop_rate, **dd)
         named_apply(init_linear, self)
 
-    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As nn.Module's, for published names too."""
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load the tensors of a checkpoint, whether under our names or under published ones."""
         return super().load_state_dict(checkpoint_filter_fn(state_dict, self), strict=strict, assign=assign)
 
 
@@ -251,7 +236,7 @@ _RENAMES = (
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Bring a published Spatial-Mamba checkpoint to our names and shapes, see `rename_checkpoint`."""
+    """Bring a published Spatial-Mamba checkpoint to our names and shapes by `rename_checkpoint`."""
     return rename_checkpoint(state_dict, model, _RENAMES)
 
 

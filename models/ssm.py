@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all state-space mixers share: the decay rates, and Mamba's initialisation of them and of the step sizes."""
+"""What the state-space mixers share: the way to the operators, the decay rates, and the initialisation of a scan."""
 
 import math
 
@@ -7,9 +7,35 @@ import torch
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
-from ..ops import selective_scan
+from ..ops import selective_scan, state_fusion
 
-register_notrace_function(selective_scan)  # its checks read shapes, which FX cannot trace
+
+@register_notrace_function  # the checks read shapes, which FX cannot trace
+def scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    *,
+    dt_bias: Tensor,
+    dt_weight: Tensor,
+    ndim: int,
+    orders: list[int],
+) -> Tensor:
+    """`vssm.ops.selective_scan` with low-rank step sizes. TorchScript calls the operator without the checks."""
+    if torch.jit.is_scripting():
+        return torch.ops.vssm.selective_scan(x, dt, A, B, C, D, dt_bias, dt_weight, ndim, orders, softplus=True)
+    return selective_scan(x, dt, A, B, C, D, dt_bias, dt_weight=dt_weight, ndim=ndim, orders=orders)
+
+
+@register_notrace_function
+def fuse_states(h: Tensor, weight: Tensor) -> Tensor:
+    """`vssm.ops.state_fusion`. TorchScript calls the operator without the checks."""
+    if torch.jit.is_scripting():
+        return torch.ops.vssm.state_fusion(h, weight)
+    return state_fusion(h, weight)
 
 
 @register_notrace_function  # FX cannot follow a branch on a dtype

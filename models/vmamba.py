@@ -10,7 +10,7 @@ Feature maps are channels-last, (batch, height, width, channels), from the stem'
 """
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -18,10 +18,10 @@ from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, named_apply, register_model
 from torch import Tensor, nn
 
-from ..ops import selective_scan
-from .backbone import Backbone, Stage, build_backbone, init_linear, register_aliases, rename_checkpoint, stage_dims
-from .layers import Mlp, linear
-from .ssm import decay_rates, init_scan_
+from .backbone import Backbone, Stage, build_backbone, init_linear, register_aliases, stage_dims
+from .layers import Linear, Mlp, in_groups
+from .ssm import decay_rates, init_scan_, scan
+from .weights.rename import rename_checkpoint
 
 __all__ = ['VMamba']
 
@@ -52,6 +52,7 @@ class Stem(nn.Module):
         self.conv2 = nn.Conv2d(dim // 2, dim, kernel_size=3, stride=2, padding=1, **dd)
         self.norm2 = nn.LayerNorm(dim, **dd)
 
+    @in_groups(growth=8)
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x).permute(0, 2, 3, 1)  # [B, C, H, W] -> [B, H/2, W/2, C']
         x = self.act(self.norm1(x))
@@ -80,7 +81,7 @@ class SS2D(nn.Module):
         self.orders = [0, 1, 2, 3]
         K = len(self.orders)
 
-        self.in_proj = nn.Linear(dim, inner_dim, bias=False, **dd)
+        self.in_proj = Linear(dim, inner_dim, bias=False, **dd)
         self.conv = nn.Conv2d(inner_dim, inner_dim, kernel_size=3, padding=1, groups=inner_dim, bias=False, **dd)
         self.act = nn.SiLU()
         self.x_proj = nn.Linear(inner_dim, K * (self.dt_rank + 2 * d_state), bias=False, **dd)
@@ -89,26 +90,29 @@ class SS2D(nn.Module):
         self.A_log = nn.Parameter(torch.empty(K, inner_dim, d_state, **dd))
         self.D = nn.Parameter(torch.empty(K, inner_dim, **dd))
         self.norm = nn.LayerNorm(inner_dim, **dd)
-        self.out_proj = nn.Linear(inner_dim, dim, bias=False, **dd)
+        self.out_proj = Linear(inner_dim, dim, bias=False, **dd)
         init_scan_(self.A_log, self.D, self.dt_weight, self.dt_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.in_proj(x) if torch.jit.is_scripting() else linear(self.in_proj, x)  # [B, H, W, C] -> [B, H, W, E]
+        x = self.in_proj(x)  # [B, H, W, C] -> [B, H, W, E]
         x = self.act(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         # The projections act on one position at a time, so one of them serves all orders: [B, H, W, K, R + 2N]
         proj = self.x_proj(x).unflatten(-1, (len(self.orders), -1))
         dt, B, C = proj.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         A = decay_rates(self.A_log)
-        if torch.jit.is_scripting():
-            y = torch.ops.vssm.selective_scan(
-                x, dt, A, B, C, self.D, self.dt_bias, self.dt_weight, self.scan_ndim, self.orders, True
-            )
-        else:
-            y = selective_scan(
-                x, dt, A, B, C, self.D, self.dt_bias, dt_weight=self.dt_weight, ndim=self.scan_ndim, orders=self.orders
-            )
-        y = self.norm(y)
-        return self.out_proj(y) if torch.jit.is_scripting() else linear(self.out_proj, y)
+        y = scan(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            self.D,
+            dt_bias=self.dt_bias,
+            dt_weight=self.dt_weight,
+            ndim=self.scan_ndim,
+            orders=self.orders,
+        )
+        return self.out_proj(self.norm(y))
 
 
 class Block(nn.Module):
@@ -144,15 +148,15 @@ class VMamba(Backbone):
     resolution, odd sizes rounded up.
 
     Args:
-        in_chans: Channels of the image.
-        num_classes: Classes of the head; 0 leaves the pooled features.
+        in_chans: Number of channels of the image.
+        num_classes: Number of classes of the head; 0 leaves the pooled features.
         global_pool: Pooling of the head, '' for none.
-        depths: Blocks of each stage.
+        depths: Number of blocks of each stage.
         dims: Width of each stage, or the first one's, which then doubles at every stage.
-        d_state: States per channel, N.
+        d_state: Number of states per channel, N.
         ssm_ratio: Inner width of the mixer over the stage's width, E / C.
         mlp_ratio: Hidden width of the MLP over the stage's width.
-        scan_ndim: Which scan, 1 for VMamba, 2 for 2DVMamba.
+        scan_ndim: Number of dimensions of the scan, 1 for VMamba, 2 for 2DVMamba.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 at the first.
     """
@@ -177,9 +181,11 @@ class VMamba(Backbone):
         if scan_ndim not in (1, 2):
             raise ValueError(f'VMamba: scan_ndim must be 1 or 2, got {scan_ndim!r}.')
         dims = stage_dims('VMamba', dims, depths)
-        block_args = dict(d_state=d_state, ssm_ratio=ssm_ratio, mlp_ratio=mlp_ratio, scan_ndim=scan_ndim)
+        block_args: dict[str, Any] = dict(
+            d_state=d_state, ssm_ratio=ssm_ratio, mlp_ratio=mlp_ratio, scan_ndim=scan_ndim
+        )
         stem = Stem(in_chans, dims[0], **dd)
-        drop_path = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        drop_path = cast(list[list[float]], calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
         stages = []
         for i, dim in enumerate(dims):
             downsample = Conv3x3s2(dims[i - 1], dim, **dd) if i > 0 else nn.Identity()
@@ -187,8 +193,8 @@ class VMamba(Backbone):
         super().__init__(stem, stages, dims, in_chans, num_classes, global_pool, drop_rate, **dd)
         named_apply(init_linear, self)
 
-    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As nn.Module's, for published names too."""
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load the tensors of a checkpoint, whether under our names or under published ones."""
         return super().load_state_dict(checkpoint_filter_fn(state_dict, self), strict=strict, assign=assign)
 
 
@@ -210,7 +216,7 @@ _RENAMES = (
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Bring a published VMamba or 2DVMamba checkpoint to our names and shapes, see `rename_checkpoint`."""
+    """Bring a published VMamba or 2DVMamba checkpoint to our names and shapes by `rename_checkpoint`."""
     return rename_checkpoint(state_dict, model, _RENAMES)
 
 

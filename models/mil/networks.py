@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from ...ops import selective_scan
-from ..ssm import decay_rates, init_scan_
+from ..ssm import decay_rates, init_scan_, scan
 from ..weights.rename import rename_checkpoint
 from .grid import to_cells
 
@@ -212,14 +211,14 @@ class MambaMixer(nn.Module):
             x = x * tissue
         proj = self.x_proj(x).unsqueeze(3)  # -> [1, H, W, K = 1, R + 2N]
         dt, B, C = proj.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        y = selective_scan(
+        y = scan(
             x,
             self.dt_norm(dt),
             decay_rates(self.A_log),
             self.B_norm(B),
             self.C_norm(C),
             self.D,
-            self.dt_bias,
+            dt_bias=self.dt_bias,
             dt_weight=self.dt_weight,
             ndim=self.scan_ndim,
             orders=[0],

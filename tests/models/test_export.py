@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What PyTorch makes of the networks: compiled, exported, in ONNX, under the transforms of torch.func, quantised."""
 
+import copy
 import io
 import math
 import re
@@ -416,13 +417,16 @@ def megabytes(model):
     return len(file.getvalue()) / 1e6
 
 
-@pytest.mark.filterwarnings('ignore:torch.ao.quantization:DeprecationWarning')
 @every_small_model
 def test_quantised_linear_layers(name):
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
     model = timm.create_model(name).eval()
-    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    assert not [module for module in quantised.modules() if isinstance(module, nn.Linear)] and len(linear) > 20
+    quantised = copy.deepcopy(model)
+    quantize_(quantised, Int8DynamicActivationInt8WeightConfig())
+    linear = [module for module in quantised.modules() if isinstance(module, nn.Linear)]
+    assert not [module for module in linear if type(module.weight) is nn.Parameter] and len(linear) > 20
+    assert quantised.state_dict().keys() == model.state_dict().keys()
     assert megabytes(quantised) < 0.55 * megabytes(model)
     x = images()
     with torch.inference_mode():

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What makes the layers fast on a CPU changes no result, and steps aside for whoever looks on."""
 
+import contextlib
 import copy
+import types
 
 import pytest
 import timm
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.functional import linear
+from torch.nn.utils import parametrizations, prune
 
-import vssm  # noqa: F401  registers the models
-from vssm.models import layers
+from vssm.models import layers, spatial_mamba
+from vssm.ops import gated_readout
 
 SMALL = timm.list_models('test_*', module=['vmamba', 'spatial_mamba'])
 
@@ -25,6 +28,18 @@ class Recorder(nn.Module):
     def forward(self, x):
         self.sizes.append(len(x))
         return 2 * x
+
+
+class Grouped(nn.Module):
+    """What a recorder makes of its input, in groups."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = Recorder()
+
+    @layers.in_groups()
+    def forward(self, x):
+        return self.part(x)
 
 
 @pytest.fixture
@@ -67,45 +82,108 @@ def test_groups_and_convolutions_change_nothing(name, training, monkeypatch, ass
 
 
 def test_groups_are_even(monkeypatch):
-    module = Recorder().eval()
+    module = Grouped().eval()
     x = torch.randn(7, 4, 4, 25)
     monkeypatch.setattr(layers, '_GROUP_BYTES', 3 * 4 * x[0].nbytes / torch.get_num_threads())
-    assert torch.equal(layers.in_groups(module, x), 2 * x)
-    assert module.sizes == [3, 2, 2]
+    assert torch.equal(module(x), 2 * x)
+    assert module.part.sizes == [3, 2, 2]
 
 
-@pytest.mark.parametrize('who', ('hook', 'training', 'vmap', 'grad', 'trace', 'compile', 'meta'))
-@pytest.mark.filterwarnings('ignore:.*torch.jit.*:DeprecationWarning')
-def test_onlookers_get_whole_batches(who, always):
-    module = Recorder().train(who == 'training')
-    x = torch.randn(5, 2, 2, 3, device='meta' if who == 'meta' else 'cpu')
+def foreign_forward(self, x):
+    self.sizes.append(len(x))
+    return 2 * x
 
-    def call(x):
-        return layers.in_groups(module, x)
 
+foreign_forward.__module__ = 'elsewhere'
+
+
+def change(module, who, monkeypatch):
+    """What would notice groups comes to a part of the module."""
+    part = module.part
     if who == 'hook':
-        seen = []
-        module.register_forward_hook(lambda module, args, y: seen.append(y.shape[0]))
-        call(x)
-        assert seen == [5]
+        part.register_forward_hook(lambda module, args, y: None)
+    elif who == 'instance':
+        part.forward = types.MethodType(foreign_forward, part)
+    elif who == 'class':
+        monkeypatch.setattr(Recorder, 'forward', foreign_forward)
+    elif who == 'statistics':
+        part.norm = nn.BatchNorm2d(2)  # in training mode, whatever the module's
+
+
+@pytest.mark.parametrize(
+    'who',
+    (
+        *('hook', 'global hook', 'instance', 'class', 'statistics', 'training', 'mode'),
+        *('vmap', 'grad', 'trace', 'compile', 'meta'),
+    ),
+)
+@pytest.mark.filterwarnings('ignore:.*torch.jit.*:DeprecationWarning')
+def test_onlookers_get_whole_batches(who, always, monkeypatch):
+    module = Grouped().train(who == 'training')
+    change(module, who, monkeypatch)
+    x = torch.randn(5, 2, 2, 3, device='meta' if who == 'meta' else 'cpu')
+    if who == 'global hook':
+        handle = nn.modules.module.register_module_forward_hook(lambda module, args, y: None)
+        module(x)
+        handle.remove()
+    elif who == 'mode':
+        with torch.overrides.BaseTorchFunctionMode():
+            module(x)
     elif who == 'vmap':
-        torch.vmap(call)(torch.stack([x, x]))
+        torch.vmap(module)(torch.stack([x, x]))
     elif who == 'grad':
-        torch.func.grad(lambda x: call(x).sum())(x)
+        torch.func.grad(lambda x: module(x).sum())(x)
     elif who == 'trace':
-        torch.jit.trace(call, x, check_trace=False)
+        torch.jit.trace(module, x, check_trace=False)
     elif who == 'compile':
-        torch.compile(call, backend='eager', fullgraph=True)(x)
+        torch.compile(module, backend='eager', fullgraph=True)(x)
     else:
-        call(x)
-    assert set(module.sizes) == {5}
+        module(x)
+    assert set(module.part.sizes) == {5}
+
+
+def test_a_hook_on_the_whole_sees_whole_batches(always):
+    module, seen = Grouped().eval(), []
+    module.register_forward_hook(lambda module, args, y: seen.append(len(y)))
+    module(torch.randn(5, 2, 2, 3))
+    assert seen == [5]
+
+
+def test_groups_of_tokens_are_for_what_maps_each_alike(always, assert_close):
+    mlp = layers.Mlp(6, 12).eval()
+    x = torch.randn(2, 3, 5, 6)
+    expected = mlp.fc2(mlp.act(mlp.fc1(x)))
+    assert_close(mlp(x), expected, 1e-6)
+    sizes = []
+
+    class Act(nn.GELU):
+        def forward(self, x):
+            sizes.append(x.shape)
+            return super().forward(x)
+
+    mlp.act = Act()
+    assert_close(mlp(x), expected, 1e-6)
+    assert sizes == [(2, 3, 5, 12)]
+
+
+class Projection(nn.Module):
+    """A linear layer of which the chunks are wanted."""
+
+    def __init__(self, bias):
+        super().__init__()
+        self.layer = layers.Linear(12, 20, bias=bias)
+
+    @layers.in_chunks('layer', 2)
+    def forward(self, x):
+        return self.layer(x).chunk(2, dim=-1)
 
 
 @pytest.mark.parametrize('chunks', (1, 2))
 @pytest.mark.parametrize('bias', (False, True))
 @pytest.mark.parametrize('shape', ((700, 12), (2, 5, 7, 12), (1, 1, 1, 12)), ids=str)
 def test_a_linear_layer_is_a_convolution(shape, bias, chunks, always, assert_close):
-    layer = nn.Linear(12, 20, bias=bias)
+    module = Projection(bias)
+    layer = module.layer
     x = torch.randn(shape)
 
     def run(forward):
@@ -115,24 +193,100 @@ def test_a_linear_layer_is_a_convolution(shape, bias, chunks, always, assert_clo
         sum((i + 1) * y.square().sum() for i, y in enumerate(ys)).backward()
         return [*ys, leaf.grad, *(p.grad.clone() for p in layer.parameters())]
 
-    found = run(lambda x: layers.linear_chunks(layer, x, chunks))
-    for a, b in zip(found, run(lambda x: layer(x).chunk(chunks, dim=-1)), strict=True):
+    found = run(module if chunks == 2 else lambda x: (layer(x),))
+    for a, b in zip(found, run(lambda x: linear(x, layer.weight, layer.bias).chunk(chunks, dim=-1)), strict=True):
         assert a.shape == b.shape and a.is_contiguous()
         assert_close(a, b, 1e-5)
 
 
-@pytest.mark.parametrize('what', ('subclass', 'hook', 'parametrized', 'float64', 'autocast', 'replaced'))
-def test_what_is_no_plain_linear_layer_is_called(what, always, monkeypatch):
-    layer = nn.modules.linear.NonDynamicallyQuantizableLinear(12, 12) if what == 'subclass' else nn.Linear(12, 12)
-    if what == 'replaced':
-        layer = nn.Sequential(layer)
-    if what == 'hook':
-        layer.register_forward_pre_hook(lambda module, args: None)
-    if what == 'parametrized':
+@pytest.mark.parametrize('what', ('parametrised', 'pruned', 'float64', 'autocast', 'patched', 'mode', 'given'))
+def test_what_is_not_plain_float32_is_no_convolution(what, always, monkeypatch):
+    layer = layers.Linear(12, 12)
+    weight = layer.weight
+    if what == 'parametrised':
         parametrizations.weight_norm(layer)
-    if what == 'float64':
+    elif what == 'pruned':
+        prune.l1_unstructured(layer, 'bias', amount=2)
+    elif what == 'float64':
         layer.double()
+    elif what == 'patched':
+        monkeypatch.setattr(layers.F, 'linear', lambda *args: linear(*args))
     x = torch.randn(600, 12, dtype=torch.float64 if what == 'float64' else torch.float32)
     monkeypatch.setattr(layers.F, 'conv2d', None)
-    with torch.autocast('cpu', enabled=what == 'autocast'):
-        assert torch.equal(layers.linear(layer, x), layer(x))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.autocast('cpu', enabled=what == 'autocast'))
+        if what == 'mode':
+            stack.enter_context(torch.overrides.BaseTorchFunctionMode())
+        if what == 'given':
+            y = torch.func.functional_call(layer, {'weight': 2 * weight}, x)
+            assert torch.equal(y, linear(x, 2 * weight, layer.bias))
+        else:
+            assert torch.equal(layer(x), linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize('what', ('subclass', 'hook', 'global hook', 'replaced', 'instance', 'class'))
+def test_a_linear_layer_that_is_more_is_called_for_its_chunks(what, always, monkeypatch):
+    module = Projection(bias=True)
+    layer, calls = module.layer, []
+
+    def forward(self, x):
+        calls.append(len(x))
+        return linear(x, layer.weight, layer.bias)
+
+    if what == 'subclass':
+        module.layer = type('Other', (layers.Linear,), dict(forward=forward))(12, 20)
+    elif what == 'hook':
+        layer.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    elif what == 'global hook':
+        handle = nn.modules.module.register_module_forward_pre_hook(
+            lambda module, args: calls.append(len(args[0])) if module is layer else None
+        )
+    elif what == 'replaced':
+        module.layer = type('Other', (nn.Module,), dict(forward=forward))()
+    elif what == 'instance':
+        layer.forward = types.MethodType(forward, layer)
+    elif what == 'class':
+        monkeypatch.setattr(layers.Linear, 'forward', forward)
+    x = torch.randn(600, 12)
+    y = torch.cat(module(x), dim=-1)
+    if what == 'global hook':
+        handle.remove()
+    assert calls == [600]
+    torch.testing.assert_close(y, linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize('what', ('norm', 'act', 'hook', 'instance', 'no bias', 'float64', 'autocast'))
+def test_a_readout_that_is_another_is_computed_step_by_step(what, monkeypatch):
+    mixer = spatial_mamba.SpatialMixer(8).eval()
+    dtype = torch.float64 if what == 'float64' else torch.float32
+    h, x, z = torch.randn(3, 2, 5, 7, 16, dtype=dtype)
+    C = torch.randn(2, 5, 7, 1, dtype=dtype)
+    calls = []
+    if what == 'norm':
+        mixer.norm = nn.RMSNorm(16)
+    elif what == 'act':
+        mixer.act = nn.Tanh()
+    elif what == 'hook':
+        mixer.norm.register_forward_hook(lambda module, args, y: calls.append(y))
+    elif what == 'instance':
+        mixer.norm.forward = lambda y: 3 * y
+    elif what == 'no bias':
+        mixer.norm = nn.LayerNorm(16, bias=False)
+    mixer.to(dtype)
+    monkeypatch.setattr(layers, 'gated_readout', None)
+    with torch.no_grad(), torch.autocast('cpu', enabled=what == 'autocast'):
+        y = mixer.read_out(h, x, C, z)
+        assert torch.equal(y, mixer.norm(torch.addcmul(mixer.D * x, C, h)) * mixer.act(z))
+    assert bool(calls) == (what == 'hook')
+
+
+def test_a_readout_is_one_kernel(monkeypatch, assert_close):
+    mixer = spatial_mamba.SpatialMixer(8).eval()
+    h, x, z = torch.randn(3, 2, 5, 7, 16)
+    C = torch.randn(2, 5, 7, 1)
+    calls = []
+    monkeypatch.setattr(layers, 'gated_readout', lambda *args: calls.append(1) or gated_readout(*args))
+    with torch.no_grad():
+        y = mixer.read_out(h, x, C, z)
+        assert_close(y, mixer.norm(torch.addcmul(mixer.D * x, C, h)) * mixer.act(z), 1e-6)
+    assert calls

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vssm.models import spatial_mamba, vmamba
+from vssm.models import spatial_mamba, ssm, vmamba
 from vssm.ops import selective_scan, selective_scan_ref, state_fusion
 
 ROOT = Path(__file__).parents[2]
@@ -87,7 +87,7 @@ def test_a_mixer_of_a_network_is_its_matrices(ndim, monkeypatch):
         calls.append((x, args, options))
         return selective_scan(x, *args, **options)
 
-    monkeypatch.setattr(vmamba, 'selective_scan', record)
+    monkeypatch.setattr(ssm, 'selective_scan', record)
     y = []
     mixer = vmamba.SS2D(16, scan_ndim=ndim, dtype=torch.float64)
     mixer.norm.register_forward_pre_hook(lambda module, args: y.append(args[0]))
@@ -107,18 +107,18 @@ def test_the_mixer_of_spatial_mamba_is_its_matrices(monkeypatch):
         calls.append((x, args, options))
         return selective_scan(x, *args, **options)
 
-    monkeypatch.setattr(spatial_mamba, 'selective_scan', record)
+    monkeypatch.setattr(ssm, 'selective_scan', record)
     mixer = spatial_mamba.SpatialMixer(16, dtype=torch.float64)
     mixer.norm.register_forward_pre_hook(lambda module, args: y.append(args[0]))
     for parameter in mixer.fusion.parameters():
         torch.nn.init.normal_(parameter)
     with torch.no_grad():
         mixer(torch.randn(1, H, W, 16, dtype=torch.float64))
-    ((x, (low, A, B), options),) = calls
+    ((x, (low, A, B, _, _, dt_bias), options),) = calls
     C = mixer.x_proj(x)[0, :, :, -1:, None]
     fusion = mixer.fusion
     for e in range(32):
-        dt = F.softplus((low[0] * options['dt_weight'][:, e]).sum(-1) + options['dt_bias'][:, e])
+        dt = F.softplus((low[0] * options['dt_weight'][:, e]).sum(-1) + dt_bias[:, e])
         kernels = torch.stack([fusion.kernel_3[e, 0], fusion.kernel_3_1[e, 0], fusion.kernel_3_2[e, 0]])
         M = theory.fused_matrix(dt, A[:, e], B[0], C, mixer.D[:, e], fusion.alpha.view(3, 1, 1) * kernels)
         same((M @ x[0, :, :, e].flatten()).view(H, W), y[0][0, :, :, e])

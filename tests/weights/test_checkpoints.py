@@ -294,11 +294,13 @@ def test_published_checkpoint_computes_the_same(name):
     assert torch.equal(model(x), other(x))
 
 
-@pytest.mark.filterwarnings('ignore:torch.ao.quantization:DeprecationWarning')
 @pytest.mark.parametrize('name', ('test_vmamba2d', 'test_spatial_mamba'))
 def test_a_changed_model_loads_its_own_state(name):
     """Whatever it was changed into, its names are its own, even those that are published ones elsewhere."""
-    quantised = torch.ao.quantization.quantize_dynamic(create(name, 'cpu'), {nn.Linear}, dtype=torch.qint8)
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    quantised = create(name, 'cpu')
+    quantize_(quantised, Int8DynamicActivationInt8WeightConfig())
     replaced = create(name, 'cpu')
     replaced.head = nn.Linear(96, 3)
     extended = create(name, 'cpu')
