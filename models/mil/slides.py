@@ -73,7 +73,10 @@ def read_slide(path: str | Path) -> tuple[Tensor, Tensor]:
 def _read_coords(path: Path) -> Tensor:
     beside = path.with_name(f'{path.stem}_coords.pt')
     if beside.is_file():
-        return _read_pt(beside)  # type: ignore[return-value]  # _check refuses what has no shape
+        coords = _read_pt(beside)
+        if not isinstance(coords, Tensor):
+            raise ValueError(f'{beside.name} must hold a tensor, got {type(coords).__name__}.')
+        return coords
     for folder in (path.parent, path.parent.parent / 'h5_files'):
         if (folder / f'{path.stem}.h5').is_file():
             return _read_h5(folder / f'{path.stem}.h5', 'coords')
