@@ -121,11 +121,6 @@ class Backend:
     def __str__(self) -> str:
         return f'{self.path or "reference"}-{str(self.dtype).removeprefix("torch.")}'
 
-    @property
-    def interpreted(self) -> bool:
-        """Whether it takes milliseconds a position."""
-        return self.path == 'triton' and INTERPRETED
-
     @contextmanager
     def active(self):
         with vssm.ops.use_reference(self.path is None), kernel_path_context(self.path):

@@ -61,8 +61,6 @@ def golden_arguments(leaves, options, group, state):
 
 def test_golden_scans(golden_scan, backend, assert_close):
     tensors, options = golden_scan
-    if backend.interpreted and tensors['u'][0, 0].numel() * options['groups'] * options['state'] > 600:
-        pytest.skip('too long a walk for the interpreter')
     value_tolerance, grad_tolerance = (1e-6, 1e-6) if backend.dtype == torch.float64 else (1e-5, 1e-4)
     leaves = {
         name: t.detach().to(backend.dtype).requires_grad_()

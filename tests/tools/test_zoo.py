@@ -43,8 +43,9 @@ def test_the_page_is_up_to_date(quick, capsys):
     assert 'up to date' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('name', zoo.OURS)
+@pytest.mark.parametrize('name', [name for name in zoo.OURS if name.endswith('_tiny')])
 def test_the_costs_of_classifiers_are_up_to_date(name):
+    """The larger ones are among all below."""
     assert f'| `{name}` | {" | ".join(zoo.cost(name))} |' in PAGE.read_text()
 
 
