@@ -19,7 +19,7 @@ from ._common import UsageError, console
 from ._tables import print_table
 
 if TYPE_CHECKING:
-    from ..models.mil.slides import Slide
+    from ..models.mil.tables import Slide
 
 EXAMPLE = 'vssm wsi-check labels.csv features --patch-size 512'
 
