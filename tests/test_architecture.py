@@ -3,6 +3,7 @@
 
 import ast
 import importlib.metadata
+import subprocess
 import sys
 import tomllib
 from collections import Counter
@@ -171,3 +172,31 @@ def test_the_version_is_written_once():
     assert 'version' in project['project']['dynamic'] and 'version' not in project['project']
     assert project['tool']['setuptools']['dynamic']['version'] == {'attr': 'vssm.version.__version__'}
     assert vssm.__version__ == importlib.metadata.version('vssm')
+
+
+def drawn_tree():
+    """The paths in the map of DESIGN.md: names, two spaces or more, a phrase; two spaces deeper lies within."""
+    lines = (ROOT / 'DESIGN.md').read_text().split('## The map\n')[1].split('```text\n')[1].split('```')[0].splitlines()
+    folders, paths = [], []
+    for line in lines:
+        depth = (len(line) - len(line.lstrip())) // 2
+        names = line.strip().split('  ')[0].split()
+        paths += ['/'.join([*folders[:depth], name.rstrip('/')]) for name in names]
+        if names[-1].endswith('/'):
+            folders[depth:] = [names[-1].rstrip('/')]
+    return paths
+
+
+def test_the_tree_in_design_is_the_tree_on_disk():
+    paths = drawn_tree()
+    assert len(paths) == len(set(paths)) and len(paths) > 50
+    assert not [path for path in paths if not (ROOT / path).exists()]
+    setuptools = tomllib.loads((ROOT / 'pyproject.toml').read_text())['tool']['setuptools']
+    for package in setuptools['packages']:
+        root = '.'.join(package.split('.')[:2])
+        folder = '/'.join([setuptools['package-dir'][root], *package.split('.')[2:]])
+        assert folder in paths, f'{package} is not in the map'
+    tracked = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    assert {name.split('/')[0] for name in tracked if '/' in name} <= {path.split('/')[0] for path in paths}
+    for folder in ('ops', 'models', 'tools'):
+        assert not set(sources(folder, suffixes=('.py', '.cpp', '.h'))) - set(paths), 'files that are not in the map'

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's Python lines work when pasted; the commands of all documents are ones that exist."""
+"""The documents: their Python blocks run when pasted, their commands exist, and their links lead somewhere."""
 
 import re
 import shlex
@@ -13,25 +13,30 @@ from vssm.tools._common import find_config
 from vssm.tools.main import make_parser
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / 'README.md').read_text()
-BLOCKS = re.findall(r'^```python\n(.*?)^```', README, flags=re.DOTALL | re.MULTILINE)
+TOP = ('README.md', 'DESIGN.md', 'CONTRIBUTING.md', 'MODEL_ZOO.md')
+PAGES = (*(ROOT / name for name in TOP), *sorted((ROOT / 'docs').glob('*.md')))
 
-
-# What PyTorch says of itself.
+# What PyTorch and torchao say of themselves.
 IGNORED = (
-    'ignore:torch.ao.quantization:DeprecationWarning',
     'ignore:`torch.jit.script_method` is deprecated:DeprecationWarning',
     'ignore::FutureWarning',
     'ignore::UserWarning',
 )
 
 
-def param(i, code):
-    slow = re.search('export_onnx|aoti_', code)
-    return pytest.param(code, id=f'block{i}', marks=pytest.mark.slow if slow else ())
+def python_blocks():
+    """Every Python block of a document, with its page and its place there; those that compile for long are slow."""
+    for path in PAGES:
+        blocks = re.findall(r'^```python\n(.*?)^```', path.read_text(), flags=re.DOTALL | re.MULTILINE)
+        for i, code in enumerate(blocks):
+            slow = re.search('export_onnx|aoti_', code)
+            yield pytest.param(code, id=f'{path.stem}-block{i}', marks=pytest.mark.slow if slow else ())
 
 
-@pytest.mark.parametrize('code', [param(i, code) for i, code in enumerate(BLOCKS)])
+BLOCKS = list(python_blocks())
+
+
+@pytest.mark.parametrize('code', BLOCKS)
 def test_python_block_runs_alone(code, tmp_path):
     warnings = ['-W', 'error', *(f'-W{ignored}' for ignored in IGNORED)]
     result = subprocess.run([sys.executable, *warnings, '-c', code], cwd=tmp_path, capture_output=True, text=True)
@@ -39,18 +44,23 @@ def test_python_block_runs_alone(code, tmp_path):
 
 
 def test_readme_has_python_blocks():
-    assert len(BLOCKS) >= 9
+    assert len(BLOCKS) >= 10
+    assert sum(block.id.startswith('README-') for block in BLOCKS) >= 6
+
+
+def test_readme_is_short():
+    assert len((ROOT / 'README.md').read_text().splitlines()) <= 250
 
 
 def commands():
     """Every call of `vssm` in a document or an example, by whatever launcher."""
-    for path in (ROOT / 'README.md', *(ROOT / 'docs').glob('*.md'), *(ROOT / 'examples').glob('*.py')):
+    for path in (*PAGES, *(ROOT / 'examples').glob('*.py')):
         text = path.read_text().replace('\\\n', ' ')
         for line in re.findall(r'^ *(?:vssm |torchrun .*vssm\.tools|srun .*vssm ).*', text, flags=re.MULTILINE):
             yield pytest.param(line.strip(), id=line.split('#')[0].strip())
 
 
-@pytest.mark.parametrize('command', list(commands()))
+@pytest.mark.parametrize('command', list({param.id: param for param in commands()}.values()))
 def test_a_command_is_one_that_exists(command):
     """Its options parse, and its config is there; what it does is for other tests."""
     words = shlex.split(command, comments=True)
@@ -59,3 +69,30 @@ def test_a_command_is_one_that_exists(command):
     args = make_parser().parse_args(words[start + (words[start] == 'vssm') :])
     if getattr(args, 'config', None) and not args.config.startswith('$'):
         find_config(args.config)
+
+
+def anchors(path):
+    """The headings of a page, as links name them."""
+    headings = re.findall(r'^#+ (.*)', path.read_text(), flags=re.MULTILINE)
+    return {re.sub(r'[^\w -]', '', heading.lower()).replace(' ', '-') for heading in headings}
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda path: path.stem)
+def test_links_within_the_repository_lead_to_a_file(page):
+    text = re.sub(r'^```.*?^```', '', page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    broken = []
+    for link in re.findall(r'\]\(([^)\s]+)\)', text):
+        if re.match(r'\w+:', link):  # another site
+            continue
+        name, _, anchor = link.partition('#')
+        path = page.parent / name if name else page
+        if not path.exists() or (anchor and anchor not in anchors(path)):
+            broken.append(link)
+    assert not broken
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda path: path.stem)
+def test_scripts_that_a_page_names_exist(page):
+    """`python FILE ...` of a line of code, and the file of every `python -m pytest FILE ...`."""
+    scripts = re.findall(r'python (?:-m pytest )?((?:benchmarks|examples|tests)/[\w/]+\.py)', page.read_text())
+    assert [script for script in scripts if not (ROOT / script).is_file()] == []
