@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
+from timm.layers import Mlp as TimmMlp
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -194,19 +195,27 @@ def _convolve(layer: nn.Linear, x: Tensor, chunks: int) -> tuple[Tensor, ...]:
     return tuple(y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1) for y in ys)  # [1, C', rows, 1] -> [..., C']
 
 
-class Mlp(nn.Module):
-    """MLP of tokens, (..., C), on a CPU for a group of them at a time: its hidden layer is the widest of a block."""
+class Mlp(TimmMlp):
+    """timm's MLP of tokens, (..., C), on a CPU for a group of them at a time: no map of a block is as wide as its hidden
+    layer.
+
+    Args:
+        dim: Width of the tokens, C.
+        hidden_dim: Width of the hidden layer.
+    """
 
     def __init__(self, dim: int, hidden_dim: int, device=None, dtype=None) -> None:
         dd = {'device': device, 'dtype': dtype}
-        super().__init__()
+        super().__init__(
+            dim, hidden_dim, device='meta'
+        )  # whose linear layers make way for ours, and take no random numbers
         self.fc1 = Linear(dim, hidden_dim, **dd)
-        self.act = nn.GELU()
         self.fc2 = Linear(hidden_dim, dim, **dd)
 
     @in_groups(tokens=True, while_training=True)
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        x = self.drop1(self.act(self.fc1(x)))
+        return self.drop2(self.fc2(self.norm(x)))
 
 
 _OF_TOKENS = (Linear, nn.Dropout, nn.GELU, nn.Identity, nn.Linear)  # what maps every token alike
