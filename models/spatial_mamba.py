@@ -128,7 +128,7 @@ class SpatialMixer(nn.Module):
         dt, B, C = self.x_proj(x).split([self.dt_rank, 1, 1], dim=-1)
         dt, B = dt.unsqueeze(3), B.unsqueeze(3)  # [B, H, W, K, R], [B, H, W, K, N] with K = N = 1
         A = decay_rates(self.A_log)
-        y = scan(x, dt, A, B, dt_bias=self.dt_bias, dt_weight=self.dt_weight, ndim=1, orders=self.orders)
+        y = scan(x, dt, A, B, None, None, self.dt_bias, self.dt_weight, ndim=1, orders=self.orders)  # the states
         y = self.read_out(self.fusion(y), x, C, z)
         return self.out_proj(y)
 

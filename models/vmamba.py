@@ -100,18 +100,7 @@ class SS2D(nn.Module):
         proj = self.x_proj(x).unflatten(-1, (len(self.orders), -1))
         dt, B, C = proj.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         A = decay_rates(self.A_log)
-        y = scan(
-            x,
-            dt,
-            A,
-            B,
-            C,
-            self.D,
-            dt_bias=self.dt_bias,
-            dt_weight=self.dt_weight,
-            ndim=self.scan_ndim,
-            orders=self.orders,
-        )
+        y = scan(x, dt, A, B, C, self.D, self.dt_bias, self.dt_weight, ndim=self.scan_ndim, orders=self.orders)
         return self.out_proj(self.norm(y))
 
 

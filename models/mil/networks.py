@@ -218,8 +218,8 @@ class MambaMixer(nn.Module):
             self.B_norm(B),
             self.C_norm(C),
             self.D,
-            dt_bias=self.dt_bias,
-            dt_weight=self.dt_weight,
+            self.dt_bias,
+            self.dt_weight,
             ndim=self.scan_ndim,
             orders=[0],
         )
