@@ -95,7 +95,7 @@ def _fusion_backward(
 ):
     """dh[q] = sum over taps of weight[tap] times the sum of dy[p] over all p whose p + tap, moved onto the map, is q.
 
-    sums_ptr: Of `_edge_sums`.
+    sums_ptr: The sums that `_edge_sums` has written, (3, 2, rows, E).
     """
     e, line, row, column = _tile(height, width, channels, P, BLOCK_E)
     is_channel = e < channels
@@ -169,7 +169,7 @@ def _fusion_backward_weight(
 
 
 def _columns(width: int) -> int:
-    """P, the columns of a program."""
+    """The number of columns that a program owns, P."""
     return min(32, max(4, triton.next_power_of_2(width)))
 
 
@@ -178,7 +178,7 @@ def _weight(weight: Tensor) -> Tensor:
 
 
 def state_fusion_triton(h: Tensor, weight: Tensor) -> Tensor:
-    """The operator `vssm::state_fusion` on CUDA, same arguments, but for float64, which is the reference's."""
+    """The operator `vssm::state_fusion` on CUDA, with the same arguments; float64 is left to the reference."""
     check_precision('state_fusion', h)
     batch, height, width, channels = h.shape
     y = torch.empty(h.shape, dtype=h.dtype, device=h.device)
@@ -191,14 +191,14 @@ def state_fusion_triton(h: Tensor, weight: Tensor) -> Tensor:
 
 
 def state_fusion_triton_backward(grad_y: Tensor, h: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The operator `vssm::state_fusion_backward` on CUDA, same arguments, but for float64."""
+    """The operator `vssm::state_fusion_backward` on CUDA, with the same arguments; float64 is the reference's."""
     check_precision('state_fusion', h)
     batch, height, width, channels = h.shape
     rows, blocks = batch * height, triton.cdiv(channels, BLOCK_E)
     groups = min(rows, 64)
     grad_y, h_, dh = grad_y.contiguous(), h.contiguous(), torch.empty(h.shape, dtype=h.dtype, device=h.device)
-    float32 = dict(dtype=torch.float32, device=h.device)
-    sums, parts = torch.empty(3, 2, rows, channels, **float32), torch.empty(groups, 3, 3, 3, channels, **float32)
+    sums = torch.empty(3, 2, rows, channels, dtype=torch.float32, device=h.device)
+    parts = torch.empty(groups, 3, 3, 3, channels, dtype=torch.float32, device=h.device)
     P = _columns(width)
     sizes = dict(width=width, channels=channels, rows=rows)
     # Left to itself, the compiler spills a few registers of the backward pass for occupancy.

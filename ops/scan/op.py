@@ -155,11 +155,11 @@ def _fake_backward(grad_y: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _cuda(*args: Any) -> Tensor:
-    return load_triton('selective_scan', 'scan.triton.kernels').selective_scan_triton(*args)
+    return load_triton('selective_scan', 'scan.triton.launch').selective_scan_triton(*args)
 
 
 def _cuda_backward(*args: Any) -> tuple[Tensor, ...]:
-    return load_triton('selective_scan', 'scan.triton.kernels').selective_scan_triton_backward(*args)
+    return load_triton('selective_scan', 'scan.triton.launch').selective_scan_triton_backward(*args)
 
 
 torch.library.impl('vssm::selective_scan', 'CUDA', func=_cuda)

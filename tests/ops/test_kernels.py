@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-CSRC = TESTS.parent / 'ops' / 'csrc'
+CSRC = TESTS.parents[1] / 'ops' / 'csrc'
 # As setup.py has it, but -O1: the sanitizers' checks take long to optimize.
 FLAGS = ('-std=c++17', '-O1', '-g', '-ffp-contract=fast', '-Wno-psabi', '-pthread', f'-I{CSRC}')
 BUILDS = {
