@@ -206,8 +206,8 @@ void unscan_chunk(const BackwardChunk<T>& chunk) {
 // Once dbx and drate are complete: the gradient of x, added to dx (length, lanes), which the first order sets; that of
 // the steps before softplus, in place of drate; and those of the bias and of D, (lanes), summed over the positions and
 // added.
-template <class T, int NV, bool FIRST>
-void finish_chunk(const BandBuffers<T>& chunk, int64_t length, const T* D, T* dx, T* dbias, T* dD) {
+template <class T, int NV>
+void finish_chunk(const BandBuffers<T>& chunk, int64_t length, bool first, const T* D, T* dx, T* dbias, T* dD) {
   typedef Vec<T> V;
   constexpr int W = kWidth<T>, L = NV * W;
   const BandBuffers<T> c = chunk;
@@ -223,7 +223,7 @@ void finish_chunk(const BandBuffers<T>& chunk, int64_t length, const T* D, T* dx
     for (int v = 0; v < NV; ++v) {
       const int64_t i = t * L + v * W;
       const V xt = load(c.x + i), dyt = load(c.dy + i), dbx = load(c.dbx + i);
-      store(dx + i, dbx * load(c.d + i) + (FIRST ? skip[v] * dyt : load(dx + i)));
+      store(dx + i, dbx * load(c.d + i) + (first ? skip[v] * dyt : load(dx + i)));
       const V raw = (load(c.drate + i) + dbx * xt) * load(c.slope + i);
       store(c.drate + i, raw);
       bias_sum[v] += raw;
@@ -380,8 +380,7 @@ class BackwardWalk {
     const Rows<T> to_x = dx.rows(at.i, at.j), to_dt = ddt.rows(at.i, at.j);
     const T* draw = band.drate;
     if (k > 0) gather(w.part, L, to_x.data, to_x.step, at.length, block.valid);
-    const auto finish_order = k == 0 ? finish_chunk<T, NV, true> : finish_chunk<T, NV, false>;
-    finish_order(band, at.length, s.D(block.index, 0), w.part, dbias, dD);
+    finish_chunk<T, NV>(band, at.length, k == 0, s.D(block.index, 0), w.part, dbias, dD);
     scatter(to_x.data, to_x.step, w.part, L, at.length, block.valid);
     if (s.rank) {
       weight_gradient<T, NV>(dweight, draw, dt.rows(at.i, at.j), at.length, s.rank);
