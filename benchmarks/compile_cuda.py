@@ -47,7 +47,7 @@ def calls(dtype: str, all_tiles: bool, which: str) -> Iterator[tuple[bool, str]]
     import torch
 
     from vssm.ops.fusion import triton as fusion
-    from vssm.ops.scan.triton import kernels as scan
+    from vssm.ops.scan.triton import launch as scan
 
     type_ = getattr(torch, dtype)
 

@@ -196,8 +196,7 @@ def _convolve(layer: nn.Linear, x: Tensor, chunks: int) -> tuple[Tensor, ...]:
 
 
 class Mlp(TimmMlp):
-    """timm's MLP of tokens, (..., C), on a CPU for a group of them at a time: no map of a block is as wide as its hidden
-    layer.
+    """timm's MLP of tokens, (..., C), on a CPU for a group of them at a time: its hidden layer is a block's widest map.
 
     Args:
         dim: Width of the tokens, C.
@@ -206,9 +205,7 @@ class Mlp(TimmMlp):
 
     def __init__(self, dim: int, hidden_dim: int, device=None, dtype=None) -> None:
         dd = {'device': device, 'dtype': dtype}
-        super().__init__(
-            dim, hidden_dim, device='meta'
-        )  # whose linear layers make way for ours, and take no random numbers
+        super().__init__(dim, hidden_dim, device='meta')  # its linear layers, which draw no random numbers, make way
         self.fc1 = Linear(dim, hidden_dim, **dd)
         self.fc2 = Linear(hidden_dim, dim, **dd)
 

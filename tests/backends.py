@@ -87,7 +87,7 @@ def _through_cuda(function):
 def triton_kernels():
     """Run the CUDA kernels on tensors of the CPU: through the GPU, or where there is none in Triton's interpreter."""
     from vssm.ops.fusion import triton as fusion
-    from vssm.ops.scan.triton import kernels as scan
+    from vssm.ops.scan.triton import launch as scan
 
     if INTERPRETED:
         from triton.runtime.interpreter import ScanOps

@@ -26,7 +26,8 @@ ALLOWED = {
     'configs': {'vssm.configs'},  # which are data
 }
 ALSO = {  # what single files may besides
-    'ops/scan/triton/kernels.py': {'triton'},
+    **{f'ops/scan/triton/{name}.py': {'triton'} for name in ('backward', 'bands', 'forward', 'launch', 'recurrence')},
+    **{f'ops/scan/triton/{name}.py': {'triton'} for name in ('steps', 'tiles', 'walk')},
     'ops/fusion/triton.py': {'triton'},
     'models/weights/convert.py': {'safetensors', 'vssm.version'},
     'models/weights/pretrained.py': {'safetensors'},

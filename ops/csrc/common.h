@@ -4,7 +4,8 @@
 
 #include <cstdint>
 
-// Always inlined: a function that the linker could share between files compiled for different instruction sets must not be.
+// Always inlined: a function that the linker could share between files compiled for different instruction sets must not
+// be.
 #define VSSM_INLINE inline __attribute__((always_inline))
 
 namespace vssm {

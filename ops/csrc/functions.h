@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// exp, softplus and sigmoid for one instruction set, see simd.h: several vectors at once, one operation after the other over
-// all of them, so that their latencies overlap. Arguments are held within the range of normal numbers; a NaN stays one.
+// exp, softplus and sigmoid for one instruction set, see simd.h: several vectors at once, one operation after the other
+// over all of them, so that their latencies overlap. Arguments are held within the range of normal numbers; a NaN stays
+// one.
 #pragma once
 
 #include "simd.h"
@@ -40,7 +41,7 @@ VSSM_INLINE void exp_(Vec<float> (&x)[M]) {
   VSSM_UNROLL
   for (int m = 0; m < M; ++m) p[m] = p[m] * r[m] + 1.f;
   VSSM_UNROLL
-  for (int m = 0; m < M; ++m) p[m] = p[m] * r[m] + 1.f;  // exactly 1 at r = 0: 1 / (1 - a) amplifies an error near a = 1
+  for (int m = 0; m < M; ++m) p[m] = p[m] * r[m] + 1.f;  // exactly 1 at r = 0: near a = 1, 1 / (1 - a) amplifies errors
   VSSM_UNROLL
   for (int m = 0; m < M; ++m) x[m] = (V)((I)p[m] + ((I)z[m] << 23));
 }

@@ -48,7 +48,8 @@ void copy_row(T* to, const T* from, int64_t step, int64_t width, int64_t valid, 
   constexpr int W = kWidth<T>;
   gather(to + margin * W, W, from, step, width, valid);
   const Vec<T> zero = {};
-  const Vec<T> left = repeat ? load(to + margin * W) : zero, right = repeat ? load(to + (margin + width - 1) * W) : zero;
+  const Vec<T> left = repeat ? load(to + margin * W) : zero;
+  const Vec<T> right = repeat ? load(to + (margin + width - 1) * W) : zero;
   for (int m = 0; m < margin; ++m) {
     store(to + m * W, left);
     store(to + (margin + width + m) * W, right);
@@ -62,7 +63,8 @@ VSSM_INLINE const T* row_of(const Map<const T>& map, int64_t image, int64_t row,
 
 // The rows [first - kReach, last + kReach) of h with replicated borders, each width + 2 kReach wide.
 template <class T>
-void copy_band(const FusionArgs<T>& s, T* to, int64_t image, int64_t channel, int64_t valid, int64_t first, int64_t last) {
+void copy_band(const FusionArgs<T>& s, T* to, int64_t image, int64_t channel, int64_t valid, int64_t first,
+               int64_t last) {
   const int64_t size = (s.width + 2 * kReach) * kWidth<T>;
   for (int64_t r = first - kReach; r < last + kReach; ++r, to += size) {
     const int64_t row = r < 0 ? 0 : at_most(r, s.height - 1);
@@ -70,7 +72,7 @@ void copy_band(const FusionArgs<T>& s, T* to, int64_t image, int64_t channel, in
   }
 }
 
-// ---- forward ---------------------------------------------------------------------------------------------------------
+// ---- forward --------------------------------------------------------------------------------------------------------
 
 template <class T>
 int64_t fusion_forward_scratch(const FusionArgs<T>& s) {
@@ -102,7 +104,7 @@ void fusion_forward(const FusionArgs<T>& s, T* y, T* scratch, int64_t begin, int
   }
 }
 
-// ---- backward --------------------------------------------------------------------------------------------------------
+// ---- backward -------------------------------------------------------------------------------------------------------
 // The gradient of a padded map is the sum with every tap turned around, on the gradient of y with zeros around it. What
 // the border was repeated from then gets what its copies got.
 
@@ -149,15 +151,17 @@ void fusion_backward(const FusionArgs<T>& s, const FusionGrads<T>& grad, T* scra
     const int64_t valid = at_most(W, s.channels - channel);
     T* const dweight = grad.weight + task * kTaps * W;
     std::memset(dweight, 0, kTaps * W * sizeof(T));
-    for (int64_t image = group * s.batch / grad.image_groups; image < (group + 1) * s.batch / grad.image_groups; ++image) {
+    const int64_t last_image = (group + 1) * s.batch / grad.image_groups;
+    for (int64_t image = group * s.batch / grad.image_groups; image < last_image; ++image) {
       for (int64_t first = 0; first < s.height; first += band) {
         const int64_t last = at_most(first + band, s.height);
         // The rows of the padded map that this band of the map stands for; the outermost bands have the border's too.
         const int64_t from = first == 0 ? -kReach : first, to = last == s.height ? last + kReach : last;
         const int64_t gy_first = from - kReach < 0 ? 0 : from - kReach, gy_last = at_most(to + kReach, s.height);
-        for (int64_t r = gy_first; r < gy_last; ++r)
-          copy_row(gy + (r - gy_first) * y_stride, row_of(grad.y, image, r, channel), grad.y.column, s.width, valid, kZeros,
-                   false);
+        for (int64_t r = gy_first; r < gy_last; ++r) {
+          const T* row = row_of(grad.y, image, r, channel);
+          copy_row(gy + (r - gy_first) * y_stride, row, grad.y.column, s.width, valid, kZeros, false);
+        }
         copy_band(s, h, image, channel, valid, first, last);
 
         for (int64_t i = first; i < last; ++i) {
@@ -192,7 +196,8 @@ void fusion_backward(const FusionArgs<T>& s, const FusionGrads<T>& grad, T* scra
           const bool ends = r == to - 1 || (r >= 0 && r < s.height - 1);  // the last one
           if (!ends) continue;
           const int64_t row = r < 0 ? 0 : at_most(r, s.height - 1);
-          scatter(grad.h + ((image * s.height + row) * s.width) * s.channels + channel, s.channels, folded, W, s.width, valid);
+          T* const dh = grad.h + (image * s.height + row) * s.width * s.channels + channel;
+          scatter(dh, s.channels, folded, W, s.width, valid);
         }
       }
     }

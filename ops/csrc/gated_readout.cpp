@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gated readout: schema, and the CPU implementation that runs the kernels of the best instruction set over PyTorch's
-// thread pool and adds up partial gradients.
+// The gated readout: schema, and the CPU implementation that runs the kernels of the best instruction set over
+// PyTorch's thread pool and adds up partial gradients.
 #include "op.h"
 
 namespace vssm {
@@ -13,8 +13,8 @@ struct Inputs {
   Shape shape;
   Tensor h, x, C, D, z, weight, bias;
 
-  Inputs(const Tensor& h_, const Tensor& x_, const Tensor& C_, const Tensor& D_, const Tensor& z_, const Tensor& weight_,
-         const Tensor& bias_, double eps) {
+  Inputs(const Tensor& h_, const Tensor& x_, const Tensor& C_, const Tensor& D_, const Tensor& z_,
+         const Tensor& weight_, const Tensor& bias_, double eps) {
     bool ok = h_.dim() >= 1 && h_.numel() > 0;
     for (const Tensor* t : {&h_, &x_, &C_, &D_, &z_, &weight_, &bias_})
       ok = ok && t->is_cpu() && t->scalar_type() == kType<T>;
@@ -26,8 +26,9 @@ struct Inputs {
       ok = has_shape(x_, shape) && has_shape(z_, shape) && has_shape(C_, rows) && has_shape(D_, channels) &&
            has_shape(weight_, channels) && has_shape(bias_, channels);
     }
-    check(ok, "vssm::gated_readout: h, x and z must be (..., E), C (..., 1), and D, weight and bias (E), on the CPU and in "
-              "one type, float32 or float64.");
+    check(ok,
+          "vssm::gated_readout: h, x and z must be (..., E), C (..., 1), and D, weight and bias (E), on the CPU and in "
+          "one type, float32 or float64.");
     h = contiguous<T>(h_), x = contiguous<T>(x_), C = contiguous<T>(C_), D = contiguous<T>(D_), z = contiguous<T>(z_);
     weight = contiguous<T>(weight_), bias = contiguous<T>(bias_);
     const int64_t E = shape.back();
@@ -88,8 +89,8 @@ Grads backward(const Tensor& grad_y_, const Args&... tensors) {
   return {dh, dx, dC, sums[0], dz, sums[1], sums[2]};
 }
 
-Grads gated_readout_backward(Tensor grad_y, Tensor h, Tensor x, Tensor C, Tensor D, Tensor z, Tensor weight, Tensor bias,
-                             double eps) {
+Grads gated_readout_backward(Tensor grad_y, Tensor h, Tensor x, Tensor C, Tensor D, Tensor z, Tensor weight,
+                             Tensor bias, double eps) {
   return h.scalar_type() == ScalarType::Double ? backward<double>(grad_y, h, x, C, D, z, weight, bias, eps)
                                                : backward<float>(grad_y, h, x, C, D, z, weight, bias, eps);
 }
@@ -97,10 +98,12 @@ Grads gated_readout_backward(Tensor grad_y, Tensor h, Tensor x, Tensor C, Tensor
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vssm, m) {
-  m.def("gated_readout(Tensor h, Tensor x, Tensor C, Tensor D, Tensor z, Tensor weight, Tensor bias, float eps) -> Tensor");
   m.def(
-      "gated_readout_backward(Tensor grad_y, Tensor h, Tensor x, Tensor C, Tensor D, Tensor z, Tensor weight, Tensor bias, "
-      "float eps) -> (Tensor h, Tensor x, Tensor C, Tensor D, Tensor z, Tensor weight, Tensor bias)");
+      "gated_readout(Tensor h, Tensor x, Tensor C, Tensor D, Tensor z, Tensor weight, Tensor bias, float eps) "
+      "-> Tensor");
+  m.def(
+      "gated_readout_backward(Tensor grad_y, Tensor h, Tensor x, Tensor C, Tensor D, Tensor z, Tensor weight, "
+      "Tensor bias, float eps) -> (Tensor h, Tensor x, Tensor C, Tensor D, Tensor z, Tensor weight, Tensor bias)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vssm, CPU, m) {

@@ -18,7 +18,8 @@ struct Kernels {
   void (*scan_forward)(const ScanArgs<T>&, T* y, T* scratch, int64_t begin, int64_t end);
   int64_t (*scan_backward_scratch)(const ScanArgs<T>&);
   void (*scan_backward)(const ScanArgs<T>&, const ScanGrads<T>&, T* scratch, int64_t begin, int64_t end);
-  // The state fusion: `forward` does the tasks [begin, end) of batch * blocks, `backward` those of image groups * blocks.
+  // The state fusion: `forward` does the tasks [begin, end) of batch * blocks, `backward` those of image groups *
+  // blocks.
   int64_t fusion_lanes;
   int64_t (*fusion_forward_scratch)(const FusionArgs<T>&);
   void (*fusion_forward)(const FusionArgs<T>&, T* y, T* scratch, int64_t begin, int64_t end);

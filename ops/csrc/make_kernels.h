@@ -5,7 +5,8 @@
 #include "fusion_kernel.h"
 #include "kernels.h"
 #include "readout_kernel.h"
-#include "scan_kernel.h"
+#include "scan_backward.h"
+#include "scan_forward.h"
 
 namespace vssm {
 namespace {

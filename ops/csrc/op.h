@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the ops share on PyTorch's side: checks, types, the choice of kernels, threads. Everything goes through PyTorch's
-// stable ABI.
+// What the ops share on PyTorch's side: checks, types, the choice of kernels, threads. Everything goes through
+// PyTorch's stable ABI.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -52,7 +52,9 @@ Tensor empty(const Tensor& like, const Shape& shape) {
   return torch::stable::new_empty(like, shape, kType<T>);
 }
 
-inline Tensor cast(const Tensor& t, ScalarType type) { return t.scalar_type() == type ? t : torch::stable::to(t, type); }
+inline Tensor cast(const Tensor& t, ScalarType type) {
+  return t.scalar_type() == type ? t : torch::stable::to(t, type);
+}
 
 // Half types are widened as a whole: reading them once costs less than widening them in every order.
 template <class T>

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gated readout on the CPU: what the op (gated_readout.cpp) and the kernels (readout_kernel.h) share. No torch here.
+// The gated readout on the CPU: what the op (gated_readout.cpp) and the kernels (readout_kernel.h) share. No torch
+// here.
 #pragma once
 
 #include "common.h"
@@ -15,8 +16,8 @@ struct ReadoutArgs {
   T eps;
 };
 
-// Gradients. The parameters' come as one part a task; tasks depend on the shape alone, never on the number of threads, and
-// parts are added up in a fixed order: the result is the same for any number of threads.
+// Gradients. The parameters' come as one part a task; tasks depend on the shape alone, never on the number of threads,
+// and parts are added up in a fixed order: the result is the same for any number of threads.
 template <class T>
 struct ReadoutGrads {
   const T* y;       // (rows, channels)

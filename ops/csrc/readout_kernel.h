@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The gated readout for one instruction set, see simd.h.
 //
-// A row is one position with all its channels. It stays in the first-level cache while it is read out, normalised and gated,
-// and the backward does the first of that again rather than keep it.
+// A row is one position with all its channels. It stays in the first-level cache while it is read out, normalised and
+// gated, and the backward does the first of that again rather than keep it.
 #pragma once
 
 #include "functions.h"
@@ -139,8 +139,8 @@ void readout_backward(const ReadoutArgs<T>& s, const ReadoutGrads<T>& grad, T* s
           const int64_t i = e + m * W;
           const V dy = load(grad.y + first + i, valid), weight = load(s.weight + i, valid), normed = load(n + i);
           const V silu = load(s.z + first + i, valid) * gate[m];
-          store(grad.z + first + i, dy * (normed * weight + load(s.bias + i, valid)) * (gate[m] + silu * (T(1) - gate[m])),
-                valid);
+          const V dgate = dy * (normed * weight + load(s.bias + i, valid));
+          store(grad.z + first + i, dgate * (gate[m] + silu * (T(1) - gate[m])), valid);
           const V dnormed = dy * silu;
           accumulate(dweight + i, dnormed * normed, valid);
           accumulate(dbias + i, dnormed, valid);

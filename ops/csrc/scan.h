@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The selective scan on the CPU: what the op (selective_scan.cpp) and the kernels (scan_kernel.h) share. No torch here.
+// The selective scan on the CPU: what the op (selective_scan.cpp) and the kernels (scan_forward.h, scan_backward.h)
+// share. No torch here.
 #pragma once
 
 #include "common.h"

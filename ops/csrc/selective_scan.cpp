@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The op: schema, and the CPU implementation that prepares arguments, runs the kernels of the best instruction set over
-// PyTorch's thread pool, and adds up partial gradients. Arguments are checked by the public function in Python; here only
-// what would read or write out of bounds. Everything goes through PyTorch's stable ABI.
+// PyTorch's thread pool, and adds up partial gradients. Arguments are checked by the public function in Python; here
+// only what would read or write out of bounds. Everything goes through PyTorch's stable ABI.
 #include "op.h"
 
 namespace vssm {
@@ -9,7 +9,8 @@ namespace {
 
 void check_shape(const char* name, const Tensor& t, const Shape& shape) {
   check(t.is_cpu(), "vssm::selective_scan: ", name, " must be on the CPU.");
-  check(has_shape(t, shape), "vssm::selective_scan: ", name, " has the wrong shape; call vssm.ops.selective_scan, which says why.");
+  check(has_shape(t, shape), "vssm::selective_scan: ", name,
+        " has the wrong shape; call vssm.ops.selective_scan, which says why.");
 }
 
 // The inputs of one call, in the type that it computes in, kept alive while the kernels read them.
@@ -21,11 +22,12 @@ struct Inputs {
   Tensor packed;
   const T one = 1;
 
-  Inputs(bool backward, const Kernels<T>& kernels, const Tensor& x_, const Tensor& dt_, const Tensor& A_, const Tensor& B_,
-         const std::optional<Tensor>& C_, const std::optional<Tensor>& D_, const std::optional<Tensor>& dt_bias_,
-         const std::optional<Tensor>& dt_weight_, int64_t ndim, const Shape& orders, bool softplus) {
-    check(x_.dim() == 4 && A_.dim() == 3 && (!dt_weight_ || dt_weight_->dim() == 3) && x_.numel() > 0 && A_.numel() > 0 &&
-              (ndim == 1 || ndim == 2) && !orders.empty() && orders.size() <= 4,
+  Inputs(bool backward, const Kernels<T>& kernels, const Tensor& x_, const Tensor& dt_, const Tensor& A_,
+         const Tensor& B_, const std::optional<Tensor>& C_, const std::optional<Tensor>& D_,
+         const std::optional<Tensor>& dt_bias_, const std::optional<Tensor>& dt_weight_, int64_t ndim,
+         const Shape& orders, bool softplus) {
+    check(x_.dim() == 4 && A_.dim() == 3 && (!dt_weight_ || dt_weight_->dim() == 3) && x_.numel() > 0 &&
+              A_.numel() > 0 && (ndim == 1 || ndim == 2) && !orders.empty() && orders.size() <= 4,
           "vssm::selective_scan: bad arguments; call vssm.ops.selective_scan, which says which.");
     ScanArgs<T>& s = args;
     s.batch = x_.size(0), s.height = x_.size(1), s.width = x_.size(2), s.channels = x_.size(3);
@@ -71,7 +73,8 @@ struct Inputs {
     packed = empty<T>(x, {s.num_blocks() * K * s.packed_size()});
     T* const base = packed.template mutable_data_ptr<T>();
     s.packed = base;
-    const T *A_in = A.template const_data_ptr<T>(), *D_in = data(D), *bias_in = data(dt_bias), *weight_in = data(dt_weight);
+    const T *A_in = A.template const_data_ptr<T>(), *D_in = data(D);
+    const T *bias_in = data(dt_bias), *weight_in = data(dt_weight);
     torch::stable::parallel_for(0, s.num_blocks() * K, grain(s.packed_size()), [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t first = task / K * L, k = task % K, valid = std::min(L, E - first);
@@ -92,7 +95,7 @@ struct Inputs {
   }
 };
 
-// ---- forward ---------------------------------------------------------------------------------------------------------
+// ---- forward --------------------------------------------------------------------------------------------------------
 
 template <class T, class... Args>
 Tensor forward(const Args&... args) {
@@ -117,7 +120,7 @@ Tensor selective_scan(Tensor x, Tensor dt, Tensor A, Tensor B, std::optional<Ten
   return cast(y, type);
 }
 
-// ---- backward --------------------------------------------------------------------------------------------------------
+// ---- backward -------------------------------------------------------------------------------------------------------
 
 // The sum of `parts` equal parts of t, in order; t itself where there is one.
 template <class T>

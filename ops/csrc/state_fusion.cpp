@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The state fusion: schema, and the CPU implementation that merges the weights, runs the kernels of the best instruction
-// set over PyTorch's thread pool, and adds up partial gradients. Arguments are checked by the public function in Python;
-// here only what would read or write out of bounds.
+// The state fusion: schema, and the CPU implementation that merges the weights, runs the kernels of the best
+// instruction set over PyTorch's thread pool, and adds up partial gradients. Arguments are checked by the public
+// function in Python; here only what would read or write out of bounds.
 #include "op.h"
 
 namespace vssm {
@@ -25,7 +25,8 @@ struct Inputs {
   Tensor h, packed;
 
   Inputs(const Kernels<T>& kernels, const Tensor& h_, const Tensor& weight_) {
-    check(h_.dim() == 4 && h_.numel() > 0 && h_.is_cpu() && weight_.is_cpu() && has_shape(weight_, {3, h_.size(3), 3, 3}),
+    check(h_.dim() == 4 && h_.numel() > 0 && h_.is_cpu() && weight_.is_cpu() &&
+              has_shape(weight_, {3, h_.size(3), 3, 3}),
           "vssm::state_fusion: bad arguments; call vssm.ops.state_fusion, which says which.");
     FusionArgs<T>& s = args;
     s.batch = h_.size(0), s.height = h_.size(1), s.width = h_.size(2), s.channels = h_.size(3);

@@ -95,7 +95,7 @@ def _fusion_backward(
 ):
     """dh[q] = sum over taps of weight[tap] times the sum of dy[p] over all p whose p + tap, moved onto the map, is q.
 
-    sums_ptr: What `_edge_sums` wrote.
+    sums_ptr: The sums that `_edge_sums` has written, (3, 2, rows, E).
     """
     e, line, row, column = _tile(height, width, channels, P, BLOCK_E)
     is_channel = e < channels
@@ -169,7 +169,7 @@ def _fusion_backward_weight(
 
 
 def _columns(width: int) -> int:
-    """P, the number of columns of a program."""
+    """The number of columns that a program owns, P."""
     return min(32, max(4, triton.next_power_of_2(width)))
 
 
@@ -178,7 +178,7 @@ def _weight(weight: Tensor) -> Tensor:
 
 
 def state_fusion_triton(h: Tensor, weight: Tensor) -> Tensor:
-    """The operator `vssm::state_fusion` on CUDA, same arguments; float64 is left to the reference."""
+    """The operator `vssm::state_fusion` on CUDA, with the same arguments; float64 is left to the reference."""
     check_precision('state_fusion', h)
     batch, height, width, channels = h.shape
     y = torch.empty(h.shape, dtype=h.dtype, device=h.device)
@@ -191,7 +191,7 @@ def state_fusion_triton(h: Tensor, weight: Tensor) -> Tensor:
 
 
 def state_fusion_triton_backward(grad_y: Tensor, h: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The operator `vssm::state_fusion_backward` on CUDA, same arguments; float64 is left to the reference."""
+    """The operator `vssm::state_fusion_backward` on CUDA, with the same arguments; float64 is the reference's."""
     check_precision('state_fusion', h)
     batch, height, width, channels = h.shape
     rows, blocks = batch * height, triton.cdiv(channels, BLOCK_E)

@@ -13,7 +13,7 @@ from .reference import selective_scan_ref
 
 
 def _cuda_kernels() -> tuple[Callable, Callable]:
-    from .triton.kernels import selective_scan_triton, selective_scan_triton_backward
+    from .triton.launch import selective_scan_triton, selective_scan_triton_backward
 
     return selective_scan_triton, selective_scan_triton_backward
 

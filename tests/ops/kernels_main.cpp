@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CPU kernels without torch, over a thread pool of this program's own: what the sanitizers and valgrind can see through.
+// The CPU kernels without torch, over a thread pool of this program's own: what the sanitizers and valgrind can see
+// through.
 //
 //   kernels_main avx512|avx2|portable THREADS
 //
-// Forward and backward of every op run on one thread and on THREADS, which must agree bit for bit, and are held to scalar
-// loops in double. Every buffer is a heap block of exactly the size that the kernels are told of, filled with NaN: what is
-// read or written beyond it, read before it is written or not written at all shows. Exits with 1 where a result is wrong,
-// 2 where the arguments are, and 77 where the CPU lacks the instructions.
+// Forward and backward of every op run on one thread and on THREADS, which must agree bit for bit, and are held to
+// scalar loops in double. Every buffer is a heap block of exactly the size that the kernels are told of, filled with
+// NaN: what is read or written beyond it, read before it is written or not written at all shows. Exits with 1 where a
+// result is wrong, 2 where the arguments are, and 77 where the CPU lacks the instructions.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -32,7 +33,7 @@ namespace {
 
 constexpr int kWrong = 1, kUsage = 2, kUnsupported = 77;
 
-// ---- threads ---------------------------------------------------------------------------------------------------------
+// ---- threads --------------------------------------------------------------------------------------------------------
 
 class Pool {
  public:
@@ -67,8 +68,8 @@ class Pool {
       if (stop_) return;
       seen = round_;
       lock.unlock();
-      // All leave the lock before any begins: one that took it after another had done its work would be ordered behind that
-      // one, and the thread sanitizer see no race between the two. Relaxed, so that this orders nothing either.
+      // All leave the lock before any begins: one that took it after another had done its work would be ordered behind
+      // that one, and the thread sanitizer see no race between the two. Relaxed, so that this orders nothing either.
       ready_.fetch_add(1, std::memory_order_relaxed);
       while (ready_.load(std::memory_order_relaxed) < threads()) std::this_thread::yield();
       for (int64_t t = thread; t < tasks_; t += threads()) (*task_)(thread, t);
@@ -106,7 +107,8 @@ Scratch<T> make_scratch(int64_t size) {
   return Scratch<T>(data);
 }
 
-// kernel(scratch, begin, end) over all tasks: in one call without a pool, else one by one, each thread with its own scratch.
+// kernel(scratch, begin, end) over all tasks: in one call without a pool, else one by one, each thread with its own
+// scratch.
 template <class T, class F>
 void run(Pool* pool, int64_t tasks, int64_t scratch_size, const F& kernel) {
   std::vector<Scratch<T>> scratch;
@@ -115,14 +117,15 @@ void run(Pool* pool, int64_t tasks, int64_t scratch_size, const F& kernel) {
   pool->run(tasks, [&](int64_t thread, int64_t t) { kernel(scratch[thread].get(), t, t + 1); });
 }
 
-// ---- maps and numbers ------------------------------------------------------------------------------------------------
+// ---- maps and numbers -----------------------------------------------------------------------------------------------
 
 struct Size {
   int64_t batch, height, width, channels;
   int64_t cells() const { return batch * height * width; }
 };
 
-// A map over (batch, H, W, orders, width), or (batch, W, H, orders, width) where transposed, from `offset` in the last axis.
+// A map over (batch, H, W, orders, width), or (batch, W, H, orders, width) where transposed, from `offset` in the last
+// axis.
 template <class T>
 Map<T> map_of(std::vector<T>& buffer, const Size& z, int64_t orders, int64_t width, int64_t offset, bool transposed) {
   const int64_t cell = orders * width;
@@ -161,7 +164,7 @@ Map<const T> read_only(const Map<T>& m) {
   return {m.data, m.batch, m.row, m.column, m.order};
 }
 
-// ---- checks ----------------------------------------------------------------------------------------------------------
+// ---- checks ---------------------------------------------------------------------------------------------------------
 
 // A sum and that of its terms' sizes, which tells how much rounding may do to it.
 struct Sum {
@@ -181,14 +184,16 @@ void hold(const std::string& what, const Sums& expected, const F& actual) {
   for (size_t i = 0; i < expected.size(); ++i) {
     const double got = actual(i), wanted = expected[i].value;
     if (std::abs(got - wanted) <= limit) continue;  // not so where it is NaN
-    std::fprintf(stderr, "%s: element %zu is %.9g, expected %.9g to within %.1e\n", what.c_str(), i, got, wanted, limit);
+    const char* message = "%s: element %zu is %.9g, expected %.9g to within %.1e\n";
+    std::fprintf(stderr, message, what.c_str(), i, got, wanted, limit);
     ++failures;
     return;
   }
 }
 
 template <class T>
-void hold_bits(const std::string& what, const std::vector<std::vector<T>>& one, const std::vector<std::vector<T>>& many) {
+void hold_bits(const std::string& what, const std::vector<std::vector<T>>& one,
+               const std::vector<std::vector<T>>& many) {
   for (size_t i = 0; i < one.size(); ++i) {
     if (one[i].empty() || !std::memcmp(one[i].data(), many[i].data(), one[i].size() * sizeof(T))) continue;
     std::fprintf(stderr, "%s: result %zu depends on the number of threads\n", what.c_str(), i);
@@ -204,7 +209,7 @@ double sum_parts(const std::vector<T>& buffer, int64_t parts, int64_t i) {
   return sum;
 }
 
-// ---- the selective scan ----------------------------------------------------------------------------------------------
+// ---- the selective scan ---------------------------------------------------------------------------------------------
 
 enum : unsigned {
   kWithoutC = 1,   // y is the state
@@ -247,7 +252,8 @@ const ScanCase kScanCases[] = {
     {{1, 66, 2, 9}, 2, 0, 2, {0, 1, 2, 3}, kStrided},
     {{1, 2, 129, 6}, 1, 2, 1, {0, 1, 2, 3}, kStrided},
     {{1, 1, 200, 4}, 1, 1, 2, {0}, kWithoutC},
-    // Several bands in backward, blocks of one vector and of two: one line, many, and so many that bands grow with them.
+    // Several bands in backward, blocks of one vector and of two: one line, many, and so many that bands grow with
+    // them.
     {{1, 1, 7500, 3}, 2, 1, 1, {0, 2}, 0},
     {{1, 61, 123, 5}, 2, 0, 1, {1}, kStrided},
     {{1, 37, 100, 32}, 1, 0, 1, {2}, 0},
@@ -261,7 +267,8 @@ std::string name_of(const ScanCase& c) {
   const char* options[] = {" without C", " strided", " plain step", " large step", " few groups"};
   std::string name = "scan " + std::to_string(c.size.batch) + "x" + std::to_string(c.size.height) + "x" +
                      std::to_string(c.size.width) + "x" + std::to_string(c.size.channels) + " N" +
-                     std::to_string(c.states) + " R" + std::to_string(c.rank) + " " + std::to_string(c.ndim) + "-D orders";
+                     std::to_string(c.states) + " R" + std::to_string(c.rank) + " " + std::to_string(c.ndim) +
+                     "-D orders";
   for (int order : c.orders) name += " " + std::to_string(order);
   for (int i = 0; i < 5; ++i)
     if (c.options >> i & 1) name += options[i];
@@ -479,7 +486,7 @@ void check_scan(const Kernels<T>& kernels, const ScanCase& c, int64_t lanes, Poo
   hold_rows("the weight", sum.weight, N + 2, R);
 }
 
-// ---- the state fusion ------------------------------------------------------------------------------------------------
+// ---- the state fusion -----------------------------------------------------------------------------------------------
 
 struct FusionCase {
   Size size;
@@ -504,8 +511,10 @@ void check_fusion(const Kernels<T>& kernels, const FusionCase& c, Pool& pool) {
   const Size& z = c.size;
   const int64_t E = z.channels, L = kernels.fusion_lanes, cells = z.cells(), margin = c.options & kStrided ? 3 : 0;
   Random random;
-  auto h = poisoned<T>(cells * (E + margin)), grad_y = poisoned<T>(cells * (E + margin)), weight = poisoned<T>(kTaps * E);
-  const auto h_map = map_of(h, z, 1, E + margin, margin, margin), dy_map = map_of(grad_y, z, 1, E + margin, margin, false);
+  auto h = poisoned<T>(cells * (E + margin)), grad_y = poisoned<T>(cells * (E + margin));
+  auto weight = poisoned<T>(kTaps * E);
+  const auto h_map = map_of(h, z, 1, E + margin, margin, margin);
+  const auto dy_map = map_of(grad_y, z, 1, E + margin, margin, false);
   random.fill(h_map, z, 1, E, -2, 2);
   random.fill(dy_map, z, 1, E, -2, 2);
   random.fill(weight, -0.5, 0.5);
@@ -554,7 +563,7 @@ void check_fusion(const Kernels<T>& kernels, const FusionCase& c, Pool& pool) {
   });
 }
 
-// ---- the gated readout -----------------------------------------------------------------------------------------------
+// ---- the gated readout ----------------------------------------------------------------------------------------------
 
 // Less than a vector, full groups of vectors, single ones and a rest; fewer rows than tasks and more.
 const std::pair<int64_t, int64_t> kReadoutCases[] = {{1, 2}, {3, 7}, {5, 16}, {70, 33}, {2, 96}, {9, 213}, {130, 20}};
@@ -567,9 +576,11 @@ void check_readout(const Kernels<T>& kernels, int64_t rows, int64_t E, Pool& poo
     random.fill(buffer, low, high);
     return buffer;
   };
-  const auto h = made(rows * E, -2, 2), x = made(rows * E, -2, 2), z = made(rows * E, -8, 8), grad_y = made(rows * E, -2, 2),
-             C = made(rows, -2, 2), D = made(E, 0.7, 1.3), weight = made(E, 0.5, 1.5), bias = made(E, -1, 1);
-  const ReadoutArgs<T> s{rows, E, h.data(), x.data(), z.data(), C.data(), D.data(), weight.data(), bias.data(), T(1e-5)};
+  const auto h = made(rows * E, -2, 2), x = made(rows * E, -2, 2), z = made(rows * E, -8, 8),
+             grad_y = made(rows * E, -2, 2), C = made(rows, -2, 2), D = made(E, 0.7, 1.3),
+             weight = made(E, 0.5, 1.5), bias = made(E, -1, 1);
+  const ReadoutArgs<T> s{rows,     E,        h.data(),      x.data(),    z.data(),
+                         C.data(), D.data(), weight.data(), bias.data(), T(1e-5)};
   const int64_t tasks = std::min<int64_t>(rows, 6);
 
   auto results = [&](Pool* pool) {
@@ -624,7 +635,7 @@ void check_readout(const Kernels<T>& kernels, int64_t rows, int64_t E, Pool& poo
             [&](int64_t e) { return sum_parts(one[5], tasks, i * E + e); });
 }
 
-// ----------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
 
 template <class T>
 void check_all(const Kernels<T>& kernels, Pool& pool) {
@@ -638,8 +649,8 @@ void check_all(const Kernels<T>& kernels, Pool& pool) {
 bool supported(const std::string& path) {
 #if defined(__x86_64__)
   if (path == "avx512")
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl");
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
   if (path == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
   return path == "portable";

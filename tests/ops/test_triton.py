@@ -34,9 +34,9 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='PyTorch fi
 
 @pytest.fixture
 def kernels(triton_path):
-    from vssm.ops.scan.triton import kernels
+    from vssm.ops.scan.triton import launch
 
-    return kernels
+    return launch
 
 
 def on_device(tensors, interpreted):
@@ -96,7 +96,7 @@ def test_64_states(kernels):
     ],
 )
 def test_number_of_bands(programs, size, ndim, bands):
-    from vssm.ops.scan.triton.kernels import choose_bands
+    from vssm.ops.scan.triton.bands import choose_bands
 
     assert choose_bands(programs, *size, ndim, wanted=132) == bands
 
@@ -236,14 +236,14 @@ def test_the_same_input_gives_the_same_bits(tuned):
 
 @needs_gpu
 def test_other_sizes_of_images_tune_nothing_again():
-    from vssm.ops.scan.triton.kernels import _chosen
+    from vssm.ops.scan.triton.tiles import chosen
 
     torch.use_deterministic_algorithms(False)
 
     def tuned(size):
         tensors, options = cuda_case(batch=512, height=size, width=size)  # enough for one band
         selective_scan(**tensors, **options)
-        return len(_chosen)
+        return len(chosen)
 
     tuned(9), tuned(17)
     assert tuned(17) == tuned(12) == tuned(40) == tuned(23)
@@ -254,7 +254,7 @@ def test_other_sizes_of_images_tune_nothing_again():
 @pytest.mark.parametrize('ndim', (1, 2))
 def test_every_tile_again_and_again(ndim, bands, monkeypatch):
     """Each tile of the autotuner against the reference; and fifty times, for a race would show in the bits."""
-    from vssm.ops.scan.triton import kernels
+    from vssm.ops.scan.triton import launch as kernels
 
     tensors, options = cuda_case(batch=1, height=30, width=70, channels=40, states=2, ndim=ndim)
     grad_y = random_like(tensors['x'].cpu()).cuda()

@@ -1,0 +1,439 @@
+// SPDX-License-Identifier: Apache-2.0
+// The backward pass of the selective scan for one instruction set, see simd.h.
+//
+// Nothing of the forward pass is kept: states are computed again. A walk is cut into bands of chunks, whole lines in
+// 2-D. A first pass over a walk of several bands keeps the states at the start of each; then, from the last band to the
+// first, the band is scanned again with its states kept, and swept in reverse.
+#pragma once
+
+#include "scan_steps.h"
+#include "scan_sums.h"
+
+namespace vssm {
+namespace {
+
+// ---- bands ----------------------------------------------------------------------------------------------------------
+
+// A chunk: `length` positions of line i from position j on, the first of which is the walk's number `position`.
+struct Span {
+  int64_t i, j, length, position;
+};
+
+struct Bands {
+  int64_t inner, chunks_per_line, chunks, chunks_per_band, count;
+  int64_t positions;  // of the longest band
+  int64_t kept;       // rows of `lanes` that are kept for a band
+
+  template <class T>
+  Bands(const ScanArgs<T>& s, const Walk& walk) : inner(walk.inner) {
+    constexpr int64_t kBuffers = 8, kCacheBytes = 896 << 10, kPositions = 512;
+    const int64_t total = walk.outer * inner, longest = at_most(inner, kChunk);
+    chunks_per_line = (inner + kChunk - 1) / kChunk;
+    chunks = walk.outer * chunks_per_line;
+    if (total * s.lanes * kBuffers * int64_t(sizeof(T)) <= kCacheBytes) {
+      chunks_per_band = chunks;
+      positions = total;
+    } else if (s.ndim == 1) {
+      chunks_per_band = (kPositions + longest - 1) / longest;
+      positions = chunks_per_band * longest;
+    } else {
+      // On a giant map the states that are kept outgrow the band: sqrt(outer / kBuffers) lines balance the two.
+      int64_t lines = at_most(walk.outer, (kPositions + inner - 1) / inner);
+      while (lines * lines * kBuffers < walk.outer) ++lines;
+      chunks_per_band = lines * chunks_per_line;
+      positions = lines * inner;
+    }
+    count = (chunks + chunks_per_band - 1) / chunks_per_band;
+    kept = s.states * (s.ndim == 2 ? inner : 1);
+  }
+
+  VSSM_INLINE int64_t first_chunk(int64_t band) const { return at_most(band * chunks_per_band, chunks); }
+
+  VSSM_INLINE Span span(int64_t chunk) const {
+    const int64_t i = chunk / chunks_per_line, j = chunk % chunks_per_line * kChunk;
+    return {i, j, at_most(kChunk, inner - j), i * inner + j};
+  }
+};
+
+// Buffers with a row of `lanes` for every position of a band.
+template <class T>
+struct BandBuffers {
+  T *x, *dy;             // as the tensors have them
+  T *d, *slope;          // step sizes, and the derivative of softplus
+  T* a;                  // decays of one state
+  T *carries, *rows_in;  // its states at the previous position, and in 2-D on the previous line
+  T *dbx, *drate;        // sums over the states: dg B and (da a) A
+
+  VSSM_INLINE BandBuffers from(int64_t offset) const {
+    return {x + offset,       dy + offset,      d + offset,   slope + offset, a + offset,
+            carries + offset, rows_in + offset, dbx + offset, drate + offset};
+  }
+};
+
+// What one task works in, laid out in its scratch.
+template <class T>
+struct BackwardScratch {
+  BandBuffers<T> band;
+  T *carry, *row;      // by state: the one at the previous position, and in 2-D those of the previous line
+  T* kept;             // states at the start of each band
+  T *dB, *dC, *part;   // a chunk of positions each
+  int64_t size;
+
+  BackwardScratch(const ScanArgs<T>& s, T* base) {
+    // Walks along rows and along columns have bands of their own: room for the larger.
+    int64_t positions = 0, kept_rows = 0;
+    for (int64_t k = 0; k < s.num_orders; ++k) {
+      const Bands bands(s, Walk(s, k));
+      if (bands.positions > positions) positions = bands.positions;
+      if (bands.kept * bands.count > kept_rows) kept_rows = bands.kept * bands.count;
+    }
+    T* next = base;
+    auto take = [&](int64_t rows) {
+      T* p = next;
+      next += rows * s.lanes;
+      return p;
+    };
+    T** buffers[] = {&band.d,       &band.slope,   &band.x,   &band.dy,   &band.a,
+                     &band.carries, &band.rows_in, &band.dbx, &band.drate};
+    for (T** p : buffers) *p = take(positions + kTile);
+    carry = take(s.states);
+    row = take(s.ndim == 2 ? s.states * longest_line(s) : 0);
+    kept = take(kept_rows);
+    dB = take(kChunk);
+    dC = take(kChunk);
+    part = take(kChunk);
+    size = next - base;
+  }
+};
+
+template <class T>
+int64_t scan_backward_scratch(const ScanArgs<T>& s) {
+  return BackwardScratch<T>(s, nullptr).size;
+}
+
+// ---- recurrences ----------------------------------------------------------------------------------------------------
+
+// What the recurrence of one state and its reverse read and write over a chunk; without a shape it is (length, lanes).
+template <class T>
+struct BackwardChunk {
+  int64_t length;
+  BandBuffers<T> band;  // from the chunk's first position on
+  Rows<const T> B, C;   // one number a position
+  const T* A;           // (lanes)
+  T* carry;             // (lanes): forwards the state at the previous position, in reverse a[j+1] dg[j+1]; updated
+  T* row;               // in 2-D: forwards the states of the previous line, in reverse a[i+1] dh[i+1]; updated
+  T* dA;                // (lanes): da a d is added to it, summed over the positions
+  T *dB, *dC;           // (length, vector): left to be summed over the vector
+};
+
+// Forwards, without output. Where `keep`, the incoming states are kept in `carries` and in 2-D in `rows_in`.
+template <class T, int NV, int NDIM>
+void rescan_chunk(const BackwardChunk<T>& chunk, bool keep) {
+  typedef Vec<T> V;
+  constexpr int W = kWidth<T>, L = NV * W;
+  const BackwardChunk<T> c = chunk;  // a copy, which no store can change: what it says may stay in registers
+  V g[NV];
+  VSSM_UNROLL
+  for (int v = 0; v < NV; ++v) g[v] = load(c.carry + v * W);
+  for (int64_t t = 0; t < c.length; ++t) {
+    const T Bt = *c.B[t];
+    VSSM_UNROLL
+    for (int v = 0; v < NV; ++v) {
+      const int64_t i = t * L + v * W;
+      const V at = load(c.band.a + i);
+      if (keep) store(c.band.carries + i, g[v]);
+      g[v] = at * g[v] + load(c.band.d + i) * (load(c.band.x + i) * Bt);
+      if (NDIM == 2) {
+        const V above = load(c.row + i);
+        if (keep) store(c.band.rows_in + i, above);
+        store(c.row + i, at * above + g[v]);
+      }
+    }
+  }
+  VSSM_UNROLL
+  for (int v = 0; v < NV; ++v) store(c.carry + v * W, g[v]);
+}
+
+// In reverse. The first state sets dbx and drate, the others add to them.
+template <class T, int NV, int NDIM, bool FIRST>
+void unscan_chunk(const BackwardChunk<T>& chunk) {
+  typedef Vec<T> V;
+  constexpr int W = kWidth<T>, L = NV * W;
+  const BackwardChunk<T> c = chunk;
+  V back[NV], A_sum[NV], rate[NV];
+  VSSM_UNROLL
+  for (int v = 0; v < NV; ++v) {
+    back[v] = load(c.carry + v * W);
+    A_sum[v] = load(c.dA + v * W);
+    rate[v] = load(c.A + v * W);
+  }
+  for (int64_t t = c.length - 1; t >= 0; --t) {
+    const T Bt = *c.B[t], Ct = *c.C[t];
+    V B_sum = {}, C_sum = {};
+    VSSM_UNROLL
+    for (int v = 0; v < NV; ++v) {
+      const int64_t i = t * L + v * W;
+      const V at = load(c.band.a + i), dt = load(c.band.d + i), dyt = load(c.band.dy + i), dx = dt * load(c.band.x + i);
+      const V before = load(c.band.carries + i);
+      V h = at * before + dx * Bt, dh = dyt * Ct;
+      if (NDIM == 2) dh += load(c.row + i);
+      const V dg = dh + back[v];
+      V da = dg * before;
+      if (NDIM == 2) {
+        const V above = load(c.band.rows_in + i);
+        h += at * above;
+        da += dh * above;
+        store(c.row + i, at * dh);
+      }
+      back[v] = at * dg;
+      const V dexp = da * at;
+      A_sum[v] += dexp * dt;
+      B_sum += dg * dx;
+      C_sum += dyt * h;
+      store(c.band.dbx + i, FIRST ? dg * Bt : load(c.band.dbx + i) + dg * Bt);
+      store(c.band.drate + i, FIRST ? dexp * rate[v] : load(c.band.drate + i) + dexp * rate[v]);
+    }
+    store(c.dB + t * W, B_sum);
+    store(c.dC + t * W, C_sum);
+  }
+  VSSM_UNROLL
+  for (int v = 0; v < NV; ++v) {
+    store(c.carry + v * W, back[v]);
+    store(c.dA + v * W, A_sum[v]);
+  }
+}
+
+// Once dbx and drate are complete: the gradient of x, added to dx (length, lanes), which the first order sets; that of
+// the steps before softplus, in place of drate; and those of the bias and of D, (lanes), summed over the positions and
+// added.
+template <class T, int NV>
+void finish_chunk(const BandBuffers<T>& chunk, int64_t length, bool first, const T* D, T* dx, T* dbias, T* dD) {
+  typedef Vec<T> V;
+  constexpr int W = kWidth<T>, L = NV * W;
+  const BandBuffers<T> c = chunk;
+  V bias_sum[NV], D_sum[NV], skip[NV];
+  VSSM_UNROLL
+  for (int v = 0; v < NV; ++v) {
+    bias_sum[v] = load(dbias + v * W);
+    D_sum[v] = load(dD + v * W);
+    skip[v] = load(D + v * W);
+  }
+  for (int64_t t = 0; t < length; ++t) {
+    VSSM_UNROLL
+    for (int v = 0; v < NV; ++v) {
+      const int64_t i = t * L + v * W;
+      const V xt = load(c.x + i), dyt = load(c.dy + i), dbx = load(c.dbx + i);
+      store(dx + i, dbx * load(c.d + i) + (first ? skip[v] * dyt : load(dx + i)));
+      const V raw = (load(c.drate + i) + dbx * xt) * load(c.slope + i);
+      store(c.drate + i, raw);
+      bias_sum[v] += raw;
+      D_sum[v] += dyt * xt;
+    }
+  }
+  VSSM_UNROLL
+  for (int v = 0; v < NV; ++v) {
+    store(dbias + v * W, bias_sum[v]);
+    store(dD + v * W, D_sum[v]);
+  }
+}
+
+// ---- walks ----------------------------------------------------------------------------------------------------------
+
+// Where the sums of one image, block of channels and order go.
+template <class T>
+struct BackwardSums {
+  T* params;      // (N + 2 + R, lanes), as ScanGrads has them; added to
+  int64_t group;  // the part of what sums over channels
+  bool add;       // whether another block of the group has written that part
+};
+
+// One image, block of channels and order. The gradient of x is set by the first order and added to by the others.
+template <class T, int NV, int NDIM>
+class BackwardWalk {
+ public:
+  BackwardWalk(const ScanArgs<T>& s, const ScanGrads<T>& grad, const BackwardScratch<T>& w, int64_t image,
+               const Block& block, int64_t k, const BackwardSums<T>& sums)
+      : s(s), w(w), block(block), k(k), walk(s, k), bands(s, walk), A(s.A(block.index, k)), dA(sums.params),
+        dbias(dA + s.states * L), dD(dbias + L), dweight(dD + L), add(sums.add), has_C(grad.C) {
+    x = walk.line(s.x, image, 0, block.channel);
+    dy = walk.line(grad.y, image, 0, block.channel);
+    dt = walk.line(s.dt, image, k, s.rank ? 0 : block.channel);
+    B = walk.line(s.B, image, k);
+    C = walk.line(s.C, image, k);
+    // A contiguous (batch, H, W, K, last) gradient along this walk.
+    auto contiguous = [&](T* data, int64_t orders, int64_t last, int64_t offset) {
+      const Map<T> map{data, s.height * s.width * orders * last, s.width * orders * last, orders * last, last};
+      return walk.line(map, image, orders == 1 ? 0 : k, offset);
+    };
+    const int64_t N = s.states, R = s.rank, K = s.num_orders;
+    const int64_t part = sums.group * s.batch * s.height * s.width * K;
+    dx = contiguous(grad.x, 1, s.channels, block.channel);
+    ddt = R ? contiguous(grad.dt + part * R, K, R, 0) : contiguous(grad.dt, K, s.channels, block.channel);
+    dB = contiguous(grad.B + part * N, K, N, 0);
+    dC = has_C ? contiguous(grad.C + part * N, K, N, 0) : dB;
+  }
+
+  void run() {
+    keep_states();
+    // From here on carry and row hold what flows back.
+    clear_states();
+    for (int64_t band = bands.count - 1; band >= 0; --band) {
+      const int64_t begin = bands.first_chunk(band), end = bands.first_chunk(band + 1);
+      base = bands.span(begin).position;
+      for (int64_t chunk = begin; chunk < end; ++chunk) load_chunk(bands.span(chunk), true);
+      for (int64_t n = 0; n < s.states; ++n) {
+        rescan(begin, end, n, kept_at(band));
+        unscan(begin, end, n);
+      }
+      for (int64_t chunk = begin; chunk < end; ++chunk) finish(bands.span(chunk));
+    }
+  }
+
+ private:
+  static constexpr int W = kWidth<T>, L = NV * W;
+
+  static void zero(T* p, int64_t rows) { std::memset(p, 0, rows * L * sizeof(T)); }
+
+  void clear_states() {
+    zero(w.carry, s.states);
+    if (NDIM == 2) zero(w.row, s.states * walk.inner);
+  }
+
+  // The states that enter a band: by state one, in 2-D a line of them.
+  T* kept_at(int64_t band) const { return w.kept + band * bands.kept * L; }
+  void keep(int64_t band) { std::memcpy(kept_at(band), NDIM == 2 ? w.row : w.carry, bands.kept * L * sizeof(T)); }
+
+  int64_t offset(const Span& at) const { return (at.position - base) * L; }
+
+  // What every chunk reads into the buffers of the band, and where `all` what the reverse reads besides.
+  void load_chunk(const Span& at, bool all) {
+    const BandBuffers<T> to = w.band.from(offset(at));
+    gather(to.x, L, x.at(at.i, at.j), x.inner, at.length, block.valid);
+    if (all) gather(to.dy, L, dy.at(at.i, at.j), dy.inner, at.length, block.valid);
+    steps<T, NV>(s, block, k, dt.rows(at.i, at.j), at.length, to.d, all ? to.slope : nullptr);
+  }
+
+  // State n over a chunk, in reverse unless carry and row are set otherwise.
+  VSSM_INLINE BackwardChunk<T> chunk_of(const Span& at, int64_t n) const {
+    BackwardChunk<T> c;
+    c.length = at.length;
+    c.band = w.band.from(offset(at));
+    c.B = B.rows(at.i, at.j), c.C = C.rows(at.i, at.j);
+    c.B.data += n, c.C.data += n;
+    c.A = A + n * L;
+    c.carry = w.carry + n * L, c.row = w.row + (n * walk.inner + at.j) * L;
+    c.dA = dA + n * L, c.dB = w.dB, c.dC = w.dC;
+    return c;
+  }
+
+  // The first pass, up to the last band, chunk by chunk.
+  void keep_states() {
+    clear_states();
+    for (int64_t band = 0; band < bands.count - 1; ++band) {
+      keep(band);
+      for (int64_t chunk = bands.first_chunk(band); chunk < bands.first_chunk(band + 1); ++chunk) {
+        const Span at = bands.span(chunk);
+        base = at.position;
+        load_chunk(at, false);
+        if (NDIM == 2 && at.j == 0) zero(w.carry, s.states);
+        for (int64_t n = 0; n < s.states; ++n) {
+          decays<T, NV>(A + n * L, w.band.d, at.length, w.band.a);
+          rescan_chunk<T, NV, NDIM>(chunk_of(at, n), false);
+        }
+      }
+    }
+    keep(bands.count - 1);
+  }
+
+  // Scan the chunks [begin, end) of a band again for state n, keeping its states.
+  void rescan(int64_t begin, int64_t end, int64_t n, T* kept) {
+    const Span last = bands.span(end - 1);
+    decays<T, NV>(A + n * L, w.band.d, last.position + last.length - base, w.band.a);
+    T carry[L] = {};
+    if (NDIM == 1) std::memcpy(carry, kept + n * L, sizeof carry);
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const Span at = bands.span(chunk);
+      if (NDIM == 2 && at.j == 0) std::memset(carry, 0, sizeof carry);
+      BackwardChunk<T> c = chunk_of(at, n);
+      c.carry = carry, c.row = kept + (n * walk.inner + at.j) * L;
+      rescan_chunk<T, NV, NDIM>(c, true);
+    }
+  }
+
+  // Sweep them in reverse.
+  void unscan(int64_t begin, int64_t end, int64_t n) {
+    const auto unscan_state = n == 0 ? unscan_chunk<T, NV, NDIM, true> : unscan_chunk<T, NV, NDIM, false>;
+    for (int64_t chunk = end - 1; chunk >= begin; --chunk) {
+      const Span at = bands.span(chunk);
+      if (NDIM == 2 && at.j + at.length == walk.inner) zero(w.carry + n * L, 1);
+      unscan_state(chunk_of(at, n));
+      Rows<T> to_B = dB.rows(at.i, at.j), to_C = dC.rows(at.i, at.j);
+      to_B.data += n, to_C.data += n;
+      sum_vectors(to_B, add, w.dB, at.length);
+      if (has_C) sum_vectors(to_C, add, w.dC, at.length);
+    }
+  }
+
+  // The gradients of x and of the steps with what they are made of, once the sums over the states are complete.
+  void finish(const Span& at) {
+    const BandBuffers<T> band = w.band.from(offset(at));
+    const Rows<T> to_x = dx.rows(at.i, at.j), to_dt = ddt.rows(at.i, at.j);
+    const T* draw = band.drate;
+    if (k > 0) gather(w.part, L, to_x.data, to_x.step, at.length, block.valid);
+    finish_chunk<T, NV>(band, at.length, k == 0, s.D(block.index, 0), w.part, dbias, dD);
+    scatter(to_x.data, to_x.step, w.part, L, at.length, block.valid);
+    if (s.rank) {
+      weight_gradient<T, NV>(dweight, draw, dt.rows(at.i, at.j), at.length, s.rank);
+      step_gradient<T, L>(to_dt, add, draw, at.length, s.weight_t(block.index, k), s.rank, s.rank_padded());
+    } else {
+      scatter(to_dt.data, to_dt.step, draw, L, at.length, block.valid);
+    }
+  }
+
+  const ScanArgs<T>& s;
+  const BackwardScratch<T>& w;
+  const Block block;
+  const int64_t k;
+  const Walk walk;
+  const Bands bands;
+  const T* const A;
+  T *const dA, *const dbias, *const dD, *const dweight;
+  const bool add, has_C;
+  Line<const T> x, dy, dt, B, C;
+  Line<T> dx, ddt, dB, dC;
+  int64_t base = 0;  // the position with which the band's buffers begin
+};
+
+template <class T, int NV, int NDIM>
+void backward_walk(const ScanArgs<T>& s, const ScanGrads<T>& grad, const BackwardScratch<T>& w, int64_t image,
+                   int64_t block, int64_t k, const BackwardSums<T>& sums) {
+  BackwardWalk<T, NV, NDIM>(s, grad, w, image, Block(s, block), k, sums).run();
+}
+
+template <class T, int NV>
+void backward_tasks(const ScanArgs<T>& s, const ScanGrads<T>& grad, T* scratch, int64_t begin, int64_t end) {
+  const BackwardScratch<T> w(s, scratch);
+  const int64_t blocks = s.num_blocks(), size = grad.params_size(s);
+  const auto walk = s.ndim == 1 ? backward_walk<T, NV, 1> : backward_walk<T, NV, 2>;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t images = task / grad.channel_groups, group = task % grad.channel_groups;
+    const int64_t first = group * blocks / grad.channel_groups, last = (group + 1) * blocks / grad.channel_groups;
+    const int64_t first_image = images * s.batch / grad.image_groups;
+    const int64_t last_image = (images + 1) * s.batch / grad.image_groups;
+    for (int64_t block = first; block < last; ++block)
+      for (int64_t k = 0; k < s.num_orders; ++k) {
+        T* params = grad.params + ((images * blocks + block) * s.num_orders + k) * size;
+        std::memset(params, 0, size * sizeof(T));
+        const BackwardSums<T> sums{params, group, block > first};
+        for (int64_t image = first_image; image < last_image; ++image) walk(s, grad, w, image, block, k, sums);
+      }
+  }
+}
+
+template <class T>
+void scan_backward(const ScanArgs<T>& s, const ScanGrads<T>& grad, T* scratch, int64_t begin, int64_t end) {
+  (s.lanes == kWidth<T> ? backward_tasks<T, 1> : backward_tasks<T, 2>)(s, grad, scratch, begin, end);
+}
+
+}  // namespace
+}  // namespace vssm
