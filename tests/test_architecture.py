@@ -2,6 +2,7 @@
 """The arrows between the folders: tools -> models -> ops -> torch; and what every file owes."""
 
 import ast
+import graphlib
 import importlib.metadata
 import subprocess
 import sys
@@ -97,6 +98,60 @@ def test_a_folder_imports_what_it_may(folder):
 
 def test_the_front_door_imports_models_and_ops_alone():
     assert not offences(sources('src'), {'vssm.models', 'vssm.ops', 'vssm.version'})
+
+
+# Which rooms a room may use. An `__init__.py`, which gathers what lies below, is free to.
+ROOMS = {
+    'ops': {'ops/fusion', 'ops/readout', 'ops/scan'},  # for the table of decompositions
+    'ops/fusion': {'ops'},
+    'ops/readout': {'ops'},
+    'ops/scan': {'ops', 'ops/scan/triton'},
+    'ops/scan/triton': {'ops'},
+    'models': {'models/weights', 'ops'},
+    'models/mil': {'models', 'models/weights'},
+    'models/mm': {'models', 'models/mil', 'models/weights', 'src/vssm'},
+    'models/weights': {'models', 'src/vssm'},
+    'tools': {'configs', 'models', 'models/mil', 'models/mm', 'models/weights', 'ops', 'src/vssm'},
+    'tools/report': {'tools'},
+}
+
+
+def used_files(path):
+    """The files of ours that a file imports, wherever in it."""
+
+    def file_of(name):
+        stem = name.replace('.', '/')
+        stem = f'src/{stem}' if stem in ('vssm', 'vssm/version') else stem.removeprefix('vssm/')
+        return next((f for f in (f'{stem}.py', f'{stem}/__init__.py') if (ROOT / f).is_file()), None)
+
+    package = package_of(path).split('.')
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = '.'.join([*base, *([node.module] if node.module else [])])
+            names = [f'{module}.{alias.name}' for alias in node.names]  # each a module, or what one holds
+            yield from filter(None, (file_of(name) or file_of(module) for name in names))
+        elif isinstance(node, ast.Import):
+            yield from filter(None, (file_of(alias.name) for alias in node.names if alias.name.startswith('vssm')))
+
+
+@pytest.mark.parametrize('room', ROOMS)
+def test_a_room_uses_what_it_may(room):
+    paths = [path for path in sources(room) if Path(path).parent == Path(room)]
+    assert paths
+    uses = {(path, used) for path in paths for used in used_files(path) if not path.endswith('__init__.py')}
+    assert not {(path, used) for path, used in uses if Path(used).parent.as_posix() not in ROOMS[room] | {room}}
+
+
+def test_no_file_uses_itself_around_a_circle():
+    paths = sources('src', 'ops', 'models', 'tools')
+    assert {Path(path).parent.as_posix() for path in paths} == ROOMS.keys() | {'src/vssm'}  # no room is without a rule
+    graph = {path: set(used_files(path)) - {path} for path in paths}
+    assert 'ops/scan/__init__.py' in graph['models/ssm.py'] | graph['ops/__init__.py']
+    order = list(graphlib.TopologicalSorter(graph).static_order())  # raises a CycleError that names the circle
+    assert order.index('ops/scan/op.py') < order.index('models/ssm.py') < order.index('models/vmamba.py')
+    with pytest.raises(graphlib.CycleError):
+        list(graphlib.TopologicalSorter({**graph, 'ops/scan/op.py': {'models/vmamba.py'}}).static_order())
 
 
 def test_importing_vssm_imports_no_optional_package():
