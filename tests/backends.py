@@ -151,7 +151,12 @@ IMPLIED_IF_INTERPRETED = {  # by test, the words in the names of its cases
     'test_opcheck': 'bfloat16|2d|1d-all|1d-orders?',
     'test_values_and_gradients': 'scan|float16|bfloat16-float32',  # of the scan: its pinned and random cases
 }
-SLOW_IF_INTERPRETED = {'test_golden_classifier'}
+SLOW_IF_INTERPRETED = {
+    'test_64_states',
+    'test_fusion_takes_views_and_expanded_maps',
+    'test_fusion_values_that_are_not_finite_spread_no_further_than_their_reach',
+    'test_golden_classifier',
+}
 
 
 @pytest.hookimpl(tryfirst=True)

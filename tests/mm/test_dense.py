@@ -668,7 +668,8 @@ def test_several_scales_and_flips_are_merged(small_run):
     assert len(batch['inputs']) == 4
 
 
-@pytest.mark.parametrize('package, task', [('mmseg', 'ade20k'), pytest.param('mmdet', 'coco', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('package, task', [('mmseg', 'ade20k'), ('mmdet', 'coco')])
 def test_scripts_of_the_packages_train_and_test(package, task, small_run, tmp_path):
     """Their own, with our configs, on the stand-in, as they import mmcv's operators before they read a config."""
     config = tmp_path / 'config.py'

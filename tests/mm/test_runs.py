@@ -36,13 +36,9 @@ def command(small_config, data):
 
 
 # The way from file to loss differs by task, that from map to map by family: each has its turn.
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    'task, model_name',
-    [
-        ('imagenet', 'test_spatial_mamba'),
-        pytest.param('ade20k', 'test_vmamba2d', marks=pytest.mark.slow),
-        pytest.param('coco', 'test_vmamba', marks=pytest.mark.slow),
-    ],
+    'task, model_name', [('imagenet', 'test_spatial_mamba'), ('ade20k', 'test_vmamba2d'), ('coco', 'test_vmamba')]
 )
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(task, model_name, command, tmp_path):
     """Bit for bit, although other workers make its samples."""
@@ -102,6 +98,7 @@ def free_port():
         return s.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path):
     """And resume together. The digits' network knows no batch norm."""
 

@@ -255,7 +255,9 @@ def test_a_linear_layer_that_is_more_is_called_for_its_chunks(what, always, monk
     torch.testing.assert_close(y, linear(x, layer.weight, layer.bias))
 
 
-@pytest.mark.parametrize('what', ('norm', 'act', 'hook', 'instance', 'no bias', 'float64', 'autocast'))
+@pytest.mark.parametrize(
+    'what', ('norm', 'subclass', 'act', 'hook', 'instance', 'no bias', 'float64', 'autocast', 'vmap')
+)
 def test_a_readout_that_is_another_is_computed_step_by_step(what, monkeypatch):
     mixer = spatial_mamba.SpatialMixer(8).eval()
     dtype = torch.float64 if what == 'float64' else torch.float32
@@ -264,6 +266,8 @@ def test_a_readout_that_is_another_is_computed_step_by_step(what, monkeypatch):
     calls = []
     if what == 'norm':
         mixer.norm = nn.RMSNorm(16)
+    elif what == 'subclass':
+        mixer.norm = type('OtherNorm', (nn.LayerNorm,), {})(16)
     elif what == 'act':
         mixer.act = nn.Tanh()
     elif what == 'hook':
@@ -275,7 +279,7 @@ def test_a_readout_that_is_another_is_computed_step_by_step(what, monkeypatch):
     mixer.to(dtype)
     monkeypatch.setattr(layers, 'gated_readout', None)
     with torch.no_grad(), torch.autocast('cpu', enabled=what == 'autocast'):
-        y = mixer.read_out(h, x, C, z)
+        y = torch.vmap(mixer.read_out)(h, x, C, z) if what == 'vmap' else mixer.read_out(h, x, C, z)
         assert torch.equal(y, mixer.norm(torch.addcmul(mixer.D * x, C, h)) * mixer.act(z))
     assert bool(calls) == (what == 'hook')
 

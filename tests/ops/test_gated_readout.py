@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is particular to the gated readout, beside the suite of test_ops.py.
 
-Its definition in numbers, kernels against the reference at the edges of their blocks, and who takes it.
+Its definition in numbers, and kernels against the reference at the edges of their blocks.
 """
 
-import copy
 import itertools
 
 import pytest
@@ -12,8 +11,7 @@ import torch
 from op_cases import READOUT_NAMES, make_readout
 from torch import nn
 
-from vssm.models import spatial_mamba
-from vssm.ops import gated_readout, gated_readout_ref, use_reference
+from vssm.ops import gated_readout, gated_readout_ref
 
 
 def make_case(*shape, dtype=torch.float64):
@@ -141,39 +139,3 @@ def test_readout_operator_refuses_a_gradient_of_another_shape():
     case = [t.detach() for t in make_case(2, 3, 5)]
     with pytest.raises(RuntimeError, match='vssm::gated_readout: grad_y has the wrong shape'):
         torch.ops.vssm.gated_readout_backward(case[0][:1], *case, 1e-5)
-
-
-# ---- the mixer -------------------------------------------------------------------------------------------------------
-
-
-class OtherNorm(nn.LayerNorm):
-    pass
-
-
-@pytest.mark.parametrize('who', ('hook', 'subclass', 'bias', 'float64', 'autocast', 'reference', 'vmap'))
-def test_mixer_takes_it_unless_someone_looks_on(who, monkeypatch, assert_close):
-    mixer = spatial_mamba.SpatialMixer(8).eval()
-    x = torch.randn(2, 5, 6, 8)
-    calls = []
-
-    def counted(*args):
-        calls.append(args)
-        return gated_readout(*args)
-
-    monkeypatch.setattr(spatial_mamba, 'gated_readout', counted)
-    with torch.no_grad():
-        expected = mixer(x)
-    assert len(calls) == 1
-    other = copy.deepcopy(mixer)
-    if who == 'hook':
-        other.act.register_forward_hook(lambda module, args, y: None)
-    elif who == 'subclass':
-        other.norm = OtherNorm(16)
-    elif who == 'bias':
-        other.norm = nn.LayerNorm(16, bias=False)
-    elif who == 'float64':
-        other, x = other.double(), x.double()
-    with torch.no_grad(), use_reference(who == 'reference'), torch.autocast('cpu', enabled=who == 'autocast'):
-        y = torch.vmap(other)(x[None])[0] if who == 'vmap' else other(x)
-    assert len(calls) == 1
-    assert_close(y, expected, 2e-2 if who == 'autocast' else 1e-5)

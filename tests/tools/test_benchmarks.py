@@ -11,6 +11,7 @@ import torch
 
 BENCHMARKS = Path(__file__).parents[2] / 'benchmarks'
 
+pytestmark = pytest.mark.slow  # a process each, which imports everything
 
 TINY = ['test_vit', 'test_vmamba2d', '--size', '160', '--batch-size', '1']
 
@@ -20,15 +21,11 @@ TINY = ['test_vit', 'test_vmamba2d', '--size', '160', '--batch-size', '1']
     [
         pytest.param('op_cpu.py', ['--batch-size', '1', '--no-reference'], 4, 'step_scan_2d_ms', id='op'),
         pytest.param('fusion_cpu.py', ['--batch-size', '1'], 4, 'step_merged_ms', id='fusion'),
-        pytest.param(
-            'readout_cpu.py', ['--batch-size', '1'], 4, 'step_operations_ms', id='readout', marks=pytest.mark.slow
-        ),
+        pytest.param('readout_cpu.py', ['--batch-size', '1'], 4, 'step_operations_ms', id='readout'),
         pytest.param('model_cpu.py', TINY, 2, 'products', id='model'),
-        pytest.param('model_cpu.py', [*TINY, '--train'], 2, 'images_per_s', id='model-train', marks=pytest.mark.slow),
+        pytest.param('model_cpu.py', [*TINY, '--train'], 2, 'images_per_s', id='model-train'),
         pytest.param('size_cpu.py', ['test_vit', 'test_vmamba', '--sizes', '160', '192'], 2, 'per_pixel', id='size'),
-        pytest.param(
-            'memory.py', ['test_vmamba', '--sizes', '64', '96'], 2, 'train_mb', id='memory', marks=pytest.mark.slow
-        ),
+        pytest.param('memory.py', ['test_vmamba', '--sizes', '64', '96'], 2, 'train_mb', id='memory'),
         pytest.param('memory.py', ['test_vmamba', '--sizes', '64', '--inference'], 1, 'inference_mb', id='inference'),
         pytest.param(
             'report_check.py',
@@ -36,7 +33,6 @@ TINY = ['test_vit', 'test_vmamba2d', '--size', '160', '--batch-size', '1']
             1,
             'report_images_per_s',
             id='report',
-            marks=pytest.mark.slow,
         ),
     ],
 )
