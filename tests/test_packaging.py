@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import vssm
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = {
     'vssm': 'src/vssm',
@@ -120,6 +122,13 @@ def test_wheel_runs_in_clean_environment(wheel, requirements, tmp_path):
     assert grad == pytest.approx(grad_here, rel=1e-4)
     assert run(python.parent / 'vssm', 'configs', cwd=tmp_path, env=env).stdout.count('digits/') >= 2
     shutil.rmtree(tmp_path / 'venv')
+
+
+def test_a_clone_of_that_name_does_not_hide_the_package(tmp_path):
+    """Python takes a folder in the working directory for a namespace package unless it finds a real one on its path."""
+    (tmp_path / 'vssm' / 'models').mkdir(parents=True)
+    script = 'import timm, vssm; print(vssm.__version__, timm.is_model("test_vmamba2d"))'
+    assert run(sys.executable, '-c', script, cwd=tmp_path).stdout.split() == [vssm.__version__, 'True']
 
 
 def test_missing_library_says_how_to_build_it(source, tmp_path):

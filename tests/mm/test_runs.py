@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import time
 
 import pytest
@@ -92,10 +91,9 @@ def test_a_run_killed_at_any_moment(tmp_path):
     assert metadata['epoch'] == '20' and all(torch.equal(value, expected[name]) for name, value in weights.items())
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
+def torchrun(processes):
+    """The launcher of several processes, which finds a free port by itself."""
+    return ('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes))
 
 
 @pytest.mark.slow
@@ -105,8 +103,7 @@ def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path):
     def train(processes, epochs, work_dir, *arguments):
         launcher = ()
         if processes > 1:
-            port = free_port()
-            launcher = ('-m', 'torch.distributed.run', '--nproc-per-node', str(processes), '--master-port', str(port))
+            launcher = torchrun(processes)
             arguments += ('--launcher', 'pytorch')
         changes = {
             'train_cfg.max_epochs': epochs,
@@ -138,8 +135,6 @@ def test_two_processes_resume_what_each_knows_alone(command, tmp_path):
     """Statistics of batch norms, averages that teach, accumulated gradients: bit for bit."""
 
     def train(work_dir, *arguments):
-        port = free_port()
-        launcher = ('-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', str(port))
         changes = {
             'train_dataloader.batch_size': 2,
             'optim_wrapper.accumulative_counts': 2,
@@ -149,7 +144,7 @@ def test_two_processes_resume_what_each_knows_alone(command, tmp_path):
         name, *rest = command('imagenet', 'test_spatial_mamba', **changes)
         return start(
             *('vssm.tools.train', name, '--work-dir', work_dir, '--launcher', 'pytorch', *arguments, *rest),
-            launcher=launcher,
+            launcher=torchrun(2),
         )
 
     whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
@@ -170,8 +165,7 @@ def test_an_unreadable_image_of_any_process_is_named(command, tmp_path):
     shutil.copytree(root, data)
     for path in sorted((data / 'train').glob('*/*'))[:2]:  # of four, so that each process meets one or more
         path.write_bytes(path.read_bytes()[:500])
-    launcher = ('-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', str(free_port()))
     arguments = ('--data-root', data, '--work-dir', tmp_path / 'run', '--launcher', 'pytorch', *rest)
-    finish(start('vssm.tools.train', name, *arguments, launcher=launcher))
+    finish(start('vssm.tools.train', name, *arguments, launcher=torchrun(2)))
     log = next((tmp_path / 'run').glob('*/*.log')).read_text()
     assert '2 of 4 images are unreadable' in log and log.count('Unreadable, replaced by another image') == 2
