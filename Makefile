@@ -6,7 +6,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-# A worker of pytest-xdist for each core, which computes with one thread; `make test PYTEST_ARGS='-n 0'` does without.
+# A worker of pytest-xdist for each core, four at most. Each computes with one thread, but for the ops' tests, which need two.
+# `make test PYTEST_ARGS='-n 0'` does without workers.
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 # What takes seconds: the arrows, the ops, and that the networks compute as published.
 QUICK := tests/test_architecture.py tests/ops tests/models/test_layers.py $(addprefix tests/models/test_models.py::, \

@@ -34,6 +34,8 @@ class EditableWheel(editable_wheel):
     def finalize_options(self) -> None:
         for package, folder in self.distribution.package_dir.items():
             link = Path('src', *package.split('.'))
+            if link.is_symlink():
+                link.unlink()  # it may lead to where the folder once was
             if not link.exists():
                 link.symlink_to(Path('..', '..', folder), target_is_directory=True)
         self.distribution.package_dir = {'': 'src'}

@@ -16,8 +16,8 @@ from vssm.tools._common import write_json
 from vssm.tools._tables import print_table, wide_console
 
 HELP = dict(
-    batch_size='images at a time',
-    rounds='rounds of which the median counts',
+    batch_size='images of a batch',
+    rounds='rounds to measure',
     threads="threads of the CPU; 0: PyTorch's choice",
 )
 

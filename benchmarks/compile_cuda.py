@@ -153,11 +153,8 @@ COLUMNS = {
 
 
 def main() -> int:
-    from _run import (
-        finish,
-        make_parser,
-        parse,
-    )  # here, for the processes that compile import Triton later
+    # Imported here, for the processes that compile import this file too, and must set Triton up before torch.
+    from _run import finish, make_parser, parse
 
     parser = make_parser(__doc__)
     parser.add_argument('--capability', nargs='*', default=CAPABILITIES, choices=CAPABILITIES, metavar='X.Y')

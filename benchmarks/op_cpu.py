@@ -42,7 +42,7 @@ def measure(batch: int, size: int, dim: int, rounds: int, with_reference: bool) 
     return row
 
 
-COLUMNS = {  # by their headings, how the cell follows from a row
+COLUMNS = {  # functions from a row to a cell, by the column's heading
     'H=W': lambda r: str(r['size']),
     'E': lambda r: str(r['dim']),
     'forward ms': lambda r: f'{r["forward_scan_2d_ms"]:.2f}',

@@ -179,7 +179,7 @@ class Backbone(nn.Module):
 
         Args:
             x: Images, (batch, in_chans, H, W).
-            indices: Indices of the stages that are asked for; an int for the last so many, None for all.
+            indices: Indices of the stages whose outputs are wanted, or the number of last stages; None for all.
             norm: Whether the head's norm is applied to the last stage's output.
             stop_early: Whether the stages after the last that is asked for are left out.
             output_fmt: Layout of the intermediates, 'NCHW' or 'NHWC'.
@@ -224,6 +224,10 @@ class Backbone(nn.Module):
         if prune_head or pruned:
             self.reset_classifier(0, '')
         return take_indices
+
+    def forward_stem(self, x: Tensor) -> Tensor:
+        """Images, (batch, in_chans, H, W) -> tokens, (batch, H/4, W/4, C)."""
+        return self.stem(x)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images, (batch, in_chans, H, W) -> feature map before the head, (batch, H/32, W/32, C)."""
@@ -304,7 +308,7 @@ def build_backbone(
     )
 
 
-ALIASES: dict[str, str] = {}  # of further names to the models' own
+ALIASES: dict[str, str] = {}  # the models' own names, by their further names
 
 
 def register_aliases(module: str, aliases: dict[str, str]) -> None:

@@ -3,6 +3,7 @@
 
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,17 +16,17 @@ __all__ = ['leftovers', 'replacing']
 def replacing(path: str | os.PathLike, like: str | os.PathLike | None = None) -> Iterator[Path]:
     """A path to write to, whose file takes the place of `path` as a whole or, after an error, not at all.
 
-    The temporary file lies beside `path`, under a name that no other process takes.
+    The temporary file lies beside `path`, under a name that no other writer takes.
 
     Args:
         path: The file that is to be there in the end.
-        like: A file whose permissions it is to have; those that any new file gets, unless given.
+        like: File whose permissions the new one gets; unless given, it gets those of any new file.
 
     Raises:
         OSError: The file cannot be written; one of that name stays as it was.
     """
     path = Path(path)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    temporary = path.with_name(f'.{path.name}.{secrets.token_hex(8)}.tmp')
     try:
         yield temporary
         with open(temporary, 'rb') as file:
@@ -34,7 +35,7 @@ def replacing(path: str | os.PathLike, like: str | os.PathLike | None = None) ->
         if like is not None:
             shutil.copymode(like, temporary)
         else:
-            os.umask(umask := os.umask(0))  # it can only be read by being set
+            os.umask(umask := os.umask(0))  # the umask can only be read by setting it
             os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     finally:
@@ -43,4 +44,4 @@ def replacing(path: str | os.PathLike, like: str | os.PathLike | None = None) ->
 
 def leftovers(folder: str | os.PathLike) -> list[Path]:
     """The temporary files of `replacing` in a folder, whose writers are at work or were killed."""
-    return [path for path in Path(folder).iterdir() if re.fullmatch(r'\..+\.\d+\.tmp', path.name)]
+    return [path for path in Path(folder).iterdir() if re.fullmatch(r'\..+\.[0-9a-f]{16}\.tmp', path.name)]

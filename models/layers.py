@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from ..ops import gated_readout
-from ..ops._register import is_transformed
+from ..ops.backend import is_transformed
 
 __all__ = ['Blocks', 'Linear', 'Mlp', 'in_chunks', 'in_groups', 'in_one_pass']
 
@@ -40,8 +42,13 @@ def _is_eager_on_cpu(*tensors: Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or is_transformed()
-        or torch._C._is_torch_function_mode_enabled()
+        or (torch._C._is_torch_function_mode_enabled() and _mode_looks_on())
     ) and all(type(t) is Tensor and t.device.type == 'cpu' for t in tensors)
+
+
+def _mode_looks_on() -> bool:
+    """Whether there is a function mode besides `torch.set_default_device`, which is one too."""
+    return any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
 
 
 def _is_float32_on_cpu(layer: nn.Module, *tensors: Tensor) -> bool:
@@ -67,15 +74,22 @@ def _is_altered(module: nn.Module) -> bool:
     return bool(_has_any_global_hook()) or any(
         bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
         or 'forward' in vars(m)
-        or type(m).forward.__module__ != type(m).__module__
+        or _is_patched(type(m))
         for m in module.modules()
     )
+
+
+def _is_patched(kind: type[nn.Module]) -> bool:
+    """Whether the `forward` of a class comes from another file than the class, its own or the base, that holds it."""
+    owner = next(c for c in kind.__mro__ if 'forward' in vars(c))
+    return vars(owner)['forward'].__module__ != owner.__module__
 
 
 def shortcut(fast: Callable[..., Any]) -> Callable[[Method], Method]:
     """Decorate a method of a module with a faster way to its result.
 
-    TorchScript compiles the method as it is written, and looks up the names in it here, not where it stands.
+    TorchScript compiles the method as it is written, but looks up its global names in this file. So a decorated method
+    may use torch, Tensor, nn and F, and leaves the calls of our ops to a method that is not decorated.
 
     Args:
         fast: Function of the same arguments, which returns None where it may not stand in for the method.
@@ -219,6 +233,8 @@ _OF_TOKENS = (Linear, nn.Dropout, nn.GELU, nn.Identity, nn.Linear)  # what maps 
 
 
 def _read_out(mixer: Any, h: Tensor, x: Tensor, C: Tensor, z: Tensor) -> Tensor | None:
+    if not _is_eager_on_cpu(h, x, C, z):
+        return None
     norm, act, D = mixer.norm, mixer.act, mixer.D.squeeze(0)
     if type(norm) is not nn.LayerNorm or type(act) is not nn.SiLU or norm.bias is None:
         return None
@@ -228,4 +244,5 @@ def _read_out(mixer: Any, h: Tensor, x: Tensor, C: Tensor, z: Tensor) -> Tensor 
 
 
 in_one_pass = shortcut(_read_out)
-"""Decorate a mixer's `read_out(h, x, C, z)`, act(z) norm(C h + D x): layer norm and SiLU have one kernel for all."""
+"""Decorate a mixer's `read_out(h, x, C, z)`, act(z) norm(C h + D x), with the op that does so in one pass where norm is
+a layer norm and act is SiLU."""

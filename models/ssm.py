@@ -9,8 +9,11 @@ from torch import Tensor, nn
 
 from ..ops import selective_scan, state_fusion
 
+for op in (selective_scan, state_fusion):  # their checks read shapes, which FX cannot trace
+    register_notrace_function(op)
 
-@register_notrace_function  # the checks read shapes, which FX cannot trace
+
+@register_notrace_function
 def scan(
     x: Tensor,
     dt: Tensor,

@@ -12,18 +12,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from .backend import import_triton
-
-
-def is_transformed() -> bool:
-    """Whether a transform of `torch.func`, or forward-mode differentiation, is at work.
-
-    They do not see an autograd that is registered with the dispatcher, but they see an `autograd.Function`.
-    """
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+from .backend import import_triton, is_transformed
 
 
 def register(
@@ -131,25 +122,30 @@ def _register_vmap(op: torch._ops.OpOverload, maps: Sequence[int]) -> None:
     torch.library.register_vmap(op, rule)
 
 
-def register_flops(name: str, macs: Callable[..., int]) -> Callable[[Sequence[Any], Sequence[Any]], int]:
+def register_flops(
+    name: str, macs: Callable[..., int], in_torch: bool = True
+) -> Callable[[Sequence[Any], Sequence[Any]], int]:
     """Tell PyTorch's `FlopCounterMode` what an op costs: two FLOPs for each multiply-accumulate, and the backward pass
     twice the forward, which is its convention for a matrix product; what a kernel computes again is not counted.
 
     Args:
         name: Name of the op.
         macs: Multiply-accumulates of the forward pass, from the op's arguments with a shape in place of each tensor.
+        in_torch: Whether PyTorch's counter counts it. It would count none of the plain operations of some ops.
 
     Returns:
         The same for fvcore.
     """
 
-    @register_flop_formula(getattr(torch.ops.vssm, name))
     def flops(*args: Any, **kwargs: Any) -> int:
         return 2 * macs(*args)
 
-    @register_flop_formula(getattr(torch.ops.vssm, f'{name}_backward'))
     def flops_backward(grad_y: Any, *args: Any, **kwargs: Any) -> int:
         return 4 * macs(*args)
+
+    if in_torch:
+        register_flop_formula(getattr(torch.ops.vssm, name))(flops)
+        register_flop_formula(getattr(torch.ops.vssm, f'{name}_backward'))(flops_backward)
 
     def fvcore_macs(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
         """Multiply-accumulates for fvcore: `FlopCountAnalysis(...).set_op_handle('vssm::...', this)`.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LIBRARY = Path(__file__).with_name('_C.abi3.so')
 if not LIBRARY.exists():
@@ -45,6 +46,14 @@ def uses_reference(x: Tensor) -> bool:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that an op computes in for a first argument x: float64 for float64, float32 for all else."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func`, or forward-mode differentiation, is at work.
+
+    They do not see an autograd that is registered with the dispatcher, but they see an `autograd.Function`.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def autocast_is_on(x: Tensor) -> bool:

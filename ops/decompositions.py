@@ -10,7 +10,7 @@ from .fusion.reference import state_fusion_ref
 from .readout.reference import gated_readout_ref
 from .scan.decomp import selective_scan_decomp
 
-__all__ = ['DECOMPOSITIONS', 'selective_scan_decomp']
+__all__ = ['DECOMPOSITIONS']
 
 # For `ExportedProgram.run_decompositions`: the operators of the zoo and what stands for them.
 DECOMPOSITIONS: dict[torch._ops.OpOverload, Callable] = {

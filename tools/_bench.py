@@ -136,13 +136,21 @@ def conditions(device: torch.device | str = 'cpu') -> dict[str, Any]:
         cuda=torch.version.cuda if device.type == 'cuda' else None,
         tf32=torch.backends.cudnn.allow_tf32 if device.type == 'cuda' else None,  # for convolutions in float32
         vssm=__version__,
-        **{package: importlib.metadata.version(package) for package in packages},
+        **{package: _version(package) for package in packages},
     )
 
 
 def describe(conditions: Mapping[str, Any]) -> str:
     """Conditions in a line, without those that do not apply."""
     return ', '.join(f'{key} {value}' for key, value in conditions.items() if value not in (None, False))
+
+
+def _version(package: str) -> str | None:
+    """The installed version; None where there is no such package, as where Triton comes under another name."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_name() -> str:

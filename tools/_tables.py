@@ -3,7 +3,7 @@
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +19,7 @@ def print_table(
     title: str | None = None,
     to: Console = console,
     fold: bool = False,
+    rules: Collection[int] = (),
 ) -> None:
     """Print a table whose columns of figures are aligned at the right.
 
@@ -29,13 +30,16 @@ def print_table(
         to: Console to print to.
         fold: Whether a narrow console breaks all cells, so that nothing is lost; else it breaks the words behind the
             first column alone.
+        rules: Indices of the rows above which a rule is drawn.
     """
     table = Table(title=title, title_justify='left')
     for i, heading in enumerate(header):
         figures = all(re.fullmatch(r'-|\d+(\.\d+)?(x| ?%| s| GB| ±.+)?', row[i]) for row in rows)
         whole = not fold and (figures or i == 0)
         table.add_column(heading, justify='right' if figures else 'left', overflow='fold', no_wrap=whole)
-    for row in rows:
+    for i, row in enumerate(rows):
+        if i in rules:
+            table.add_section()
         table.add_row(*row)
     to.print(table)
 

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     write_json(Path(cfg.work_dir, 'results.json'), dict(config=args.config, runs=results, **summary))
 
     rows = [(name, *(f'{value:.4f}' for value in metrics.values())) for name, metrics in (results | summary).items()]
-    print_table(['run', *summary['mean']], rows)
+    print_table(['run', *summary['mean']], rows, rules=[len(results)])
     console.print(f'Written to {cfg.work_dir}', highlight=False, soft_wrap=True)
     return 0
 

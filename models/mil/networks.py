@@ -292,7 +292,10 @@ class MambaMIL(MIL):
             )
         self.scan_ndim = scan_ndim
         self.patch_size = patch_size
-        self.grid_size = (grid_size[0], grid_size[1]) if grid_size is not None else None
+        self.grid_size: tuple[int, int] | None = None
+        if grid_size is not None:
+            height, width = grid_size
+            self.grid_size = (height, width)
         self.crop = crop
         if scan_ndim == 1 or pad_token == 'none':
             self.pad_token = None

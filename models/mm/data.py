@@ -252,7 +252,7 @@ def _truncated(path: str) -> str | None:
     except OSError:
         return None  # this is no local file, or reading it will raise the error
     if any(start.startswith(first) and not end.endswith(last) for first, last in _SIGNATURES):
-        return _unreadable(path)  # or it ends in something harmless
+        return _unreadable(path)  # it can be whole, with other bytes appended
     return None
 
 

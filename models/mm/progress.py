@@ -38,11 +38,11 @@ class ProgressHook(Hook):
     """Shows a bar with the time that is left on a terminal, elsewhere a line after each evaluation and now and then.
 
     Args:
-        seconds: Least time between two of the latter lines.
+        seconds: Least time between two lines where there is no terminal, in seconds.
     """
 
     priority = 'LOW'  # after the runtime information of the iteration has been noted
-    progress: Progress  # this and the next from the start on
+    progress: Progress  # it and `task` exist once `_start` was called
     task: TaskID
 
     def __init__(self, seconds: float = 60.0) -> None:

@@ -77,7 +77,7 @@ def check_init(name: str, pretrained: bool, init_cfg: dict[str, Any] | None) -> 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, see `vssm.models.files.replacing`, with errors that are for whom the run stops.
+    """A path to write to, as of `vssm.models.files.replacing`; a failure is a RunError, whose sentence is for the user.
 
     Raises:
         RunError: The file cannot be written; one of that name stays as it was.

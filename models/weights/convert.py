@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -86,8 +87,11 @@ def convert(
     )
     # safetensors takes neither views nor tensors that share their numbers
     tensors = {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
-    with replacing(target, like=source) as temporary:
-        save_file(tensors, temporary, metadata)
+    try:
+        with replacing(target, like=source) as temporary:
+            save_file(tensors, temporary, metadata)
+    except SafetensorError as error:  # as a full disk is reported
+        raise OSError(f'{target} cannot be written: {error}') from error
     return Converted(metadata, twins, left_out)
 
 

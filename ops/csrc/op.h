@@ -80,7 +80,7 @@ inline bool has_shape(const Tensor& t, const Shape& shape) {
   return sizes.size() == shape.size() && std::equal(shape.begin(), shape.end(), sizes.begin());
 }
 
-// How many tasks of `size` elements each are worth a thread: small maps stay on one.
+// The number of tasks of `size` elements that is worth a thread: small maps stay on one.
 inline int64_t grain(int64_t size) { return std::max<int64_t>(1, (1 << 14) / size); }
 
 // Run tasks of `size` elements in parallel, each thread with a scratch of its own.

@@ -11,7 +11,7 @@ def state_fusion_macs(h: Sequence[int], weight: Sequence[int]) -> int:
 
     Args:
         h: Shape of the states, (batch, H, W, E).
-        weight: Shape of the weights; they are nine for each dilation.
+        weight: Shape of the weights, (3, E, 3, 3), which adds nothing.
     """
     batch, height, width, channels = h
     return 27 * batch * height * width * channels

@@ -11,8 +11,8 @@ from .._register import register_flops
 def gated_readout_macs(h: Sequence[int], *args: Any) -> int:
     """Multiply-accumulates of one forward pass: five for each element, as fvcore counts a layer norm.
 
-    That is what a trace of the plain operations comes to as well, for the products and the gate are operations on
-    single elements, which fvcore leaves out; so a network costs the same whether it calls the op or the operations.
+    A network costs the same whether it calls the op or the plain operations: fvcore leaves out the products and the
+    gate, which are operations on single elements, and PyTorch's counter leaves out the norm, too.
 
     Args:
         h: Shape of the fused states, (..., E).
@@ -21,4 +21,4 @@ def gated_readout_macs(h: Sequence[int], *args: Any) -> int:
     return 5 * math.prod(h)
 
 
-gated_readout_fvcore_macs = register_flops('gated_readout', gated_readout_macs)
+gated_readout_fvcore_macs = register_flops('gated_readout', gated_readout_macs, in_torch=False)

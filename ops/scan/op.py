@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._register import is_transformed, register
-from ..backend import autocast_is_on, without_autocast
+from .._register import register
+from ..backend import autocast_is_on, is_transformed, without_autocast
 from .reference import selective_scan_ref
 
 
@@ -18,14 +18,16 @@ def _cuda_kernels() -> tuple[Callable, Callable]:
     return selective_scan_triton, selective_scan_triton_backward
 
 
-_run = register('selective_scan', maps=(0, 1, 3, 4), cuda=_cuda_kernels)  # x, dt, B and C
+_run_transformed = register('selective_scan', maps=(0, 1, 3, 4), cuda=_cuda_kernels)  # x, dt, B and C
 
 
 def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor | None, *args: Any) -> Tensor:
     """The operator, with all of its arguments."""
-    if is_transformed() and autocast_is_on(x):  # the transforms do not see the cast below the dispatcher
+    if not is_transformed():
+        return torch.ops.vssm.selective_scan(x, dt, A, B, C, *args)
+    if autocast_is_on(x):  # the transforms do not see the cast below the dispatcher
         x, dt, B, C = _autocast(x, dt, B, C)
-    return _run(x, dt, A, B, C, *args)
+    return _run_transformed(x, dt, A, B, C, *args)
 
 
 def run_reference(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor | None, *args: Any, **options: Any) -> Tensor:

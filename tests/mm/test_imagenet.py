@@ -752,7 +752,7 @@ def test_the_position_in_an_endless_sequence():
 def test_the_last_complete_checkpoint_is_found(build, tmp_path):
     build(**{'train_cfg.max_epochs': 2}).train()
     runner = build(resume=True, **{'train_cfg.max_epochs': 3})
-    (tmp_path / '.epoch_3.pth.1.tmp').write_bytes(b'half')
+    (tmp_path / '.epoch_3.pth.0123456789abcdef.tmp').write_bytes(b'half')
     content = (tmp_path / 'epoch_2.pth').read_bytes()
     (tmp_path / 'epoch_2.pth').write_bytes(content[: len(content) // 2])
     (tmp_path / 'epoch_x.pth').write_bytes(b'')

@@ -229,7 +229,7 @@ def detection(family, root, work_dir):
             pytest.param(classification, 'accuracy/top1', 99.9, family, id=f'classification-{family}')
             for family in ('spatial_mamba', 'vmamba2d', 'vmamba')
         ],
-        # Of one family each: their configs differ in the backbone's name alone.
+        # Of one family each: in all else in which their configs differ, the test changes them.
         pytest.param(segmentation, 'mIoU', 90, 'vmamba2d', id='segmentation-vmamba2d'),
         pytest.param(detection, 'coco/bbox_mAP', 0.5, 'spatial_mamba', id='detection-spatial_mamba'),
     ],

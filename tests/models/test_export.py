@@ -18,7 +18,7 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module
 
 import vssm
 from vssm.models import export
-from vssm.ops.decompositions import selective_scan_decomp
+from vssm.ops.scan.decomp import selective_scan_decomp
 
 SMALL = timm.list_models('test_*', module=['vmamba', 'spatial_mamba'])
 SIZES = ((1, 64, 96), (2, 33, 47), (3, 32, 96), (1, 96, 32))  # at 1/32 the last three have a height or a width of 1
@@ -90,6 +90,18 @@ def test_one_graph_for_every_size(name, fresh_dynamo, assert_close):
         for batch, height, width in ((3, 64, 96), (5, 64, 96), (9, 64, 96), (2, 33, 47), (2, 32, 96)):
             x = images(batch, height, width)
             assert_close(compiled(x), model(x), 1e-5)
+
+
+@pytest.mark.slow
+def test_compile_every_size(fresh_dynamo, assert_close):
+    model = create_shallow('test_vmamba2d', stages=1)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        compiled(images())
+        with torch.compiler.set_stance('fail_on_recompile'):
+            for batch, height, width in ((3, 64, 96), (8, 64, 96), (2, 33, 47), (2, 32, 96)):
+                x = images(batch, height, width)
+                assert_close(compiled(x), model(x), 1e-5)
 
 
 @pytest.mark.slow

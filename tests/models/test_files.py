@@ -46,6 +46,7 @@ def test_replacing_needs_something_written(tmp_path):
 
 
 def test_leftovers_are_temporary_files_alone(tmp_path):
-    for name in ('.file.12.tmp', 'file', '.file', '.file.tmp', 'file.12.tmp'):
+    temporary = '.file.0123456789abcdef.tmp'
+    for name in (temporary, 'file', '.file', '.file.tmp', '.file.12.tmp', temporary[1:]):
         (tmp_path / name).touch()
-    assert leftovers(tmp_path) == [tmp_path / '.file.12.tmp']
+    assert leftovers(tmp_path) == [tmp_path / temporary]

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from torch.nn.utils import parametrizations, prune
 
 from vssm.models import layers, spatial_mamba
-from vssm.ops import gated_readout
+from vssm.ops import gated_readout, readout, use_reference
 
 SMALL = timm.list_models('test_*', module=['vmamba', 'spatial_mamba'])
 
@@ -142,6 +142,15 @@ def test_onlookers_get_whole_batches(who, always, monkeypatch):
     assert set(module.part.sizes) == {5}
 
 
+def test_a_default_device_and_an_inherited_forward_are_no_onlookers(always):
+    """The first is a function mode, too; the second may come from another file than its class."""
+    module = Grouped().eval()
+    module.part = type('Inherited', (Recorder,), dict(__module__='elsewhere'))()
+    with torch.device('cpu'):
+        module(torch.randn(5, 2, 2, 3))
+    assert module.part.sizes == [1] * 5
+
+
 def test_a_hook_on_the_whole_sees_whole_batches(always):
     module, seen = Grouped().eval(), []
     module.register_forward_hook(lambda module, args, y: seen.append(len(y)))
@@ -256,7 +265,7 @@ def test_a_linear_layer_that_is_more_is_called_for_its_chunks(what, always, monk
 
 
 @pytest.mark.parametrize(
-    'what', ('norm', 'subclass', 'act', 'hook', 'instance', 'no bias', 'float64', 'autocast', 'vmap')
+    'what', ('norm', 'subclass', 'act', 'hook', 'act hook', 'instance', 'no bias', 'float64', 'autocast', 'vmap')
 )
 def test_a_readout_that_is_another_is_computed_step_by_step(what, monkeypatch):
     mixer = spatial_mamba.SpatialMixer(8).eval()
@@ -272,6 +281,8 @@ def test_a_readout_that_is_another_is_computed_step_by_step(what, monkeypatch):
         mixer.act = nn.Tanh()
     elif what == 'hook':
         mixer.norm.register_forward_hook(lambda module, args, y: calls.append(y))
+    elif what == 'act hook':
+        mixer.act.register_forward_hook(lambda module, args, y: calls.append(y))
     elif what == 'instance':
         mixer.norm.forward = lambda y: 3 * y
     elif what == 'no bias':
@@ -281,7 +292,19 @@ def test_a_readout_that_is_another_is_computed_step_by_step(what, monkeypatch):
     with torch.no_grad(), torch.autocast('cpu', enabled=what == 'autocast'):
         y = torch.vmap(mixer.read_out)(h, x, C, z) if what == 'vmap' else mixer.read_out(h, x, C, z)
         assert torch.equal(y, mixer.norm(torch.addcmul(mixer.D * x, C, h)) * mixer.act(z))
-    assert bool(calls) == (what == 'hook')
+    assert bool(calls) == ('hook' in what)
+
+
+def test_a_mixer_under_the_reference_calls_no_kernel(monkeypatch, assert_close):
+    mixer = spatial_mamba.SpatialMixer(8).eval()
+    x = torch.randn(2, 5, 7, 8)
+    with torch.no_grad():
+        expected = mixer(x)
+        calls = []
+        monkeypatch.setattr(readout, 'run', lambda *args: calls.append(args))
+        with use_reference():
+            assert_close(mixer(x), expected, 1e-5)
+    assert not calls
 
 
 def test_a_readout_is_one_kernel(monkeypatch, assert_close):

@@ -15,6 +15,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
 import vssm
+from vssm.ops import state_fusion
 
 MODELS = timm.list_models(module=['vmamba', 'spatial_mamba'], name_matches_cfg=True)  # without the aliases
 SMALL = [name for name in MODELS if name.startswith('test_')]
@@ -129,7 +130,7 @@ def test_output_shapes(name, size):
     assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
 
 
-@every_test_model
+@every_small_model
 @pytest.mark.parametrize('size', SIZES, ids=lambda s: f'{s[0]}x{s[1]}')
 def test_output_is_finite(name, size):
     y = create(name)(images(*size))
@@ -358,7 +359,7 @@ def test_every_parameter_gets_a_gradient(name):
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), parameter_name
 
 
-@every_test_model
+@every_small_model
 def test_one_position_leaves_no_parameter_without_a_gradient(name):
     """A 32x32 image has a last stage of one position, where the decay has nothing to act on."""
     model = create(name).train()
@@ -543,7 +544,7 @@ def test_kernel_and_reference_agree(name, assert_close):
         assert_close(y, model(x), 1e-5)
 
 
-@every_test_model
+@every_small_model
 @pytest.mark.parametrize('how', ('bfloat16', 'autocast'))
 def test_half_precision_is_near_float32(name, how, assert_close):
     model = spread(create(name))
@@ -569,6 +570,19 @@ def test_autocast_trains(name):
 
 
 # ---- graphs ----------------------------------------------------------------------------------------------------------
+
+
+class OnOurOp(nn.Module):
+    """A module of somebody else, which calls an op of ours."""
+
+    def forward(self, h, weight):
+        return state_fusion(h, weight) + 1
+
+
+def test_fx_traces_modules_of_others_that_call_our_ops(assert_close):
+    h, weight = torch.randn(1, 4, 5, 3), torch.randn(3, 3, 3, 3)
+    traced = create_feature_extractor(OnOurOp(), {'add': 'y'})
+    assert_close(traced(h, weight)['y'], state_fusion(h, weight) + 1, 1e-6)
 
 
 @every_small_model

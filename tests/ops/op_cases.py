@@ -27,6 +27,7 @@ class Op:
     optional: tuple[str, ...] = ()  # tensors that may be None
     autocast: tuple[str, ...] = ()  # tensors that autocast casts
     has_cuda: bool = True
+    in_torch: bool = True  # whether PyTorch's counter of FLOPs counts it
     # Which tensor an error names where another one has an axis more or less (axis None) or one element more in an axis.
     # Without an entry it is the same one; None is no error.
     blamed: dict[tuple[str, int | None], str | None] = field(default_factory=dict)
@@ -116,6 +117,7 @@ OPS = (
                 '2d-orders-3-1': dict(orders=(3, 1), has_D=False),
                 '1d-orders-1-2': dict(orders=(1, 2), ndim=1, has_D=False, has_bias=False),
                 '1d-order-2-no-softplus': dict(orders=(2,), ndim=1, softplus=False, has_bias=False),
+                '2d-order-3-no-softplus': dict(orders=(3,), softplus=False),
                 '1d-no-C': dict(orders=(0,), ndim=1, states=1, has_C=False, has_D=False),
                 '2d-no-C': dict(orders=(1,), states=1, has_C=False, has_D=False, rank=1),
             }.items()
@@ -149,6 +151,7 @@ OPS = (
         medium=dict(shape=(3, 5, 6, 8)),
         large={'map': dict(shape=(3, 40, 50, 24))},
         has_cuda=False,
+        in_torch=False,
         blamed={('h', axis): 'x' for axis in (None, 0, 1, 2, 3)},
     ),
 )

@@ -26,7 +26,7 @@ def run(op, tensors, grad, eps=1e-5):
 
 
 @pytest.mark.parametrize('shape', [(3, 3), (2, 5, 4), (5,)], ids=str)
-def test_readout_reference_is_the_gated_readout_ref(shape, assert_close):
+def test_readout_reference_is_the_definition(shape, assert_close):
     """Position by position, in numbers."""
     h, x, C, D, z, weight, bias = make_case(*shape)
     expected = torch.empty(shape, dtype=torch.float64)

@@ -104,7 +104,7 @@ PINNED_CASES = {
 
 
 def write_pinned():
-    """Recompute tests/data: inputs in float32, the float64 reference's y and gradients for a random gradient of y."""
+    """Recompute tests/ops/data: inputs in float32, the float64 reference's y and gradients for a random gradient."""
     tensors, metadata = {}, {}
     for name, sizes in PINNED_CASES.items():
         inputs, options = make_case(**sizes, batch=1, dtype=torch.float32)

@@ -46,7 +46,7 @@ def _scan_backward(
     bands,
     edge,
     half,
-    kind,  # of launch, for the autotuner
+    kind,  # of launch, by which the autotuner keeps its choices
     walk,
     draw_orders,
     NDIM: tl.constexpr,

@@ -41,7 +41,7 @@ def _scan_forward(
     bands,
     edge,
     half,
-    kind,  # of launch, for the autotuner
+    kind,  # of launch, by which the autotuner keeps its choices
     walk,
     walks_here,
     NDIM: tl.constexpr,

@@ -51,5 +51,5 @@ def kind_of(programs: int, processors: int, line: int, rank: int) -> int:
 
 
 def processors(device: torch.device) -> int:
-    """How many programs a device runs side by side, at least; 1 in Triton's interpreter."""
+    """The least number of programs that a device runs side by side; 1 in Triton's interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == 'cuda' else 1
