@@ -33,7 +33,14 @@ FULL_SIZE = {  # parameters, GMACs at 224, widths, depths
 }
 SIZES = ((32, 32), (33, 47), (64, 96), (224, 224))
 GRAPH_TOLERANCE = 1e-5  # a graph's large linear layers sum in another order than eager ones, see `models/layers.py`
-every_model = pytest.mark.parametrize('name', MODELS)
+
+
+def in_turn(names):
+    """The names, the small ones among the slow tests: about as deep as base ones, and no wider than the others."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name.endswith('_small') else name for name in names]
+
+
+every_model = pytest.mark.parametrize('name', in_turn(MODELS))
 every_test_model = pytest.mark.parametrize('name', SMALL)
 # What depends on widths and depths, as numbers, gradients and graphs do, is among the slow tests for the tiny models.
 every_small_model = pytest.mark.parametrize('name', [*SMALL, *(pytest.param(n, marks=pytest.mark.slow) for n in TINY)])
@@ -96,7 +103,7 @@ def test_parameter_count(name):
         assert scans == {2 if '2d' in name else 1}
 
 
-@pytest.mark.parametrize('name', FULL_SIZE)
+@pytest.mark.parametrize('name', in_turn(FULL_SIZE))
 def test_macs(name):
     """fvcore at 224: a norm counts 5 per element, VMamba's average pool 1, activations, sums and products nothing."""
     from fvcore.nn import FlopCountAnalysis
