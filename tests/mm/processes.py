@@ -23,7 +23,7 @@ def start(*arguments, launcher=(), **kwargs):
 
 
 def finish(process, status=0):
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == status, output
     return output
 

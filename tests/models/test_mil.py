@@ -396,7 +396,8 @@ def test_cox_loss_is_the_partial_likelihood():
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='peak memory is read from /proc')
 def test_a_slide_of_400_by_400_patches_within_memory_and_time(tmp_path):
-    """Forward and backward, with its features of 1,024 numbers, Python and PyTorch: below 4 GB and 60 s."""
+    """Forward and backward, with its features of 1,024 numbers, Python and PyTorch: below 4 GB; and 180 s, beside other
+    workers of the suite, where an idle machine took 15."""
     file = tmp_path / 'figures.json'
     command = [sys.executable, BENCHMARKS / 'slide_memory.py', '--rounds', '1', '--tissue', '1.0', '--json', file]
     result = subprocess.run([str(c) for c in command], capture_output=True, text=True)
@@ -405,7 +406,7 @@ def test_a_slide_of_400_by_400_patches_within_memory_and_time(tmp_path):
     assert len(rows) == 3
     for row in rows:
         assert row['patches'] == 160_000
-        assert row['peak_gb'] < 4 and row['step_s'] < 60 and math.isfinite(row['forward_s'])
+        assert row['peak_gb'] < 4 and row['step_s'] < 180 and math.isfinite(row['forward_s'])
 
 
 def test_the_crop_saves_what_is_not_tissue():

@@ -29,7 +29,7 @@ def run(*arguments):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert process.returncode == 0, process.stdout
     return process.stdout
