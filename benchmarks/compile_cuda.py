@@ -71,19 +71,17 @@ def calls(dtype: str, all_tiles: bool, which: str) -> Iterator[tuple[bool, str]]
         scan.selective_scan_triton_backward(arguments[0], *arguments)
 
     tiles, bands = dict(scan.TILES), scan.choose_bands
-    candidates = list(dict.fromkeys(tile for group in tiles.values() for tile in group))
-    defaults = [group[0] for group in tiles.values()]
-    for tile in candidates if all_tiles else defaults:
-        scan.TILES = {1 << 62: (tile,)}
-        for ndim in (1, 2):
+    for ndim, by_length in tiles.items():
+        defaults = [group[0] for group in by_length.values()]
+        candidates = dict.fromkeys(tile for group in by_length.values() for tile in group)
+        for tile in candidates if all_tiles else defaults:
+            scan.TILES = {ndim: {1 << 62: (tile,)}}
             for rank in (3, 0) if which == 'all' else (3,):
                 for cut in (1, 2) if which == 'all' and tile == defaults[-1] else (1,):
                     scan.choose_bands = lambda *_, cut=cut: cut
                     run(*inputs(96, 4, rank), ndim, (0, 1, 2, 3), True)
-                    yield (
-                        tile in defaults,
-                        f'{ndim}-D, {"low-rank" if rank else "full"} steps, {cut} band(s), tile {tile}',
-                    )
+                    steps = 'low-rank' if rank else 'full'
+                    yield tile in defaults, f'{ndim}-D, {steps} steps, {cut} band(s), tile {tile}'
     scan.TILES, scan.choose_bands = tiles, lambda *_: 1
     for ndim in (1, 2):
         run(*inputs(96, 1, 3, has_C=False), ndim, (0,), True)
