@@ -49,17 +49,18 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def is_transformed() -> bool:
-    """Whether a transform of `torch.func`, or forward-mode differentiation, is at work.
-
-    They do not see an autograd that is registered with the dispatcher, but they see an `autograd.Function`.
-    """
+    """Whether a transform of `torch.func`, or forward-mode differentiation, is at work."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+# Asked about these, PyTorch raises an error; the function that would tell which they are cannot be compiled.
+_WITHOUT_AUTOCAST = ('meta', 'lazy', 'vulkan', 'fpga', 've')
 
 
 def autocast_is_on(x: Tensor) -> bool:
     """Whether autocast would choose dtypes on the device of x, which may be one that has no autocast."""
     device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device not in _WITHOUT_AUTOCAST and torch.is_autocast_enabled(device)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
@@ -70,10 +71,15 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
 def check_device(op: str, x: Tensor) -> None:
     """Raise a NotImplementedError where an op has no kernel."""
     if x.device.type not in ('cpu', 'cuda', 'meta'):
-        raise NotImplementedError(
-            f'{op}: there is no kernel for device {x.device.type!r}; the reference runs there, slowly: '
-            'use `with vssm.ops.use_reference():` or set VSSM_REFERENCE=1.'
-        )
+        raise no_kernel(op, x)
+
+
+def no_kernel(op: str, x: Tensor) -> NotImplementedError:
+    """What an op without a kernel for the device of x raises."""
+    return NotImplementedError(
+        f'{op}: there is no kernel for device {x.device.type!r}; the reference runs there, slowly: '
+        'use `with vssm.ops.use_reference():` or set VSSM_REFERENCE=1.'
+    )
 
 
 def check_precision(op: str, x: Tensor) -> None:

@@ -177,6 +177,7 @@ def selective_scan_triton_backward(
     ndim: int,
     orders: Sequence[int],
     softplus: bool,
+    wanted: Sequence[bool] = (True,) * 8,
 ) -> tuple[Tensor, ...]:
     """The operator `vssm::selective_scan_backward` on CUDA, with the same arguments; float64 is the reference's."""
     check_precision('selective_scan', x)
@@ -208,5 +209,6 @@ def selective_scan_triton_backward(
         dA, dD = dA.transpose(1, 2).clone(memory_format=torch.contiguous_format), dD[:, 0].clone()
         grads = (dx, ddt, dA, dB, dC, dD, dbias.sum(1), dweight)
         return tuple(
-            grad_y.new_empty(0) if t is None else grad.to(t.dtype) for t, grad in zip(inputs, grads, strict=True)
+            grad.to(t.dtype) if t is not None and is_wanted else grad_y.new_empty(0)
+            for t, grad, is_wanted in zip(inputs, grads, wanted, strict=True)
         )
