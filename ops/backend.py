@@ -2,6 +2,7 @@
 """What computes an op: the compiled kernels, loaded here, or on request the reference in plain PyTorch."""
 
 import os
+import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -10,13 +11,20 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-LIBRARY = Path(__file__).with_name('_C.abi3.so')
+LIBRARY = Path(__file__).with_name('_C.so')
 if not LIBRARY.exists():
     raise ImportError(
         f'vssm was installed without its compiled kernels ({LIBRARY.name} is missing beside {__file__}): '
         'run `pip install --no-build-isolation -e .` in a clone, which needs a C++ compiler, or install a wheel.'
     )
-torch.ops.load_library(LIBRARY)
+try:
+    torch.ops.load_library(LIBRARY)
+except OSError as error:  # empty, of another platform, or built for a newer PyTorch, whose functions it does not find
+    raise ImportError(
+        f'The compiled kernels of vssm cannot be loaded ({error}). They need PyTorch 2.10 or newer and a wheel of this '
+        f'platform, got PyTorch {torch.__version__} on {sysconfig.get_platform()}: run `pip install "torch>=2.10"`, '
+        'then install a wheel of vssm again, or run `pip install --no-build-isolation -e .` in a clone.'
+    ) from error
 
 _use_reference = os.environ.get('VSSM_REFERENCE', '0') == '1'
 
