@@ -72,8 +72,8 @@ def register(
             f'{name}: the kernels have no second derivative; use `with vssm.ops.use_reference():`.'
         )
 
-    _register_devices(op, name, fake, cuda and (lambda: import_triton(name, cuda)[0]))
-    _register_devices(op_backward, name, fake_backward, cuda and (lambda: import_triton(name, cuda)[1]))
+    _register_devices(op, name, fake, cuda, 0)
+    _register_devices(op_backward, name, fake_backward, cuda, 1)
     _register_derivative(op, name, setup_context, backward, _vmap_rule(op, maps), autocast)
     # Its gradients of the parameters are sums over the batch, so that nothing can be folded into that.
     _register_derivative(op_backward, name, keep_nothing, no_second_derivative, _vmap_rule(op_backward, ()))
@@ -84,9 +84,12 @@ def register(
 
 
 def _register_devices(
-    op: torch._ops.OpOverload, name: str, fake: Callable, cuda: Callable[[], Callable] | None
+    op: torch._ops.OpOverload, name: str, fake: Callable, cuda: Callable[[], tuple[Callable, ...]] | None, index: int
 ) -> None:
-    """Give an operator its kernels for CUDA and for meta tensors. The dispatcher hands them a mix of devices, too."""
+    """Give an operator its kernels for meta tensors, `fake`, and for CUDA, number `index` of what `cuda` imports.
+
+    They check devices, for the dispatcher hands them a mix, too.
+    """
     names = [argument.name for argument in op._schema.arguments]
 
     def check(args: Sequence[Any]) -> None:
@@ -100,7 +103,7 @@ def _register_devices(
         check(args)
         if cuda is None:
             raise no_kernel(name, args[0])
-        return cuda()(*args)
+        return import_triton(name, cuda)[index](*args)
 
     torch.library.register_fake(op, on_meta)
     _LIBRARY.impl(op, on_cuda, 'CUDA')
@@ -165,7 +168,7 @@ def _register_derivative(
         _LIBRARY.impl(op, on_autocast, key)
 
 
-def cast_for_autocast(args: Sequence[Any], positions: Sequence[int]) -> Sequence[Any]:
+def cast_for_autocast(args: tuple, positions: Sequence[int]) -> tuple:
     """The arguments of an op as autocast has them on the device of the first: those tensors cast, but for float64."""
     if not autocast_is_on(args[0]):
         return args
@@ -174,7 +177,7 @@ def cast_for_autocast(args: Sequence[Any], positions: Sequence[int]) -> Sequence
     def is_cast(i: int, arg: Any) -> bool:
         return i in positions and arg is not None and arg.dtype != torch.float64
 
-    return [arg.to(dtype) if is_cast(i, arg) else arg for i, arg in enumerate(args)]
+    return tuple(arg.to(dtype) if is_cast(i, arg) else arg for i, arg in enumerate(args))
 
 
 def _vmap_rule(op: torch._ops.OpOverload, maps: Sequence[int]) -> Callable[..., tuple]:
