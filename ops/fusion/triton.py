@@ -10,6 +10,8 @@ it once for each row, and the border reads it in place of a column. Between rows
 in all rows but the first and the last. There are no atomics: the same input gives the same bits.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -216,7 +218,9 @@ def state_fusion_triton(h: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-def state_fusion_triton_backward(grad_y: Tensor, h: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def state_fusion_triton_backward(
+    grad_y: Tensor, h: Tensor, weight: Tensor, wanted: Sequence[bool] = (True, True)
+) -> tuple[Tensor, Tensor]:
     """The operator `vssm::state_fusion_backward` on CUDA, with the same arguments; float64 is the reference's."""
     check_precision('state_fusion', h)
     batch, height, width, channels = h.shape
@@ -237,4 +241,5 @@ def state_fusion_triton_backward(grad_y: Tensor, h: Tensor, weight: Tensor) -> t
         grid = (groups * 9 * blocks,)
         _fusion_backward_weight[grid](grad_y, h_, parts, **sizes, positions=positions, groups=groups, **tile)
         dweight = parts.sum(0).permute(0, 3, 1, 2)  # [3, 3, 3, E] -> [3, E, 3, 3]
-    return dh, dweight.to(weight.dtype).contiguous()
+    nothing = grad_y.new_empty(0)
+    return dh if wanted[0] else nothing, dweight.to(weight.dtype).contiguous() if wanted[1] else nothing

@@ -163,7 +163,7 @@ def test_without_triton_a_sentence_says_what_to_install(op, folder, monkeypatch)
 @pytest.mark.parametrize('op', OPS, ids=str)
 def test_an_operator_finds_its_kernels_on_cuda(op):
     for name in (op.name, f'{op.name}_backward'):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f'vssm::{name}', 'CUDA') == op.has_cuda
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f'vssm::{name}', 'CUDA')  # one that refuses, too
     if op.has_cuda:
         kernels = sys.modules[f'vssm.ops.{op.folder}.op']._cuda_kernels()
         assert [kernel.__name__ for kernel in kernels] == [f'{op.name}_triton', f'{op.name}_triton_backward']

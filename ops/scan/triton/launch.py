@@ -214,6 +214,7 @@ def selective_scan_triton_backward(
     ndim: int,
     orders: Sequence[int],
     softplus: bool,
+    wanted: Sequence[bool] = (True,) * 8,
 ) -> tuple[Tensor, ...]:
     """The operator `vssm::selective_scan_backward` on CUDA, with the same arguments; float64 is the reference's."""
     check_precision('selective_scan', x)
@@ -241,12 +242,14 @@ def selective_scan_triton_backward(
             torch.sum(by_block, 0, out=dBC[..., k, n, :])
             if weight is not None and n == N - 1:
                 flat, low = draw.flatten(0, 3), scan.dt[..., k, :].to(product).flatten(0, 2)  # [B H W, E], [B H W, R]
-                ddt[..., k, :] = (flat @ weight[k].to(product)).unflatten(0, cells)
-                dweight[k] = torch.mm(flat.T, low, **precise)
+                if wanted[1]:
+                    ddt[..., k, :] = (flat @ weight[k].to(product)).unflatten(0, cells)
+                if wanted[7]:
+                    dweight[k] = torch.mm(flat.T, low, **precise)
         dA, dbias, dD = dparams.sum(0).unbind(2)  # [K, N, E] each
         dA, dD = dA.transpose(1, 2).contiguous(), dD[:, 0]
         grads = (dx, ddt, dA, *dBC.unbind(-1), dD, dbias.sum(1), dweight)
         return tuple(
-            grad_y.new_empty(0) if t is None else grad.to(t.dtype).contiguous()
-            for t, grad in zip(inputs, grads, strict=True)
+            grad.to(t.dtype).contiguous() if t is not None and is_wanted else grad_y.new_empty(0)
+            for t, grad, is_wanted in zip(inputs, grads, wanted, strict=True)
         )
