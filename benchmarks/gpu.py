@@ -3,9 +3,11 @@
 
     python benchmarks/gpu.py --out benchmarks/results/gpu
 
-Each step is a process of its own with its part of `--minutes`; what one leaves unspent goes to the next ones. Its figures
-stand in STEP.json, and as soon as it ends `gpu.json` and the page `gpu.md` are written anew. Of a step that fails or runs
-out of time the page says so, and STEP.log keeps the end of what it printed; the others go on, and the exit status is 1.
+Each step is a process of its own with its part of `--minutes`; what one leaves unspent goes to the next. Its figures
+stand in STEP.json, and as soon as it ends `gpu.json` and the page `gpu.md` are written anew. Of a step that fails or
+runs out of time the page says so, and STEP.log keeps the end of what it printed; the others go on, and the exit status
+is 1. From a checkout that is not installed it runs with PYTHONPATH=src, if the folders are linked there and the CPU
+kernels are built.
 
 Without a GPU, `--dry-run` makes the calls of every step once on the CPU, with small inputs, and measures nothing.
 """
@@ -114,12 +116,23 @@ def end(process: subprocess.Popen) -> None:
             continue
 
 
-def run_step(command: list[str], seconds: float, log: Path) -> dict[str, Any]:
-    """Run the command of a step; returns how it ended, and its seconds. Its output is kept where it did not go well."""
+def run_step(command: list[str], seconds: float, log: Path, **env: str) -> dict[str, Any]:
+    """Run the command of a step; returns how it ended, and its seconds.
+
+    Args:
+        command: Command, but for Python itself.
+        seconds: Time that it has.
+        log: File for the end of its output, where it did not go well.
+        **env: Variables to add to its environment.
+    """
     start = time.monotonic()
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
-            [sys.executable, *command], stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            [sys.executable, *command],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | env,
+            start_new_session=True,
         )
         try:
             code = process.wait(max(1.0, seconds - GRACE))
@@ -141,7 +154,9 @@ def measure(args: argparse.Namespace, step: str, seconds: float) -> dict[str, An
         old.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         xml = Path(folder) / 'tests.xml'
-        result = run_step(step_command(args, step, seconds, xml), seconds, log)
+        # Tiles that tests tune side by side are no choice for what is measured.
+        env = dict(TRITON_CACHE_DIR=folder) if step == 'tests' else {}
+        result = run_step(step_command(args, step, seconds, xml), seconds, log, **env)
         if xml.exists():
             write_json(file, read_tests(xml))
     return result | (json.loads(file.read_text()) if file.exists() else {})
