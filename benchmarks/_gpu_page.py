@@ -48,7 +48,9 @@ def page(figures: Figures) -> str:
 def counted(step: Figures) -> str:
     """How much a step has measured."""
     if 'passed' in step:
-        return ', '.join(f'{step[key]} {key}' for key in ('passed', 'failed', 'skipped'))
+        counts = {key: step[key] for key in ('passed', 'failed', 'skipped')}
+        counts |= {'not run': rest} if (rest := step['chosen'] - sum(counts.values())) > 0 else {}
+        return ', '.join(f'{count} {key}' for key, count in counts.items())
     return f'{len(step["rows"])} rows' if 'rows' in step else '-'
 
 

@@ -20,12 +20,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import torch
 from _gpu_page import page
@@ -54,27 +52,27 @@ LOG_LINES = 200
 # ---- the steps -------------------------------------------------------------------------------------------------------
 
 
-def test_command(args: argparse.Namespace, xml: Path) -> list[str]:
+def test_command(args: argparse.Namespace) -> list[str]:
     """The tests of the CUDA kernels, by as many workers as there are cores, and room for on the card."""
     chosen = 'finds_its_kernels_on_cuda or number_of_bands' if args.dry_run else 'not kernels_compile'
-    options = ['-m', 'triton', '-k', chosen, '-q', '-p', 'no:cacheprovider', f'--junitxml={xml}']
+    options = ['-m', 'triton', '-k', chosen, '-q', '-p', 'no:cacheprovider']
     if find_spec('xdist') and not args.dry_run:
         room = int(torch.cuda.get_device_properties(0).total_memory // 4e9)
         options += ['-n', str(max(1, min(len(os.sched_getaffinity(0)) - 1, room))), '--dist', 'worksteal']
-    return ['-m', 'pytest', str(TESTS / 'ops'), str(TESTS / 'models' / 'test_models.py'), *options]
+    file = str(args.out / 'tests.json')
+    return [
+        str(BENCHMARKS / '_gpu_tests.py'),
+        file,
+        str(TESTS / 'ops'),
+        str(TESTS / 'models' / 'test_models.py'),
+        *options,
+    ]
 
 
-def step_command(args: argparse.Namespace, step: str, seconds: float, xml: Path) -> list[str]:
-    """The command of a step, but for Python itself.
-
-    Args:
-        args: Arguments of this script.
-        step: Name of the step.
-        seconds: Time that the step has.
-        xml: File for what the tests find.
-    """
+def step_command(args: argparse.Namespace, step: str, seconds: float) -> list[str]:
+    """The command of a step that has some seconds, but for Python itself."""
     if step == 'tests':
-        return test_command(args, xml)
+        return test_command(args)
     options = ['--json', str(args.out / f'{step}.json'), '--limit', str(int(BEGIN * seconds))]
     options += ['--dry-run'] * args.dry_run
     if step == 'op':
@@ -85,22 +83,6 @@ def step_command(args: argparse.Namespace, step: str, seconds: float, xml: Path)
         if (args.out / 'models.json').exists():
             models += ['--layouts-from', str(args.out / 'models.json')]
     return [*models, *options]
-
-
-def read_tests(xml: Path) -> dict[str, Any]:
-    """What pytest says: how many tests passed, failed and were skipped, which failed, and why others were skipped."""
-    counts: Counter[str] = Counter(passed=0, failed=0, skipped=0)
-    failures, reasons = [], Counter[str]()
-    for case in ElementTree.parse(xml).iter('testcase'):
-        if case.find('failure') is not None or case.find('error') is not None:
-            counts['failed'] += 1
-            failures.append(f'{case.get("classname")}::{case.get("name")}')
-        elif (skipped := case.find('skipped')) is not None:
-            counts['skipped'] += 1
-            reasons[skipped.get('message', '')] += 1
-        else:
-            counts['passed'] += 1
-    return dict(counts, failures=failures, reasons=dict(reasons))
 
 
 # ---- running them ----------------------------------------------------------------------------------------------------
@@ -153,12 +135,9 @@ def measure(args: argparse.Namespace, step: str, seconds: float) -> dict[str, An
     for old in (file, log):
         old.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        xml = Path(folder) / 'tests.xml'
         # Tiles that tests tune side by side are no choice for what is measured.
         env = dict(TRITON_CACHE_DIR=folder) if step == 'tests' else {}
-        result = run_step(step_command(args, step, seconds, xml), seconds, log, **env)
-        if xml.exists():
-            write_json(file, read_tests(xml))
+        result = run_step(step_command(args, step, seconds), seconds, log, **env)
     return result | (json.loads(file.read_text()) if file.exists() else {})
 
 

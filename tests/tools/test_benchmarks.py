@@ -71,8 +71,7 @@ def test_cuda_script_without_a_gpu(script, options):
 # ---- all that a card is asked for ------------------------------------------------------------------------------------
 
 FOUND = {  # what steps may leave
-    'tests': '<testsuite><testcase name="passes"/><testcase classname="a" name="breaks"><failure/></testcase>'
-    '<testcase name="waits"><skipped message="no second card"/></testcase></testsuite>',
+    'tests': dict(chosen=4, passed=1, failed=1, skipped=1, failures=['a.py::breaks'], reasons={'no second card': 1}),
     'op': dict(
         rows=[
             dict(batch=128, size=56, dim=96, states=1, dtype='bfloat16', copy_gb_per_s=3000.4)
@@ -90,13 +89,13 @@ FOUND = {  # what steps may leave
     'compiled': dict(rows=[dict(name='ours', batch_size=128, size=224, train_images_per_s=1500.0, train_peak_mb=9e3)]),
 }
 LINES = (
-    ' | 1 passed, 1 failed, 1 skipped | ',
+    ' | 1 passed, 1 failed, 1 skipped, 1 not run | ',
     '| 128x56x56x96 | 1 | bfloat16 | 1.500 | 25% | 1.50 | 4.000 | 12% | 1.25 |',
     '| `swin` | 4000 | 1.00 | - | - | 1000 | 1.00 | - | - | - | - |',
     '| `ours` | 5000 | 1.25 | - | - | - | - | 1500 | - | 12.3 | 9.0 |',  # no ratio to what was not measured
     '- op, float32 1 14 96 1: no time was left',
     '- tests, 1 tests skipped: no second card',
-    '- a::breaks',
+    '- a.py::breaks',
 )
 ENDS = {  # how a step that has left its figures ends
     'well': ('', 'done'),
@@ -122,11 +121,10 @@ def test_a_step_leaves_its_figures_whatever_becomes_of_it(step, end, gpu, monkey
     ending, status = ENDS[end]
     called = []
 
-    def command(args, name, seconds, xml):
+    def command(args, name, seconds):
         called.append(name)
-        file = xml if name == 'tests' else args.out / f'{name}.json'
-        text = FOUND[name] if name == 'tests' else json.dumps(FOUND[name])
-        script = f'import sys, time\nopen({str(file)!r}, "w").write({text!r})\n{ending if name == step else ""}'
+        file, text = str(args.out / f'{name}.json'), json.dumps(FOUND[name])
+        script = f'import sys, time\nopen({file!r}, "w").write({text!r})\n{ending if name == step else ""}'
         return ['-S', '-c', script]
 
     monkeypatch.setattr(gpu, 'step_command', command)
@@ -151,6 +149,25 @@ def test_a_step_leaves_its_figures_whatever_becomes_of_it(step, end, gpu, monkey
     assert files == {'gpu.json', 'gpu.md', *(f'{name}.json' for name in FOUND)} | ({f'{step}.log'} & files)
     assert (end == 'well') != (tmp_path / f'{step}.log').exists()
     assert end == 'well' or (tmp_path / f'{step}.log').read_text().startswith('the last words\n')
+
+
+@slow
+def test_a_test_that_was_only_begun_has_not_passed(gpu, tmp_path):
+    (tmp_path / 'test_some.py').write_text(
+        'import os, pytest\n'
+        'def test_passes(): pass\n'
+        'def test_skipped(): pytest.skip("a reason")\n'
+        'def test_fails(): raise ValueError\n'
+        'def test_ends_all(): os._exit(9)\n'
+        'def test_never_run(): pass\n'
+    )
+    file = tmp_path / 'tests.json'
+    command = [str(BENCHMARKS / '_gpu_tests.py'), str(file), str(tmp_path / 'test_some.py'), '-p', 'no:cacheprovider']
+    result = gpu.run_step(command, 300, tmp_path / 'tests.log')
+    assert result['status'] == 'failed with exit status 9'
+    written = json.loads(file.read_text())
+    assert written.pop('failures')[0].endswith('test_some.py::test_fails')
+    assert written == dict(chosen=5, passed=1, failed=1, skipped=1, reasons={'Skipped: a reason': 1})
 
 
 def test_a_step_that_leaves_nothing_has_no_figures(gpu, monkeypatch, tmp_path):
