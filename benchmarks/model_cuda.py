@@ -6,29 +6,49 @@ Each model runs on contiguous and on channels-last input, and its better one cou
 of small ones.
 
     python benchmarks/model_cuda.py --json benchmarks/results/model_cuda.json
+    python benchmarks/model_cuda.py --compile --layouts-from benchmarks/results/model_cuda.json
 
-Without a GPU, `--dry-run` makes every call once on the CPU, with small images, and times nothing.
+Compilation takes minutes. Processes side by side leave the code in Inductor's cache on disk first, without running it;
+with `--layouts-from` each model is compiled for one layout alone, the one in which it was better in an eager run.
+
+A model that fails, or whose turn comes after `--limit`, is left out, and the figures say so; they are written after
+inference, after training and after the large images. Without a GPU, `--dry-run` makes every call once on the CPU, with
+small images, and times nothing; with `--compile` it traces the models.
 """
 
 import argparse
-from collections.abc import Callable
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from _models import LAYOUTS, MODELS, better_layout, forward, make, step
-from _run import finish, make_parser, parse_cuda, time_on_device
+from _run import NO_TIME, STARTED, finish, in_time, keep, make_parser, parse_cuda, run_alone, time_on_device
 
+from vssm.tools._bench import one_line
 from vssm.tools._memory import free_memory
 
 STEPS = dict(inference=forward, train=step)
+SHARES = dict(ahead=0.5, inference=0.75, train=1.0)  # of --limit, at whose end no model of a part is begun any more
+
+Call = Callable[[], None]
+Case = tuple[str, str]  # name of a model, layout
 
 
-def prepare(args: argparse.Namespace, what: str, name: str, layout: str, size: int, batch: int) -> Callable[[], None]:
+def prepare(args: argparse.Namespace, what: str, case: Case, size: int, batch: int, backend: Any = None) -> Call:
     """A step of a model on the device."""
+    name, layout = case
     model, images = make(name, size, batch, what == 'train', layout, args.device)
     if args.compile:
-        model = torch.compile(model, fullgraph=True, dynamic=False)
+        backend = backend or ('aot_eager' if args.dry_run else 'inductor')
+        model = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
     return partial(STEPS[what], model, images, bfloat16=True)
 
 
@@ -38,9 +58,60 @@ def forget() -> None:
     free_memory()
 
 
-def peak_bytes(call: Callable[[], None], device: str) -> int:
-    """The most that the allocator holds during a call, parameters and inputs included."""
-    call()  # compiles and tunes
+# ---- compiling ahead -------------------------------------------------------------------------------------------------
+
+
+class Compiled(Exception):
+    """The code of a model is there."""
+
+
+def compile_only(args: argparse.Namespace, name: str, layout: str, what: str) -> None:
+    """Leave the code of a step in Inductor's cache on disk.
+
+    Nothing runs, so that this needs little of the device's memory, and Inductor tunes no kernel beside other processes.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        compile_fx(graph, inputs)
+        raise Compiled
+
+    try:
+        prepare(args, what, (name, layout), args.size, args.batch_size, backend)()
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        if not isinstance(error.inner_exception, Compiled):
+            raise
+
+
+def compile_ahead(args: argparse.Namespace, cases: Mapping[str, list[Case]]) -> None:
+    """Fill Inductor's cache for all steps, in as many processes as there are cores."""
+    options = ['--compile', '--size', args.size, '--batch-size', args.batch_size]
+    env = dict(os.environ, TORCHINDUCTOR_COMPILE_THREADS='2')  # of each process
+    todo = [(*case, what) for what in cases for case in cases[what]]
+
+    def compile_one(case: tuple[str, str, str]) -> None:
+        if not in_time(args, SHARES['ahead']):
+            return
+        seconds = SHARES['ahead'] * args.limit - (time.monotonic() - STARTED)
+        try:
+            run_alone(*options, '--ahead', *case, env=env, timeout=max(1, seconds))
+        except subprocess.SubprocessError as error:  # it is compiled again, or fails again, where it is measured
+            print(f'compiling ahead {" ".join(case)}: {one_line(error)}', file=sys.stderr)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, todo))
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+def allocated(device: str) -> int:
+    free_memory()
+    return 0 if device == 'cpu' else torch.cuda.memory_allocated()
+
+
+def peak_bytes(call: Call, device: str) -> int:
+    """The most that the allocator holds during a call, all that is there included."""
     if device == 'cpu':
         return 0
     torch.cuda.synchronize()
@@ -50,72 +121,112 @@ def peak_bytes(call: Callable[[], None], device: str) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def measure_steps(args: argparse.Namespace, what: str, rows: list[dict[str, Any]]) -> None:
+def measure_steps(
+    args: argparse.Namespace, what: str, cases: list[Case], rows: list[dict[str, Any]], left_out: dict[str, str]
+) -> None:
     """Add speed and memory of a step to the rows of all models, which take turns for the speed."""
-    size, batch = args.size, args.batch_size
-    calls = {
-        (name, layout): prepare(args, what, name, layout, size, batch) for name in args.models for layout in LAYOUTS
-    }
+    forget()
+    calls: dict[Case, Call] = {}
+    peaks: dict[Case, int] = {}
+    for case in cases:
+        label = f'{" ".join(case)}, {what}'
+        if not in_time(args, SHARES[what]):
+            left_out[label] = NO_TIME
+            continue
+        others = allocated(args.device)
+        try:
+            call = prepare(args, what, case, args.size, args.batch_size)
+            call()  # compiles and tunes
+            peaks[case] = peak_bytes(call, args.device) - others
+            calls[case] = call
+        except Exception as error:
+            left_out[label] = one_line(error)
     seconds = time_on_device(args, calls)
-    del calls
     for row in rows:
-        layout = better_layout(row['name'], seconds)
-        row[f'{what}_layout'] = layout
-        row[f'{what}_images_per_s'] = batch / seconds[row['name'], layout]
-        forget()  # so that the model is alone on the device
-        row[f'{what}_peak_mb'] = peak_bytes(prepare(args, what, row['name'], layout, size, batch), args.device) / 1e6
+        if any(name == row['name'] for name, _ in seconds):
+            layout = better_layout(row['name'], seconds)
+            row[f'{what}_layout'] = layout
+            row[f'{what}_images_per_s'] = args.batch_size / seconds[row['name'], layout]
+            row[f'{what}_peak_mb'] = peaks[row['name'], layout] / 1e6
 
 
 def measure_large(args: argparse.Namespace, row: dict[str, Any]) -> None:
     """Add the time per pixel of a large image over that of small ones to a model's row."""
     forget()
     shapes = dict(large=(args.large, 1), small=(args.size, min(16, args.batch_size)))
-    seconds = time_on_device(
-        args,
-        {
-            which: prepare(args, 'inference', row['name'], row['inference_layout'], *shape)
-            for which, shape in shapes.items()
-        },
-    )
+    case = row['name'], row['inference_layout']
+    calls = {which: prepare(args, 'inference', case, *shape) for which, shape in shapes.items()}
+    seconds = time_on_device(args, calls)
     per_pixel = {which: seconds[which] / (size * size * batch) for which, (size, batch) in shapes.items()}
     row['large_per_pixel'] = per_pixel['large'] / per_pixel['small']
 
 
-def main() -> None:
-    parser = make_parser(__doc__, MODELS, batch_size=128, rounds=9)
+def choose_layouts(file: Path | None, names: list[str]) -> dict[str, list[Case]]:
+    """The layouts of every model for each step: the better one of an earlier run, or else all."""
+    rows = json.loads(file.read_text())['rows'] if file else []
+    better = {(row['name'], what): row.get(f'{what}_layout') for row in rows for what in STEPS}
+    return {
+        what: [(name, layout) for name in names for layout in LAYOUTS if better.get((name, what)) in (layout, None)]
+        for what in STEPS
+    }
+
+
+def cells_of(row: dict[str, Any], first: dict[str, Any]) -> list[str]:
+    cells = [row['name']]
+    for what in STEPS:
+        key = f'{what}_images_per_s'
+        cells.append(f'{row[key]:.0f}' if key in row else '-')
+        cells.append(f'{row[key] / first[key]:.2f}' if key in row and key in first else '-')
+    return [*cells, *(f'{row[key]:{form}}' if key in row else '-' for key, form in LAST.items())]
+
+
+LAST = dict(train_peak_mb='.0f', large_per_pixel='.2f')
+
+
+def main() -> int:
+    parser = make_parser(__doc__, MODELS, batch_size=128, rounds=9, limit=3600)
     parser.add_argument('--size', type=int, default=224, help='side of the images')
-    parser.add_argument('--large', type=int, default=1024, help='side of the one large image')
+    parser.add_argument('--large', type=int, default=1024, help='side of the one large image; 0: none')
     parser.add_argument('--compile', action='store_true', help='torch.compile the models')
+    parser.add_argument(
+        '--layouts-from', metavar='FILE', type=Path, help='figures of a run whose better layouts to take'
+    )
+    parser.add_argument('--ahead', nargs=3, help=argparse.SUPPRESS)  # name, layout and step to compile alone
     args = parse_cuda(parser)
     if args.dry_run:
-        args.batch_size, args.large, args.rounds = 1, args.size, 1
+        args.batch_size, args.large, args.rounds = 1, min(args.large, args.size), 1
     torch._dynamo.config.recompile_limit = 64  # the models share code, which is compiled for each of them
+    torch._functorch.config.force_non_lazy_backward_lowering = True  # so that it is there before anything runs
+    if args.ahead:
+        compile_only(args, *args.ahead)
+        return 0
 
-    rows: list[dict[str, Any]] = [dict(vars(args), json=None, models=None, name=name) for name in args.models]
+    cases = choose_layouts(args.layouts_from, args.models)
+    shared = {key: value for key, value in vars(args).items() if isinstance(value, (bool, int, str))}
+    rows: list[dict[str, Any]] = [dict(shared, name=name) for name in args.models]
+    left_out: dict[str, str] = {}
+    if args.compile and not args.dry_run:
+        compile_ahead(args, cases)
     for what in STEPS:
-        measure_steps(args, what, rows)
-    for row in rows:
-        measure_large(args, row)
+        measure_steps(args, what, cases[what], rows, left_out)
+        if not args.dry_run:
+            keep(args, rows, 'cuda', left_out)
+    for row in rows if args.large else ():
+        if not in_time(args):
+            left_out[f'{row["name"]}, {args.large}^2'] = NO_TIME
+        elif 'inference_layout' in row:
+            measure_large(args, row)
+    failed = [f'{what}: {why}' for what, why in left_out.items() if why != NO_TIME]
     if args.dry_run:
-        return print(f'dry run: {len(rows)} models, inference and training, nothing timed')
-    cells = [
-        [
-            row['name'],
-            f'{row["inference_images_per_s"]:.0f}',
-            f'{row["inference_images_per_s"] / rows[0]["inference_images_per_s"]:.2f}',
-            f'{row["train_images_per_s"]:.0f}',
-            f'{row["train_images_per_s"] / rows[0]["train_images_per_s"]:.2f}',
-            f'{row["train_peak_mb"]:.0f}',
-            f'{row["large_per_pixel"]:.2f}',
-        ]
-        for row in rows
-    ]
+        print(*failed, f'dry run: {len(rows)} models, inference and training, nothing timed', sep='\n')
+        return bool(failed)
     ratio = f'x {args.models[0]}'
     header = ['model', 'images/s', ratio, 'training images/s', ratio, 'training MB', f'{args.large}^2 per pixel']
     how = 'compiled' if args.compile else 'eager'
     title = f'batch {args.batch_size}, {args.size}x{args.size}, bfloat16 autocast, {how}'
-    finish(args, rows, title, header, cells, 'cuda')
+    finish(args, rows, title, header, [cells_of(row, rows[0]) for row in rows], 'cuda', left_out)
+    return bool(failed)
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())
