@@ -55,7 +55,7 @@ LOG_LINES = 200
 def test_command(args: argparse.Namespace) -> list[str]:
     """The tests of the CUDA kernels, by as many workers as there are cores, and room for on the card."""
     chosen = 'finds_its_kernels_on_cuda or number_of_bands' if args.dry_run else 'not kernels_compile'
-    options = ['-m', 'triton', '-k', chosen, '-q', '-p', 'no:cacheprovider']
+    options = ['-m', 'triton', '-k', chosen, '-q', '--draws', '40', '-p', 'no:cacheprovider']
     if find_spec('xdist') and not args.dry_run:
         room = int(torch.cuda.get_device_properties(0).total_memory // 4e9)
         options += ['-n', str(max(1, min(len(os.sched_getaffinity(0)) - 1, room))), '--dist', 'worksteal']
