@@ -222,7 +222,10 @@ def test_a_linear_layer_is_a_convolution(shape, bias, chunks, always, assert_clo
         assert_close(a, b, 1e-5)
 
 
-@pytest.mark.parametrize('what', ('parametrised', 'pruned', 'float64', 'autocast', 'patched', 'mode', 'given'))
+@pytest.mark.parametrize(
+    'what', ('parametrised', 'pruned', 'sparse', 'float64', 'autocast', 'patched', 'mode', 'given')
+)
+@pytest.mark.filterwarnings('ignore:Sparse CSR tensor support')
 def test_what_is_not_plain_float32_is_no_convolution(what, always, monkeypatch):
     layer = layers.Linear(12, 12)
     weight = layer.weight
@@ -230,6 +233,8 @@ def test_what_is_not_plain_float32_is_no_convolution(what, always, monkeypatch):
         parametrizations.weight_norm(layer)
     elif what == 'pruned':
         prune.l1_unstructured(layer, 'bias', amount=2)
+    elif what == 'sparse':
+        layer.weight = nn.Parameter(weight.detach().to_sparse_csr())
     elif what == 'float64':
         layer.double()
     elif what == 'patched':
