@@ -13,12 +13,12 @@ from typing import Any, cast
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, calculate_drop_path_rates
-from timm.models import generate_default_cfgs, named_apply, register_model
+from timm.models import generate_default_cfgs, named_apply, register_model, register_notrace_module
 from torch import Tensor, nn
 
+from . import ssm
 from .backbone import Backbone, Stage, build_backbone, init_linear, register_aliases, stage_dims
 from .layers import Linear, Mlp, in_chunks, in_groups, in_one_pass
-from .ssm import decay_rates, fuse_states, init_scan_, scan
 from .weights.rename import rename_checkpoint
 
 __all__ = ['SpatialMamba']
@@ -95,9 +95,10 @@ class StateFusion(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         kernels = torch.cat([self.kernel_3, self.kernel_3_1, self.kernel_3_2], dim=1).transpose(0, 1)  # [3, E, 3, 3]
         weight = self.alpha.view(3, 1, 1, 1) * kernels
-        return fuse_states(h, weight)
+        return ssm.fuse_states(h, weight)
 
 
+@register_notrace_module  # a node of timm's FX graphs, so that its shortcuts are taken there
 class SpatialMixer(nn.Module):
     """The mixer: a depthwise convolution, one scan for the states, their fusion, and a gate."""
 
@@ -119,7 +120,7 @@ class SpatialMixer(nn.Module):
         self.fusion = StateFusion(inner_dim, **dd)
         self.norm = nn.LayerNorm(inner_dim, **dd)
         self.out_proj = Linear(inner_dim, dim, bias=False, **dd)
-        init_scan_(self.A_log, self.D, self.dt_weight, self.dt_bias)
+        ssm.init_scan_(self.A_log, self.D, self.dt_weight, self.dt_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         # Names are used again, so that few of these wide maps live at a time.
@@ -127,8 +128,8 @@ class SpatialMixer(nn.Module):
         x = self.act(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         dt, B, C = self.x_proj(x).split([self.dt_rank, 1, 1], dim=-1)
         dt, B = dt.unsqueeze(3), B.unsqueeze(3)  # [B, H, W, K, R], [B, H, W, K, N] with K = N = 1
-        A = decay_rates(self.A_log)
-        y = scan(x, dt, A, B, None, None, self.dt_bias, self.dt_weight, ndim=1, orders=self.orders)  # the states
+        A = ssm.decay_rates(self.A_log)
+        y = ssm.scan(x, dt, A, B, None, None, self.dt_bias, self.dt_weight, ndim=1, orders=self.orders)  # the states
         y = self.read_out(self.fusion(y), x, C, z)
         return self.out_proj(y)
 
