@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The networks: sizes and costs as published, numbers as the golden files have them, and all that timm expects."""
 
+import collections
 import fnmatch
 import math
 import re
@@ -490,6 +491,13 @@ def test_dims_may_be_one_width(name):
     assert [info['num_chs'] for info in model.feature_info] == [16, 32, 64, 128]
 
 
+@pytest.mark.parametrize('features_only', (False, True), ids=('classifier', 'features'))
+def test_batch_norm_arguments(features_only):
+    model = create('test_spatial_mamba', bn_momentum=0.03, bn_eps=1e-3, features_only=features_only)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert len(norms) == 5 + 3 and {(norm.momentum, norm.eps) for norm in norms} == {(0.03, 1e-3)}
+
+
 @every_test_model
 def test_wrong_number_of_dims(name):
     with pytest.raises(ValueError, match=r'dims.*4 depths.*\(32, 48, 64\)'):
@@ -510,6 +518,17 @@ def test_only_the_scan_tells_the_two_apart():
     x = images()
     one, two = one(x), two(x)
     assert (one - two).abs().max() > 0.01 * one.abs().max()
+
+
+@every_test_model
+def test_every_layer_is_called_once(name):
+    """Attributions that keep what a layer saw, such as DeepLift's, need one object a use."""
+    model, calls = create(name), collections.Counter()
+    layers = {n: m for n, m in model.named_modules() if not [*m.children()]}
+    for layer_name, layer in layers.items():
+        layer.register_forward_hook(lambda *_, layer_name=layer_name: calls.update([layer_name]))
+    model(images())
+    assert calls == collections.Counter(layers.keys())
 
 
 @every_test_model
