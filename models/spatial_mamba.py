@@ -91,7 +91,7 @@ class Downsample(nn.Module):
         x = self.convolve(x)
         return self.norm(x).permute(0, 2, 3, 1)  # -> [B, H/2, W/2, C']
 
-    @in_groups(growth=8, while_training=True)
+    @in_groups(growth=8, while_training=True, parts=('conv1', 'act1', 'conv2', 'act2', 'conv3'))
     def convolve(self, x: Tensor) -> Tensor:
         x = self.act1(self.conv1(x.permute(0, 3, 1, 2)))  # [B, H, W, C] -> [B, 4C', H, W]
         x = self.act2(self.conv2(x))  # -> [B, 4C', H/2, W/2]
