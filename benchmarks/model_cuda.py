@@ -2,14 +2,11 @@
 """Images per second and peak memory of whole models on a GPU in bfloat16, interleaved in one process.
 
 Each model runs on contiguous and on channels-last input, and its better one counts: inference and training steps
-(forward and backward), eager, or compiled with `--compile`. Then the time per pixel of one large image against a batch
-of small ones.
+(forward and backward), eager, or compiled with `--compile`, which takes about half a minute a model and step. Then the
+time per pixel of one large image against a batch of small ones.
 
     python benchmarks/model_cuda.py --json benchmarks/results/model_cuda.json
-    python benchmarks/model_cuda.py --compile --layouts-from benchmarks/results/model_cuda.json
-
-Compilation takes minutes. Processes side by side leave the code in Inductor's cache on disk first, without running it;
-with `--layouts-from` each model is compiled for one layout alone, the one in which it was better in an eager run.
+    python benchmarks/model_cuda.py --compile --layouts channels_last
 
 A model that fails, or whose turn comes after `--limit`, is left out, and the figures say so; they are written after
 inference, after training and after the large images. Without a GPU, `--dry-run` makes every call once on the CPU, with
@@ -17,37 +14,31 @@ small images, and times nothing; with `--compile` it traces the models.
 """
 
 import argparse
-import json
-import os
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from _models import LAYOUTS, MODELS, better_layout, forward, make, step
-from _run import NO_TIME, STARTED, finish, in_time, keep, make_parser, parse_cuda, run_alone, time_on_device
+from _run import NO_TIME, finish, in_time, keep, make_parser, parse_cuda, time_on_device
 
 from vssm.tools._bench import one_line
 from vssm.tools._memory import free_memory
 
 STEPS = dict(inference=forward, train=step)
-SHARES = dict(ahead=0.5, inference=0.75, train=1.0)  # of --limit, at whose end no model of a part is begun any more
+SHARES = dict(inference=0.5, train=1.0)  # of --limit, at whose end no model of a part is begun any more
 
 Call = Callable[[], None]
 Case = tuple[str, str]  # name of a model, layout
 
 
-def prepare(args: argparse.Namespace, what: str, case: Case, size: int, batch: int, backend: Any = None) -> Call:
+def prepare(args: argparse.Namespace, what: str, case: Case, size: int, batch: int) -> Call:
     """A step of a model on the device."""
     name, layout = case
     model, images = make(name, size, batch, what == 'train', layout, args.device)
     if args.compile:
-        backend = backend or ('aot_eager' if args.dry_run else 'inductor')
+        backend = 'aot_eager' if args.dry_run else 'inductor'
         model = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
     return partial(STEPS[what], model, images, bfloat16=True)
 
@@ -56,53 +47,6 @@ def forget() -> None:
     """Free what earlier models have left: compiled code, and memory."""
     torch._dynamo.reset()
     free_memory()
-
-
-# ---- compiling ahead -------------------------------------------------------------------------------------------------
-
-
-class Compiled(Exception):
-    """The code of a model is there."""
-
-
-def compile_only(args: argparse.Namespace, name: str, layout: str, what: str) -> None:
-    """Leave the code of a step in Inductor's cache on disk.
-
-    Nothing runs, so that this needs little of the device's memory, and Inductor tunes no kernel beside other processes.
-    """
-    from torch._inductor.compile_fx import compile_fx
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
-        compile_fx(graph, inputs)
-        raise Compiled
-
-    try:
-        prepare(args, what, (name, layout), args.size, args.batch_size, backend)()
-    except torch._dynamo.exc.BackendCompilerFailed as error:
-        if not isinstance(error.inner_exception, Compiled):
-            raise
-
-
-def compile_ahead(args: argparse.Namespace, cases: Mapping[str, list[Case]]) -> None:
-    """Fill Inductor's cache for all steps, in as many processes as there are cores."""
-    options = ['--compile', '--size', args.size, '--batch-size', args.batch_size]
-    env = dict(os.environ, TORCHINDUCTOR_COMPILE_THREADS='2')  # of each process
-    todo = [(*case, what) for what in cases for case in cases[what]]
-
-    def compile_one(case: tuple[str, str, str]) -> None:
-        if not in_time(args, SHARES['ahead']):
-            return
-        seconds = SHARES['ahead'] * args.limit - (time.monotonic() - STARTED)
-        try:
-            run_alone(*options, '--ahead', *case, env=env, timeout=max(1, seconds))
-        except subprocess.SubprocessError as error:  # it is compiled again, or fails again, where it is measured
-            print(f'compiling ahead {" ".join(case)}: {one_line(error)}', file=sys.stderr)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_one, todo))
-
-
-# ---- measuring -------------------------------------------------------------------------------------------------------
 
 
 def allocated(device: str) -> int:
@@ -161,16 +105,6 @@ def measure_large(args: argparse.Namespace, row: dict[str, Any]) -> None:
     row['large_per_pixel'] = per_pixel['large'] / per_pixel['small']
 
 
-def choose_layouts(file: Path | None, names: list[str]) -> dict[str, list[Case]]:
-    """The layouts of every model for each step: the better one of an earlier run, or else all."""
-    rows = json.loads(file.read_text())['rows'] if file else []
-    better = {(row['name'], what): row.get(f'{what}_layout') for row in rows for what in STEPS}
-    return {
-        what: [(name, layout) for name in names for layout in LAYOUTS if better.get((name, what)) in (layout, None)]
-        for what in STEPS
-    }
-
-
 def cells_of(row: dict[str, Any], first: dict[str, Any]) -> list[str]:
     cells = [row['name']]
     for what in STEPS:
@@ -188,27 +122,17 @@ def main() -> int:
     parser.add_argument('--size', type=int, default=224, help='side of the images')
     parser.add_argument('--large', type=int, default=1024, help='side of the one large image; 0: none')
     parser.add_argument('--compile', action='store_true', help='torch.compile the models')
-    parser.add_argument(
-        '--layouts-from', metavar='FILE', type=Path, help='figures of a run whose better layouts to take'
-    )
-    parser.add_argument('--ahead', nargs=3, help=argparse.SUPPRESS)  # name, layout and step to compile alone
+    parser.add_argument('--layouts', nargs='+', choices=LAYOUTS, default=list(LAYOUTS), help='layouts to try')
     args = parse_cuda(parser)
     if args.dry_run:
         args.batch_size, args.large, args.rounds = 1, min(args.large, args.size), 1
     torch._dynamo.config.recompile_limit = 64  # the models share code, which is compiled for each of them
-    torch._functorch.config.force_non_lazy_backward_lowering = True  # so that it is there before anything runs
-    if args.ahead:
-        compile_only(args, *args.ahead)
-        return 0
-
-    cases = choose_layouts(args.layouts_from, args.models)
+    cases = [(name, layout) for name in args.models for layout in args.layouts]
     shared = {key: value for key, value in vars(args).items() if isinstance(value, (bool, int, str))}
     rows: list[dict[str, Any]] = [dict(shared, name=name) for name in args.models]
     left_out: dict[str, str] = {}
-    if args.compile and not args.dry_run:
-        compile_ahead(args, cases)
     for what in STEPS:
-        measure_steps(args, what, cases[what], rows, left_out)
+        measure_steps(args, what, cases, rows, left_out)
         if not args.dry_run:
             keep(args, rows, 'cuda', left_out)
     for row in rows if args.large else ():
