@@ -6,7 +6,8 @@
     python benchmarks/compile_cuda.py --options models     # those options alone that the image models use
     python benchmarks/compile_cuda.py --capability 9.0 --json kernels.json
 
-Exits with 1 where a kernel does not compile, or where one spills registers with its default tile.
+Exits with 1 where a kernel does not compile, or where one spills more than a little with its default tile. The backward
+kernels spill some: on an H200 they were fastest so, since with more registers a processor has fewer warps at a time.
 """
 
 import multiprocessing
@@ -135,6 +136,7 @@ def compile_all(capability: str, dtype: str, all_tiles: bool, options: str) -> l
     return rows
 
 
+MOST_SPILLED = 512  # bytes of a thread
 PATTERNS = dict(registers=r'Used (\d+) registers', spilled=r'(\d+) bytes spill stores')
 
 
@@ -174,8 +176,8 @@ def main() -> int:
 
     cells = [[str(row[key]) for key in COLUMNS] for row in rows]
     finish(args, rows, 'Compiled CUDA kernels', list(COLUMNS.values()), cells)
-    spilling = [row for row in rows if row['default'] and row['spilled']]
-    print(f'{len(rows)} kernels compiled, {len(spilling)} of default tiles spill')
+    spilling = [row for row in rows if row['default'] and row['spilled'] > MOST_SPILLED]
+    print(f'{len(rows)} kernels compiled, {len(spilling)} of default tiles spill more than {MOST_SPILLED} bytes')
     return 1 if spilling else 0
 
 
