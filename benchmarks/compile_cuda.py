@@ -136,7 +136,7 @@ def compile_all(capability: str, dtype: str, all_tiles: bool, options: str) -> l
     return rows
 
 
-MOST_SPILLED = 512  # bytes of a thread
+MOST_SPILLED = 1024  # bytes of a thread
 PATTERNS = dict(registers=r'Used (\d+) registers', spilled=r'(\d+) bytes spill stores')
 
 

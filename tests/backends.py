@@ -56,15 +56,33 @@ TRITON = pytest.param(
 )
 
 
-def _scan_slices(self, input):
-    """Triton's interpreter scans a tensor element by element; this goes slice by slice along the axis."""
+def _slices(self, input):
+    """The steps of a scan or reduction along an axis, slice by slice: Triton's interpreter goes element by element."""
     data = [np.moveaxis(t.handle.data, self.axis, 0) for t in input]
     slices = [[self.to_tensor(np.ascontiguousarray(d[i]), t.dtype) for d, t in zip(data, input, strict=True)]
               for i in range(len(data[0]))]  # fmt: skip
     for i in range(1, len(slices)):
         slices[i] = self.combine_fn.fn(*slices[i - 1], *slices[i])
-    columns = zip(*slices, strict=True)
+    return slices
+
+
+def _scan_slices(self, input):
+    columns = zip(*_slices(self, input), strict=True)
     return [self.to_tensor(np.stack([t.handle.data for t in c], self.axis), c[0].dtype) for c in columns]
+
+
+def _reduce_slices(self, input):
+    return list(_slices(self, input)[-1])
+
+
+def _call_at_once(call):
+    """The interpreter sets up Triton's language anew for each function that a kernel calls; ours share the kernel's."""
+
+    def call_function(self, *args, **options):
+        is_ours = self.fn.__module__.startswith('vssm.')
+        return self.rewrite()(*args, **options) if is_ours else call(self, *args, **options)
+
+    return call_function
 
 
 def _dot_in_float32(create_dot):
@@ -104,10 +122,12 @@ def triton_kernels():
     from vssm.ops.scan.triton import launch as scan
 
     if INTERPRETED:
-        from triton.runtime.interpreter import InterpreterBuilder, ScanOps
+        from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, ReduceOps, ScanOps
 
         if ScanOps.generic_scan is not _scan_slices:
             ScanOps.generic_scan = _scan_slices
+            ReduceOps.generic_reduce = _reduce_slices
+            InterpretedFunction.__call__ = _call_at_once(InterpretedFunction.__call__)
             InterpreterBuilder.create_dot = _dot_in_float32(InterpreterBuilder.create_dot)
     library = torch.library.Library('vssm', 'IMPL')
     with warnings.catch_warnings():
@@ -161,6 +181,7 @@ IMPLIED_IF_INTERPRETED = {  # by test, the words in the names of its cases
     'test_walks_are_summed': '.*',
     'test_low_rank_steps_are_a_matrix_product': '.*',
     'test_opcheck': 'bfloat16|2d|1d-all|1d-orders?',
+    'test_only_wanted_gradients_are_computed': '[12]d-all-low-rank|[12]d-orders',
     'test_values_and_gradients': 'scan|float16|bfloat16-float32',  # of the scan: its pinned and random cases
 }
 SLOW_IF_INTERPRETED = {
@@ -171,6 +192,7 @@ SLOW_IF_INTERPRETED = {
     'test_golden_classifier',
     'test_golden_fusions',
     'test_golden_scans',
+    'test_nothing_is_a_multiple_of_the_map',
 }
 
 
@@ -182,7 +204,7 @@ def pytest_collection_modifyitems(config, items):
         cases = IMPLIED_IF_INTERPRETED.get(item.originalname)
         if cases and re.search(rf'\b({cases})\b', item.name):
             implied.add(item)
-        elif item.originalname in SLOW_IF_INTERPRETED:
+        elif item.originalname in SLOW_IF_INTERPRETED or re.search('more-bands|strips-in-bands', item.name):
             item.add_marker(pytest.mark.slow)
     config.hook.pytest_deselected(items=list(implied))
     items[:] = [item for item in items if item not in implied]
