@@ -1,0 +1,378 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Instructions that see more than the operands of their own lane: memory, other lanes, special registers, matrices.
+
+Each entry of the table takes an instruction and returns what executes it. `decode` looks here first, then in the table
+of operations; an instruction that neither knows raises an error that names it.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .arithmetic import bfloat_to_float, half_to_float
+from .decoding import Execute, Mask, Read, bind, put, reader, writer
+from .disassembly import Instruction, Operand, UnknownInstruction
+from .memory import POISON_WORD
+
+if TYPE_CHECKING:
+    from .machine import Warps
+
+U32, I64 = np.uint32, np.int64
+LANES = np.arange(32)
+Decode = Callable[[Instruction], Execute]
+
+INSTRUCTIONS: dict[str, tuple[Decode, frozenset[str]]] = {}
+
+
+def instruction(names: str, understood: str = '') -> Callable[[Decode], Decode]:
+    """Enter what decodes the instructions of some names; it is given none with another modifier."""
+
+    def enter(decode: Decode) -> Decode:
+        for name in names.split():
+            INSTRUCTIONS[name] = decode, frozenset(understood.split())
+        return decode
+
+    return enter
+
+
+def decode(instruction: Instruction) -> Execute:
+    """What executes an instruction that is none of control flow."""
+    entry = INSTRUCTIONS.get(instruction.name)
+    try:
+        if entry is not None and entry[1].issuperset(instruction.modifiers):
+            return entry[0](instruction)
+        execute = bind(instruction)
+    except (UnknownInstruction, LookupError, ValueError) as error:
+        raise UnknownInstruction(f'{instruction}: {error}') from error
+    if execute is None:
+        raise UnknownInstruction(str(instruction))
+    return execute
+
+
+def form(instruction: Instruction, *kinds: str) -> tuple[Operand, ...]:
+    """The operands, which must be of these kinds."""
+    if [operand.kind for operand in instruction.operands] != list(kinds):
+        raise UnknownInstruction(f'operands other than {kinds}')
+    return instruction.operands
+
+
+# ---- special registers and constants ---------------------------------------------------------------------------------
+
+
+@instruction('NOP YIELD MEMBAR FENCE DEPBAR', 'ALL CTA GPU SC VIEW ASYNC S LE')
+def nothing(instruction: Instruction) -> Execute:
+    """What orders accesses, or waits for them: here they are done in order and at once."""
+    return lambda warps, mask: None
+
+
+@instruction('S2R S2UR')
+def special_register(instruction: Instruction) -> Execute:
+    target, source = form(instruction, 'register', 'name')
+    write = writer(target, 'u')
+    return lambda warps, mask: write(warps, warps.special(source.text), mask)
+
+
+@instruction('CS2R')
+def clear_pair(instruction: Instruction) -> Execute:
+    target, source = form(instruction, 'register', 'name')
+    if source.text != 'SRZ':
+        raise UnknownInstruction(f'a source {source.text}')
+    write = writer(target, 'w')
+    return lambda warps, mask: write(warps, np.zeros((), np.uint64), mask)
+
+
+@instruction('LDC ULDC', '64')
+def load_constant(instruction: Instruction) -> Execute:
+    target, source = form(instruction, 'register', 'constant')
+    letter = 'w' if '64' in instruction.modifiers else 'u'
+    read, write = reader(source, letter), writer(target, letter)
+    return lambda warps, mask: write(warps, read(warps), mask)
+
+
+# ---- predicates as bits, and other lanes -----------------------------------------------------------------------------
+
+
+@instruction('P2R')
+def predicates_to_register(instruction: Instruction) -> Execute:
+    target, _, source, bits = form(instruction, 'register', 'name', 'register', 'integer')
+    read, write, keep = reader(source, 'u'), writer(target, 'u'), U32(~bits.value & 0xFFFFFFFF)
+    numbers = [i for i in range(7) if bits.value >> i & 1]
+
+    def execute(warps: 'Warps', mask: Mask) -> None:
+        result = read(warps) & keep
+        for i in numbers:
+            result = result | warps.predicates[i].astype(U32) << U32(i)
+        write(warps, result, mask)
+
+    return execute
+
+
+@instruction('R2P')
+def register_to_predicates(instruction: Instruction) -> Execute:
+    _, source, bits = form(instruction, 'name', 'register', 'integer')
+    read = reader(source, 'u')
+
+    def execute(warps: 'Warps', mask: Mask) -> None:
+        value = read(warps)
+        for i in range(7):
+            if bits.value >> i & 1:
+                put(warps.predicates[i], (value >> U32(i) & U32(1)) != 0, mask)
+
+    return execute
+
+
+@instruction('R2UR')
+def register_to_uniform(instruction: Instruction) -> Execute:
+    target, source = form(instruction, 'register', 'register')
+    read, write = reader(source, 'u'), writer(target, 'u')
+
+    def execute(warps: 'Warps', mask: Mask) -> None:
+        active = warps.lanes(mask)
+        value = np.broadcast_to(read(warps), active.shape)
+        first = np.take_along_axis(value, active.argmax(1)[:, None], 1)
+        warps.fault('a register for the whole warp differs between lanes', instruction, active & (value != first))
+        write(warps, first, mask)
+
+    return execute
+
+
+@instruction('VOTE VOTEU', 'ANY ALL')
+def vote(instruction: Instruction) -> Execute:
+    target, source = form(instruction, 'predicate', 'predicate')
+    read, write = reader(source, 'p'), writer(target, 'p')
+    any_of = 'ANY' in instruction.modifiers
+
+    def execute(warps: 'Warps', mask: Mask) -> None:
+        active = warps.lanes(mask)
+        voices = np.broadcast_to(read(warps), active.shape)
+        result = (voices & active).any(1) if any_of else (voices | ~active).all(1)
+        write(warps, result[:, None], mask)
+
+    return execute
+
+
+def source_lanes(how: str, distance: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The lane that each lane reads in a shuffle, and whether it is one of its segment."""
+    clamp, segment = bounds & 31, bounds >> 8 & 31
+    last, first = (LANES & segment) | (clamp & ~segment), LANES & segment
+    distance = distance & 31
+    if how == 'IDX':
+        source = first | (distance & ~segment)
+    else:
+        source = dict(UP=LANES - distance, DOWN=LANES + distance, BFLY=LANES ^ distance)[how]
+    inside = source >= last if how == 'UP' else source <= last
+    return np.where(inside, source, LANES), inside
+
+
+@instruction('SHFL', 'IDX UP DOWN BFLY')
+def shuffle(instruction: Instruction) -> Execute:
+    inside_, target, value_, distance_, bounds_ = instruction.operands
+    write_inside, write = writer(inside_, 'p'), writer(target, 'u')
+    value, distance, bounds = (reader(operand, 'u') for operand in (value_, distance_, bounds_))
+    (how,) = instruction.modifiers
+
+    def execute(warps: 'Warps', mask: Mask) -> None:
+        active = warps.lanes(mask)
+        source, inside = source_lanes(how, distance(warps).astype(I64), bounds(warps).astype(I64))
+        result, heard = take(value(warps), source), take(active, source)
+        silent = active & ~heard
+        if silent.any():
+            warps.fault('shuffle from a lane that takes no part', instruction, silent)
+            result = np.where(silent, U32(POISON_WORD), result)
+        write(warps, result, mask)
+        write_inside(warps, inside, mask)
+
+    return execute
+
+
+def take(row: np.ndarray, source: np.ndarray) -> np.ndarray:
+    """What each lane gets from its source, in every warp the same, (32,), or not, (warps, 32)."""
+    row = np.broadcast_to(row, (len(row), 32))
+    return row[:, source] if source.ndim == 1 else np.take_along_axis(row, source, 1)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+SIZES = {'U16': 2, '64': 8, '128': 16}  # bytes by modifier
+HINTS = 'E EF EL LU NA'  # of generic addresses and of caches
+
+
+def address_reader(operand: Operand) -> Read:
+    """What adds up an address: 64 bits of a pair of registers, or 32 bits."""
+    wide = any(is_pair for _, _, is_pair in operand.bases)
+    if operand.kind != 'memory' or (wide and len(operand.bases) > 1):
+        raise UnknownInstruction(f'an address {operand.text}')
+
+    def read(warps: 'Warps') -> np.ndarray:
+        total = np.full((1, 1), operand.offset, I64)
+        for uniform, index, is_pair in operand.bases:
+            base = warps.pair(uniform, index) if is_pair else warps.file(uniform)[index]
+            total = total + base.astype(I64)
+        return total if wide else total & 0xFFFFFFFF
+
+    return read
+
+
+def size_of(instruction: Instruction) -> int:
+    return next((size for modifier, size in SIZES.items() if modifier in instruction.modifiers), 4)
+
+
+@instruction('LDG LDS LDL', f'U16 64 128 CONSTANT {HINTS}')
+def load(instruction: Instruction) -> Execute:
+    target, place = form(instruction, 'register', 'memory')
+    address, size, space = address_reader(place), size_of(instruction), instruction.name[-1]
+    constant = 'CONSTANT' in instruction.modifiers
+    text = str(instruction)
+
+    def execute(warps: 'Warps', mask: Mask) -> None:
+        active = warps.lanes(mask)
+        memory, at = warps.locate(space, address(warps), active)
+        words = memory.load(at, size, warps.tags(active), text, constant)
+        if target.index != 255:
+            for i, word in enumerate(words):
+                warps.registers[target.index + i][active] = word
+
+    return execute
+
+
+@instruction('STG STS STL', f'U16 64 128 {HINTS}')
+def store(instruction: Instruction) -> Execute:
+    place, source = form(instruction, 'memory', 'register')
+    address, size, space = address_reader(place), size_of(instruction), instruction.name[-1]
+    rows = [source.index + i if source.index != 255 else 255 for i in range(max(size // 4, 1))]
+    text = str(instruction)
+
+    def execute(warps: 'Warps', mask: Mask) -> None:
+        active = warps.lanes(mask)
+        memory, at = warps.locate(space, address(warps), active)
+        memory.store(at, np.stack([warps.registers[row][active] for row in rows]), size, warps.tags(active), text)
+
+    return execute
+
+
+# ---- matrices --------------------------------------------------------------------------------------------------------
+# A warp holds a matrix of 16-bit numbers in pieces of 8x8: lane 4 r + c has numbers 2c and 2c + 1 of row r in one
+# register. Of a product's 16x8 result in float32 it has those two of row r, then those two of row r + 8.
+
+
+def matrix_rows(place: Operand, count: int) -> Callable[['Warps', np.ndarray], np.ndarray]:
+    """Where the eight rows of every piece begin, (warps, count, 8): lanes 8 i to 8 i + 7 say it for piece i."""
+    address = address_reader(place)
+
+    def read(warps: 'Warps', active: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(address(warps), active.shape)[:, : 8 * count].reshape(-1, count, 8)
+
+    return read
+
+
+def whole_warps(warps: 'Warps', mask: Mask, instruction: Instruction) -> np.ndarray:
+    """Which warps take part, of whose lanes none may be missing."""
+    active = warps.lanes(mask)
+    warps.fault('a lane takes no part in what needs all', instruction, active.any(1, keepdims=True) & ~active)
+    return active.all(1)
+
+
+def pieces(instruction: Instruction) -> tuple[int, bool]:
+    """How many pieces an instruction moves, and whether it turns them."""
+    modifiers = set(instruction.modifiers)
+    turned = 'MT88' in modifiers
+    if '16' not in modifiers or not modifiers & {'M88', 'MT88'}:
+        raise UnknownInstruction('matrices of another shape')
+    return next((int(count) for count in '24' if count in modifiers), 1), turned
+
+
+def each_register(rows: np.ndarray, turned: bool) -> tuple[np.ndarray, ...]:
+    """Addresses of the two numbers that each lane has of each piece, (warps, count, 32) each."""
+    row, column = LANES // 4, 2 * (LANES % 4)
+    if turned:
+        return tuple(rows[:, :, column + i] + 2 * row for i in range(2))
+    return tuple(rows[:, :, row] + 2 * (column + i) for i in range(2))
+
+
+@instruction('LDSM', '16 M88 MT88 2 4')
+def load_matrix(instruction: Instruction) -> Execute:
+    target, place = form(instruction, 'register', 'memory')
+    count, turned = pieces(instruction)
+    rows = matrix_rows(place, count)
+
+    def execute(warps: 'Warps', mask: Mask) -> None:
+        part = whole_warps(warps, mask, instruction)
+        active = np.broadcast_to(part[:, None], (len(part), 32))
+        places = each_register(rows(warps, active), turned)
+        for i in range(count):
+            word = U32(0)
+            for j, place in enumerate(places):
+                memory, at = warps.locate('S', place[:, i], active)
+                half = memory.load(at, 2, warps.tags(active), str(instruction))[0]
+                word = word | half << U32(16 * j)
+            warps.registers[target.index + i][active] = word
+
+    return execute
+
+
+@instruction('STSM', '16 M88 MT88 2 4')
+def store_matrix(instruction: Instruction) -> Execute:
+    place, source = form(instruction, 'memory', 'register')
+    count, turned = pieces(instruction)
+    rows = matrix_rows(place, count)
+
+    def execute(warps: 'Warps', mask: Mask) -> None:
+        part = whole_warps(warps, mask, instruction)
+        active = np.broadcast_to(part[:, None], (len(part), 32))
+        places = each_register(rows(warps, active), turned)
+        for i in range(count):
+            word = warps.registers[source.index + i][active]
+            for j, place in enumerate(places):
+                memory, at = warps.locate('S', place[:, i], active)
+                memory.store(at, (word >> U32(16 * j))[None] & U32(0xFFFF), 2, warps.tags(active), str(instruction))
+
+    return execute
+
+
+def halves_of(registers: np.ndarray, first: int, count: int, to_float: Callable) -> np.ndarray:
+    """Numbers of 8x8 pieces in so many registers, as float64: (count, warps, 8, 8)."""
+    words = registers[first : first + count]  # [count, warps, 32]
+    both = np.stack([to_float(words), to_float(words >> U32(16))], -1)
+    return both.reshape(*words.shape[:2], 8, 8).astype(np.float64)
+
+
+@instruction('HMMA', '16816 1688 F32 BF16 TF32')
+def multiply_matrices(instruction: Instruction) -> Execute:
+    """d = a b + c: exact products, added in float64 and rounded once, where the chip rounds each sum of a few."""
+    operands = form(instruction, *['register'] * 4)
+    d, a, b, c = (operand.index for operand in operands)
+    shape, kind, *rest = instruction.modifiers
+    if kind != 'F32' or rest not in {'16816': ([], ['BF16']), '1688': (['TF32'],)}[shape]:
+        raise UnknownInstruction('matrices of another shape or type')
+    to_float = bfloat_to_float if 'BF16' in rest else half_to_float
+
+    def tf32(registers: np.ndarray, first: int, count: int) -> np.ndarray:
+        """Numbers of 8x4 pieces, one in each lane, without the bits that the product drops."""
+        words = registers[first : first + count] & U32(0xFFFFE000)
+        return words.view(np.float32).reshape(count, -1, 8, 4).astype(np.float64)
+
+    def execute(warps: 'Warps', mask: Mask) -> None:
+        part = whole_warps(warps, mask, instruction)
+        R = warps.registers
+        if shape == '1688':
+            left, right = tf32(R, a, 4), tf32(R, b, 2)
+        else:
+            left, right = halves_of(R, a, 4, to_float), halves_of(R, b, 2, to_float)
+        # Pieces of a are (rows, k), upper and lower ones first; those of b hold for each column its k.
+        A = np.concatenate([np.concatenate(left[[0, 2]], -1), np.concatenate(left[[1, 3]], -1)], -2)
+        B = np.concatenate(right, -1)  # [warps, 8 columns, k]
+        before = np.zeros((4, *R.shape[1:]), np.float32) if c == 255 else R[c : c + 4].view(np.float32)
+        C = np.concatenate([_join(before[:2]), _join(before[2:])], 1)  # [warps, 16, 8]
+        result = (A @ B.swapaxes(1, 2) + C).astype(np.float32)
+        lanes = np.broadcast_to(part[:, None], R.shape[1:])
+        for i in range(4):
+            numbers = np.ascontiguousarray(result[:, 8 * (i // 2) : 8 * (i // 2) + 8, i % 2 :: 2])
+            put(R[d + i], numbers.reshape(-1, 32).view(U32), lanes)
+
+    return execute
+
+
+def _join(pair: np.ndarray) -> np.ndarray:
+    """Two registers, (2, warps, 32), as the numbers of a piece, (warps, 8, 8)."""
+    return np.stack(list(pair), -1).reshape(-1, 8, 8).astype(np.float64)

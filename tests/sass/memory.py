@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory that knows what may be touched, what was written, and by whom since when.
+
+Of every two bytes it keeps the last access of each kind as a tag: program, epoch (how many barriers the program has
+passed) and warp. Two warps of a program that touch a place within one epoch, one of them writing, race; so do two
+programs of a launch in any epochs. Threads of one warp keep step and do not race, but what they write to one place in
+one instruction must be equal. So a fault is found whatever the order is in which warps happen to run.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+UNIT = 2  # bytes
+POISON = 0x7FA5  # what unwritten memory holds: a NaN in every type of floating-point numbers
+POISON_WORD = POISON << 16 | POISON
+
+WARP_BITS, EPOCH_BITS = 6, 26
+SEVERAL_WARPS = (1 << WARP_BITS) - 1
+SEVERAL_PROGRAMS = 0x7FFFFFFF << (WARP_BITS + EPOCH_BITS)
+
+Lanes = np.ndarray  # one number for each lane that takes part, (n,)
+
+
+def tags(program: np.ndarray, epoch: np.ndarray, warp: np.ndarray) -> np.ndarray:
+    """The tag of an access; 0 stands for none."""
+    return (program + 1) << (WARP_BITS + EPOCH_BITS) | epoch << WARP_BITS | warp
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What must not happen.
+
+    Args:
+        kind: What happened.
+        instruction: The instruction that did it.
+        place: The tensor, or the kind of memory.
+    """
+
+    kind: str
+    instruction: str
+    place: str
+
+    def __str__(self) -> str:
+        return f'{self.kind}: {self.place}, by {self.instruction}'
+
+
+@dataclass
+class Memory:
+    """Two-byte units, each with what is known of it.
+
+    Args:
+        size: Bytes.
+        name_of: What lies at an address, in words.
+    """
+
+    size: int
+    name_of: Callable[[int], str]
+    faults: Counter[Fault] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        units = -(-self.size // 16) * 8  # whole vectors of 16 bytes
+        self.units = np.full(units, POISON, np.uint16)
+        self.words = self.units.view(np.uint32)
+        self.allocated = np.zeros(units + 8, bool)  # with some that are not, beyond the end
+        self.initialised = np.zeros(units, bool)
+        self.writer = np.zeros(units, np.int64)
+        self.reader = np.zeros(units, np.int64)
+
+    def load(self, address: Lanes, size: int, tag: Lanes, instruction: str, constant: bool = False) -> np.ndarray:
+        """What lies there, (words, n); poison where nothing may be read.
+
+        Args:
+            address: Bytes from the beginning of this memory.
+            size: Bytes that each lane reads: 2, 4, 8 or 16.
+            tag: Tag of each lane's access.
+            instruction: The instruction, for the faults.
+            constant: Whether it is read past the caches that see writes of this launch.
+        """
+        good = self._good(address, size, instruction)
+        result = np.full((max(size // 4, 1), len(address)), POISON_WORD, np.uint32)
+        if not good.all():
+            address, tag = address[good], tag[good]
+        at = address >> 1
+        for i in range(size // UNIT):
+            self._read_unit(at + i, tag, instruction, constant)
+        if size == UNIT:
+            result[0, good] = self.units[at]
+        else:
+            for i in range(size // 4):
+                result[i, good] = self.words[(address >> 2) + i]
+        return result
+
+    def store(self, address: Lanes, values: np.ndarray, size: int, tag: Lanes, instruction: str) -> None:
+        """Write values, (words, n), as `load` reads them."""
+        good = self._good(address, size, instruction)
+        if not good.all():
+            address, values, tag = address[good], values[:, good], tag[good]
+        at = address >> 1
+        for i in range(size // UNIT):
+            self._write_unit(at + i, tag, instruction)
+        data, place = (self.units, at) if size == UNIT else (self.words, address >> 2)
+        for i, value in enumerate(values.astype(data.dtype)):
+            data[place + i] = value
+            self._fault('lanes write different values', data[place + i] != value, at, instruction)
+
+    def _good(self, address: Lanes, size: int, instruction: str) -> np.ndarray:
+        """Where an access is aligned and inside of what is allocated."""
+        at = address >> 1
+        inside = (address >= 0) & (at < len(self.units))
+        at = np.where(inside, at, len(self.units))  # where nothing is allocated, nor beyond it
+        inside = self.allocated[at]
+        for i in range(1, size // UNIT):
+            inside &= self.allocated[at + i]
+        aligned = address & (size - 1) == 0
+        good = aligned & inside
+        if not good.all():
+            self._fault('misaligned address', ~aligned, address >> 1, instruction)
+            self._fault('address outside', ~inside, address >> 1, instruction)
+        return good
+
+    def _read_unit(self, at: Lanes, tag: Lanes, instruction: str, constant: bool) -> None:
+        written = self.initialised[at]
+        if not written.all():
+            self._fault('read before it was written', ~written, at, instruction)
+        writer, reader = self.writer[at], self.reader[at]
+        touched = writer != 0
+        if touched.any():
+            same_epoch, same_program = _shared(writer, tag)
+            self._fault('race, read and written by two warps', same_epoch & (writer != tag), at, instruction)
+            self._fault('read, written by another program', touched & ~same_program, at, instruction)
+            if constant:
+                self._fault('constant read of what was written', touched, at, instruction)
+        mark = tag
+        if (reader != 0).any():  # which the tag replaces, but for what it says of several
+            same_epoch, same_program = _shared(reader, tag)
+            mark = np.where(same_epoch & (reader != tag), tag | SEVERAL_WARPS, tag)
+            mark = np.where((reader != 0) & ~same_program, tag | SEVERAL_PROGRAMS, mark)
+        self.reader[at] = mark
+        left = self.reader[at]
+        lost = left != mark  # another lane left its tag there, in this very instruction
+        if lost.any():
+            _, same_program = _shared(left, mark)
+            mark = np.where(same_program, mark | SEVERAL_WARPS, mark | SEVERAL_PROGRAMS)
+            self.reader[at[lost]] = mark[lost]
+
+    def _write_unit(self, at: Lanes, tag: Lanes, instruction: str) -> None:
+        writer, reader = self.writer[at], self.reader[at]
+        for before, what in ((writer, 'written'), (reader, 'read')):
+            touched = before != 0
+            if touched.any():
+                same_epoch, same_program = _shared(before, tag)
+                kind = 'race, written by two warps' if what == 'written' else 'race, read and written by two warps'
+                self._fault(kind, same_epoch & (before != tag), at, instruction)
+                self._fault(f'written, {what} by another program', touched & ~same_program, at, instruction)
+        self.writer[at] = tag
+        left = self.writer[at]
+        if (left != tag).any():
+            _, same_program = _shared(left, tag)
+            self._fault('race, written by two warps', (left != tag) & same_program, at, instruction)
+            self._fault('written, written by another program', ~same_program, at, instruction)
+        self.initialised[at] = True
+
+    def _fault(self, kind: str, where: np.ndarray, at: Lanes, instruction: str) -> None:
+        if where.any():
+            place = self.name_of(int(at[where][0]) * UNIT)
+            self.faults[Fault(kind, instruction, place)] += int(where.sum())
+
+
+def _shared(before: np.ndarray, tag: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Whether two accesses are of one epoch of a program, and whether they are of one program."""
+    difference = before ^ tag
+    return difference >> WARP_BITS == 0, difference >> (WARP_BITS + EPOCH_BITS) == 0
