@@ -125,39 +125,73 @@ def fusion(shape: Sequence[int], dtype: torch.dtype) -> list[str]:
 # ---- barriers --------------------------------------------------------------------------------------------------------
 
 
-def barriers(op: str, options: dict[str, Any], case: dict[str, Any]) -> dict[str, list[str]]:
-    """Leave out each barrier of each kernel in turn: it is found, as a race, or it is redundant.
+def barriers(op: str, options: dict[str, Any], case: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Judge each barrier of each kernel: without it there is a race, or it is redundant.
 
-    Redundant is a barrier without which, whichever warp comes first, every bit of memory is as it was. With all
-    barriers that holds too.
+    Redundant is a barrier without which there is none and, whichever warp comes first, every bit of memory is as it was.
+    With all barriers that holds too.
 
     Returns:
-        The barriers that were found, by kernel.
+        The barriers that are needed, and those that are redundant.
     """
     call = scan_call(case)[0] if op == 'scan' else fusion_call(**case)[0]
     with host_options(**options):
         _, launches = run_clean(call)
-    found: dict[str, list[str]] = {}
-    tried: set[tuple] = set()
-    for launch in launches:
-        key = (launch.kernel, launch.grid)
-        if key in tried:  # another walk by the same code
-            continue
-        tried.add(key)
-        found.setdefault(launch.kernel.name, [])
+    needed, redundant = [], []
+    for launch in {launch.kernel: launch for launch in launches}.values():  # the last walk by each code
         assert_order_is_of_no_account(launch, None)
+        found = launch.again(traces_barriers=True).needed_barriers
         for index, instruction in enumerate(launch.kernel.instructions):
             if instruction.name == 'BAR':
-                if faults_of([launch.again(index)]):
-                    found[launch.kernel.name].append(str(instruction))
-                else:
+                if index not in found and not faults_of([launch.again(index)]):
                     assert_order_is_of_no_account(launch, index)
-    return found
+                    redundant.append(f'{launch.kernel.name} {instruction}')
+                else:
+                    needed.append(f'{launch.kernel.name} {instruction}')
+    return needed, redundant
 
 
 def assert_order_is_of_no_account(launch: Launch, skipped: int | None) -> None:
-    for order in (range(launch.warps), range(launch.warps)[::-1]):
-        again = launch.again(skipped, order)
-        what = 'with all barriers' if skipped is None else f'without {launch.kernel.instructions[skipped]}'
-        same = (again.memory.units == launch.memory.units).all()
-        assert same, f'{launch.kernel.name} {what}: values hang on the order of warps'
+    again = launch.again(skipped, range(launch.warps)[::-1])
+    what = 'with all barriers' if skipped is None else f'without {launch.kernel.instructions[skipped]}'
+    same = (again.memory.units == launch.memory.units).all()
+    assert same, f'{launch.kernel.name} {what}: values hang on the order of warps'
+
+
+# ---- kernels with faults, and products -------------------------------------------------------------------------------
+
+PLANTED = {  # what is found
+    'clean': set(),
+    'no barrier': {'race, read and written by two warps'},
+    'no mask': {'address outside'},
+    'unwritten input': {'read before it was written'},
+    'two programs': {'written, written by another program', 'written, read by another program'},
+}
+
+
+def planted(name: str) -> set[str]:
+    """The kinds of faults of a small kernel that is launched with one."""
+    from .planted import reverse
+
+    size, block = 100, 128
+    with emulation() as launches:
+        x, y, z = torch.arange(float(size)), torch.empty(size), torch.empty(size)
+        if name == 'unwritten input':
+            x = torch.empty(size)
+        grid = (2 if name == 'two programs' else 1,)
+        reverse[grid](x, y, z, size, block, MASKED=name != 'no mask', BARRIER=name != 'no barrier', num_warps=4)
+    if name == 'clean':
+        assert torch.equal(z, x.flip(0))
+    (launch,) = launches
+    return {fault.kind for fault in launch.faults}
+
+
+def product_error(rows: int, warps: int, dtype: torch.dtype) -> float:
+    """The relative error of a product of matrices."""
+    from conftest import relative_error
+
+    from .planted import multiply
+
+    a, b, c = torch.randn(rows, 32).to(dtype), torch.randn(32, 16).to(dtype), torch.empty(rows, 16)
+    run_clean(lambda: multiply[(1,)](a, b, c, *c.shape, 32, num_warps=warps))
+    return relative_error(c, a.double() @ b.double())

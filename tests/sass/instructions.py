@@ -228,7 +228,7 @@ def load(instruction: Instruction) -> Execute:
     def execute(warps: 'Warps', mask: Mask) -> None:
         active = warps.lanes(mask)
         memory, at = warps.locate(space, address(warps), active)
-        words = memory.load(at, size, warps.tags(active), text, constant)
+        words = memory.load(at, size, warps.access(active, text, constant))
         if target.index != 255:
             for i, word in enumerate(words):
                 warps.registers[target.index + i][active] = word
@@ -246,7 +246,8 @@ def store(instruction: Instruction) -> Execute:
     def execute(warps: 'Warps', mask: Mask) -> None:
         active = warps.lanes(mask)
         memory, at = warps.locate(space, address(warps), active)
-        memory.store(at, np.stack([warps.registers[row][active] for row in rows]), size, warps.tags(active), text)
+        values = np.stack([warps.registers[row][active] for row in rows])
+        memory.store(at, values, size, warps.access(active, text))
 
     return execute
 
@@ -304,7 +305,7 @@ def load_matrix(instruction: Instruction) -> Execute:
             word = U32(0)
             for j, place in enumerate(places):
                 memory, at = warps.locate('S', place[:, i], active)
-                half = memory.load(at, 2, warps.tags(active), str(instruction))[0]
+                half = memory.load(at, 2, warps.access(active, str(instruction)))[0]
                 word = word | half << U32(16 * j)
             warps.registers[target.index + i][active] = word
 
@@ -325,7 +326,8 @@ def store_matrix(instruction: Instruction) -> Execute:
             word = warps.registers[source.index + i][active]
             for j, place in enumerate(places):
                 memory, at = warps.locate('S', place[:, i], active)
-                memory.store(at, (word >> U32(16 * j))[None] & U32(0xFFFF), 2, warps.tags(active), str(instruction))
+                half = word >> U32(16 * j) & U32(0xFFFF)
+                memory.store(at, half[None], 2, warps.access(active, str(instruction)))
 
     return execute
 

@@ -17,12 +17,13 @@ import numpy as np
 from .decoding import Execute, Mask, Read, reader
 from .disassembly import INSTRUCTION_BYTES, Instruction, Kernel, Operand, UnknownInstruction
 from .instructions import decode
-from .memory import POISON_WORD, Fault, Memory, tags
+from .memory import POISON_WORD, Access, Fault, Memory, tags
 
 U32, I64 = np.uint32, np.int64
 SHARED_BASE = 0x400  # the chip keeps what is below
 STACK_TOP = 0x100000
 STACK_POINTER = (0, 0x28)  # its place among the constants
+MOST_BRANCHES = 1_000_000  # and joins and barriers, before a program is said to have no end
 CONTROL = {'BRA', 'EXIT', 'BAR', 'BSSY', 'BSYNC', 'BREAK', 'WARPSYNC', 'CALL', 'RET'}
 
 
@@ -105,10 +106,12 @@ class Launch:
     faults: Counter[Fault] = field(default_factory=Counter)
     barriers: int = 0  # that the program with most has passed
     skipped: int | None = None  # an instruction that is left out
+    traces_barriers: bool = False  # notes which barriers are needed
     order: Sequence[int] | None = None  # rank of each warp of a program, by which they run one after another
 
     def __post_init__(self) -> None:
         self.memory.faults = self.faults
+        self.shared_needs: set[int] = set()
         self.before = self.memory.units.copy(), self.memory.initialised.copy()
         self.steps = decode_kernel(self.kernel)
         self.issued = np.zeros(len(self.steps), I64)  # warps that issued each instruction
@@ -124,12 +127,20 @@ class Launch:
             counts[instruction.opcode] += int(issued)
         return +counts
 
-    def again(self, skipped: int | None = None, order: Sequence[int] | None = None) -> 'Launch':
+    @property
+    def needed_barriers(self) -> set[int]:
+        """Barriers, by index, without which two warps would race: those that were found, if barriers are traced."""
+        return (self.memory.needed | self.shared_needs) - {-1, -2}
+
+    def again(
+        self, skipped: int | None = None, order: Sequence[int] | None = None, traces_barriers: bool = False
+    ) -> 'Launch':
         """The same launch once more, from the same memory: without an instruction, or with warps in another order."""
         memory = Memory(self.memory.size, self.memory.name_of)
         memory.units[:], memory.initialised[:] = self.before
         memory.allocated[:] = self.memory.allocated
-        launch = dataclasses.replace(self, memory=memory, faults=Counter(), barriers=0, skipped=skipped, order=order)
+        options = dict(skipped=skipped, order=order, traces_barriers=traces_barriers)
+        launch = dataclasses.replace(self, memory=memory, faults=Counter(), barriers=0, **options)
         launch.run()
         return launch
 
@@ -156,14 +167,18 @@ class Warps:
         self.slot = np.repeat(np.arange(count), warps)[:, None]  # of the program among these, [warps, 1]
         self.program = programs[self.slot]
         self.warp = np.tile(np.arange(warps), count)[:, None]
-        self.epoch = np.zeros((total, 1), I64)
+        self.none = np.zeros((total, 1), I64)
+        self.epoch = self.none.copy()  # barriers that the program has passed
+        self.barrier, self.since = self.none - 1, self.none.copy()  # the last of them, and the epoch before its row
         self.registers = np.full((256, total, 32), POISON_WORD, U32)
         self.uniform = np.full((64, total, 1), POISON_WORD, U32)
         self.registers[255], self.uniform[63] = 0, 0
         self.predicates = np.zeros((8, total, 32), bool)
         self.uniform_predicates = np.zeros((8, total, 1), bool)
         self.predicates[7], self.uniform_predicates[7] = True, True
-        self.shared = Memory(count * launch.shared, lambda address: 'shared memory', launch.faults)
+        self.shared = Memory(
+            count * launch.shared, lambda address: 'shared memory', launch.faults, launch.shared_needs
+        )
         self.shared.allocated[: count * launch.shared // 2] = True
         self.stack = launch.kernel.stack
         self.local = Memory(total * 32 * self.stack, lambda address: 'local memory', launch.faults)
@@ -215,9 +230,17 @@ class Warps:
         """The lanes that take part, (warps, 32)."""
         return self.everyone if mask is None else self.everyone & mask
 
-    def tags(self, active: np.ndarray) -> np.ndarray:
-        """The tags of the accesses of the active lanes."""
-        return (tags(self.program, self.epoch, self.warp) | self.no_number)[active]
+    def access(self, active: np.ndarray, instruction: str, constant: bool = False) -> Access:
+        """What is known of an access by the active lanes."""
+
+        def lanes(number: np.ndarray) -> np.ndarray:
+            return (number | self.no_number)[active]
+
+        tag = lanes(tags(self.program, self.epoch, self.warp))
+        if not self.launch.traces_barriers:
+            return Access(instruction, tag, constant=constant)
+        since = lanes(tags(self.program, self.since, self.none))
+        return Access(instruction, tag, since, lanes(self.barrier), constant)
 
     def locate(self, space: str, address: np.ndarray, active: np.ndarray) -> tuple[Memory, np.ndarray]:
         """The memory of an address space, 'G', 'S' or 'L', and where in it the addresses of the active lanes lie."""
@@ -241,9 +264,13 @@ class Warps:
     def run(self) -> None:
         for rank in np.unique(self.rank):
             self.add(0, self.everyone & (self.rank == rank))
-        while self.groups or self.release():
+        for _ in range(MOST_BRANCHES):
+            if not (self.groups or self.release()):
+                break
             key = min(self.groups)
             self.advance(*key, self.groups.pop(key))
+        else:
+            raise Deadlock('threads go round for ever')
         if self.alive.any():
             waiting = sorted({str(self.launch.steps[i - 1].instruction) for i in self.resume[self.alive]})
             raise Deadlock(f'threads wait for ever, the others having ended or waiting elsewhere: {waiting}')
@@ -264,11 +291,23 @@ class Warps:
         missing = (self.alive & ~self.at_barrier).reshape(-1, warps * 32).any(1)
         free = self.at_barrier & ~np.repeat(missing, warps)[:, None]
         if free.any():
-            self.epoch += free.any(1, keepdims=True)
+            self.pass_barrier(free)
             self.launch.barriers = max(self.launch.barriers, int(self.epoch.max()))
             self.at_barrier &= ~free
             self.add_each(free)
         return bool(self.groups)
+
+    def pass_barrier(self, threads: np.ndarray) -> None:
+        """Begin a new epoch for the programs of some threads, which all wait at barriers."""
+        passing = threads.any(1, keepdims=True)
+        at = np.where(threads, self.resume - 1, -1).reshape(-1, self.launch.warps * 32)
+        last, first = at.max(1), np.where(at < 0, len(self.launch.steps), at).min(1)
+        # Where warps of a program wait at several barriers, none of them alone keeps them apart: -2.
+        barrier = np.repeat(np.where(first == last, last, -2), self.launch.warps)[:, None]
+        another = passing & ((barrier != self.barrier) | (barrier == -2))
+        self.since = np.where(another, self.epoch, self.since)
+        self.barrier = np.where(passing, barrier, self.barrier)
+        self.epoch += passing
 
     def add_each(self, threads: np.ndarray) -> None:
         for index in np.unique(self.resume[threads]):

@@ -5,11 +5,14 @@ Of every two bytes it keeps the last access of each kind as a tag: program, epoc
 passed) and warp. Two warps of a program that touch a place within one epoch, one of them writing, race; so do two
 programs of a launch in any epochs. Threads of one warp keep step and do not race, but what they write to one place in
 one instruction must be equal. So a fault is found whatever the order is in which warps happen to run.
+
+Where barriers are traced, the memory also notes which of them keep two warps apart: those that alone stand between two
+accesses of which one writes. Without them there would be a race.
 """
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -22,6 +25,31 @@ SEVERAL_WARPS = (1 << WARP_BITS) - 1
 SEVERAL_PROGRAMS = 0x7FFFFFFF << (WARP_BITS + EPOCH_BITS)
 
 Lanes = np.ndarray  # one number for each lane that takes part, (n,)
+
+
+@dataclass(frozen=True)
+class Access:
+    """What is known of an access, for each lane.
+
+    Args:
+        instruction: The instruction.
+        tag: Program, epoch and warp.
+        since: Tag of the first epoch that only one barrier, passed once or more, separates from this one; None where
+            barriers are not traced.
+        barrier: Index of that barrier.
+        constant: Whether it goes past the caches that see writes of this launch.
+    """
+
+    instruction: str
+    tag: Lanes
+    since: Lanes | None = None
+    barrier: Lanes | None = None
+    constant: bool = False
+
+    def of(self, lanes: np.ndarray) -> 'Access':
+        if self.since is None:
+            return replace(self, tag=self.tag[lanes])
+        return replace(self, tag=self.tag[lanes], since=self.since[lanes], barrier=self.barrier[lanes])
 
 
 def tags(program: np.ndarray, epoch: np.ndarray, warp: np.ndarray) -> np.ndarray:
@@ -59,6 +87,7 @@ class Memory:
     size: int
     name_of: Callable[[int], str]
     faults: Counter[Fault] = field(default_factory=Counter)
+    needed: set[int] = field(default_factory=set)  # barriers without which there would be a race
 
     def __post_init__(self) -> None:
         units = -(-self.size // 16) * 8  # whole vectors of 16 bytes
@@ -69,23 +98,21 @@ class Memory:
         self.writer = np.zeros(units, np.int64)
         self.reader = np.zeros(units, np.int64)
 
-    def load(self, address: Lanes, size: int, tag: Lanes, instruction: str, constant: bool = False) -> np.ndarray:
+    def load(self, address: Lanes, size: int, access: Access) -> np.ndarray:
         """What lies there, (words, n); poison where nothing may be read.
 
         Args:
             address: Bytes from the beginning of this memory.
             size: Bytes that each lane reads: 2, 4, 8 or 16.
-            tag: Tag of each lane's access.
-            instruction: The instruction, for the faults.
-            constant: Whether it is read past the caches that see writes of this launch.
+            access: What is known of the access.
         """
-        good = self._good(address, size, instruction)
+        good = self._good(address, size, access.instruction)
         result = np.full((max(size // 4, 1), len(address)), POISON_WORD, np.uint32)
         if not good.all():
-            address, tag = address[good], tag[good]
+            address, access = address[good], access.of(good)
         at = address >> 1
         for i in range(size // UNIT):
-            self._read_unit(at + i, tag, instruction, constant)
+            self._read_unit(at + i, access)
         if size == UNIT:
             result[0, good] = self.units[at]
         else:
@@ -93,18 +120,21 @@ class Memory:
                 result[i, good] = self.words[(address >> 2) + i]
         return result
 
-    def store(self, address: Lanes, values: np.ndarray, size: int, tag: Lanes, instruction: str) -> None:
+    def store(self, address: Lanes, values: np.ndarray, size: int, access: Access) -> None:
         """Write values, (words, n), as `load` reads them."""
-        good = self._good(address, size, instruction)
+        good = self._good(address, size, access.instruction)
         if not good.all():
-            address, values, tag = address[good], values[:, good], tag[good]
+            address, values, access = address[good], values[:, good], access.of(good)
         at = address >> 1
         for i in range(size // UNIT):
-            self._write_unit(at + i, tag, instruction)
+            self._write_unit(at + i, access)
         data, place = (self.units, at) if size == UNIT else (self.words, address >> 2)
         for i, value in enumerate(values.astype(data.dtype)):
             data[place + i] = value
-            self._fault('lanes write different values', data[place + i] != value, at, instruction)
+            lost = data[place + i] != value
+            if lost.any():  # against a lane of the same warp, or else it is a race
+                ours = self.writer[at] == access.tag
+                self._fault('lanes write different values', lost & ours, at, access.instruction)
 
     def _good(self, address: Lanes, size: int, instruction: str) -> np.ndarray:
         """Where an access is aligned and inside of what is allocated."""
@@ -121,18 +151,15 @@ class Memory:
             self._fault('address outside', ~inside, address >> 1, instruction)
         return good
 
-    def _read_unit(self, at: Lanes, tag: Lanes, instruction: str, constant: bool) -> None:
+    def _read_unit(self, at: Lanes, access: Access) -> None:
+        tag, instruction = access.tag, access.instruction
         written = self.initialised[at]
         if not written.all():
             self._fault('read before it was written', ~written, at, instruction)
         writer, reader = self.writer[at], self.reader[at]
-        touched = writer != 0
-        if touched.any():
-            same_epoch, same_program = _shared(writer, tag)
-            self._fault('race, read and written by two warps', same_epoch & (writer != tag), at, instruction)
-            self._fault('read, written by another program', touched & ~same_program, at, instruction)
-            if constant:
-                self._fault('constant read of what was written', touched, at, instruction)
+        self._compare(writer, 'read', 'written', at, access)
+        if access.constant:
+            self._fault('constant read of what was written', writer != 0, at, instruction)
         mark = tag
         if (reader != 0).any():  # which the tag replaces, but for what it says of several
             same_epoch, same_program = _shared(reader, tag)
@@ -146,22 +173,26 @@ class Memory:
             mark = np.where(same_program, mark | SEVERAL_WARPS, mark | SEVERAL_PROGRAMS)
             self.reader[at[lost]] = mark[lost]
 
-    def _write_unit(self, at: Lanes, tag: Lanes, instruction: str) -> None:
-        writer, reader = self.writer[at], self.reader[at]
-        for before, what in ((writer, 'written'), (reader, 'read')):
-            touched = before != 0
-            if touched.any():
-                same_epoch, same_program = _shared(before, tag)
-                kind = 'race, written by two warps' if what == 'written' else 'race, read and written by two warps'
-                self._fault(kind, same_epoch & (before != tag), at, instruction)
-                self._fault(f'written, {what} by another program', touched & ~same_program, at, instruction)
-        self.writer[at] = tag
-        left = self.writer[at]
-        if (left != tag).any():
-            _, same_program = _shared(left, tag)
-            self._fault('race, written by two warps', (left != tag) & same_program, at, instruction)
-            self._fault('written, written by another program', ~same_program, at, instruction)
+    def _write_unit(self, at: Lanes, access: Access) -> None:
+        self._compare(self.writer[at], 'written', 'written', at, access)
+        self._compare(self.reader[at], 'written', 'read', at, access)
+        self.writer[at] = access.tag
+        self._compare(self.writer[at], 'written', 'written', at, access)  # by lanes of this very instruction
         self.initialised[at] = True
+
+    def _compare(self, before: Lanes, now_is: str, before_was: str, at: Lanes, access: Access) -> None:
+        """Find races and foreign programs among the accesses before this one."""
+        others = (before != 0) & (before != access.tag)
+        if not others.any():
+            return
+        same_epoch, same_program = _shared(before, access.tag)
+        both = 'written' if now_is == before_was else 'read and written'
+        self._fault(f'race, {both} by two warps', others & same_epoch, at, access.instruction)
+        self._fault(f'{now_is}, {before_was} by another program', others & ~same_program, at, access.instruction)
+        if access.since is not None:
+            other_warp = (before ^ access.tag) & SEVERAL_WARPS != 0
+            kept_apart = others & same_program & ~same_epoch & other_warp & (before >= access.since)
+            self.needed.update(access.barrier[kept_apart].tolist())
 
     def _fault(self, kind: str, where: np.ndarray, at: Lanes, instruction: str) -> None:
         if where.any():
