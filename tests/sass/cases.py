@@ -128,8 +128,8 @@ def fusion(shape: Sequence[int], dtype: torch.dtype) -> list[str]:
 def barriers(op: str, options: dict[str, Any], case: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Judge each barrier of each kernel: without it there is a race, or it is redundant.
 
-    Redundant is a barrier without which there is none and, whichever warp comes first, every bit of memory is as it was.
-    With all barriers that holds too.
+    Redundant is a barrier without which there is none, and every bit of memory is as it was though the last warps come
+    first. With all barriers that holds too.
 
     Returns:
         The barriers that are needed, and those that are redundant.
@@ -165,7 +165,7 @@ PLANTED = {  # what is found
     'no barrier': {'race, read and written by two warps'},
     'no mask': {'address outside'},
     'unwritten input': {'read before it was written'},
-    'two programs': {'written, written by another program', 'written, read by another program'},
+    'two programs': {'written, written by another program', 'read, written by another program'},
 }
 
 

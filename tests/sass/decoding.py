@@ -2,7 +2,7 @@
 """From instructions to functions: what reads the operands, computes and writes, put together once for every run."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,7 +19,6 @@ Read = Callable[['Warps'], np.ndarray]
 Write = Callable[['Warps', np.ndarray, Mask], None]
 
 U32, U64 = np.uint32, np.uint64
-SIGN_BITS = {'i': 1 << 31, 'f': 1 << 31, 'h': 1 << 31 | 1 << 15}
 
 
 # ---- operands --------------------------------------------------------------------------------------------------------
@@ -32,10 +31,9 @@ def reader(operand: Operand, letter: str) -> Read:
     if letter == 'w':
         return _wide_reader(operand)
     if operand.kind == 'integer':
-        return _always(np.asarray(operand.value & 0xFFFFFFFF, U32), letter)
+        return _always(_as(letter)(np.asarray(operand.value & 0xFFFFFFFF, U32)))
     if operand.kind == 'float' and letter == 'f':
-        value = np.asarray(operand.value, np.float32)
-        return lambda warps: value
+        return _always(np.asarray(operand.value, np.float32))
     if operand.kind == 'register':
         return _register_reader(operand, letter)
     if operand.kind == 'constant':
@@ -45,14 +43,18 @@ def reader(operand: Operand, letter: str) -> Read:
     raise UnknownInstruction(f'an operand {operand.text}')
 
 
+VIEWS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    'c': lambda bits: bits.astype(U64),
+    'f': lambda bits: bits.view(np.float32),
+    'i': lambda bits: bits.view(np.int32),
+}
+
+
 def _as(letter: str) -> Callable[[np.ndarray], np.ndarray]:
-    if letter == 'c':
-        return lambda bits: bits.astype(U64)
-    return {'f': lambda bits: bits.view(np.float32), 'i': lambda bits: bits.view(np.int32)}.get(letter, lambda bits: bits)
+    return VIEWS.get(letter, lambda bits: bits)
 
 
-def _always(bits: np.ndarray, letter: str) -> Read:
-    value = _as(letter)(bits)
+def _always(value: Any) -> Read:
     return lambda warps: value
 
 
@@ -93,7 +95,7 @@ def _half_reader(operand: Operand, read: Read) -> Read:
 
 def _wide_reader(operand: Operand) -> Read:
     if operand.kind == 'integer':
-        return lambda warps, value=np.asarray(operand.value % (1 << 64), U64): value
+        return _always(np.asarray(operand.value % (1 << 64), U64))
     if operand.kind == 'constant' and not operand.sign:
         bank, offset = operand.value
         return lambda w: w.constant(bank, offset).astype(U64) | w.constant(bank, offset + 4).astype(U64) << U64(32)
@@ -177,13 +179,12 @@ def _take(operands: list[Operand], letter: str, make: Callable) -> Callable | No
 
 def _input(operands: list[Operand], letter: str, instruction: Instruction) -> Read:
     if letter == 'n':
-        value = operands.pop(0).value
-        return lambda warps: value
+        return _always(operands.pop(0).value)
     if letter == 'h' and operands[0].kind == 'float':  # both halves stand there, the upper first
         encode = float_to_bfloat if 'BF16_V2' in instruction.modifiers else float_to_half
         high, low = (encode(np.asarray(operands.pop(0).value, np.float32)) for _ in range(2))
-        return lambda warps, value=np.asarray(high << 16 | low, U32): value
-    return _take(operands, letter, reader) or (lambda warps: None)
+        return _always(np.asarray(high << 16 | low, U32))
+    return _take(operands, letter, reader) or _always(None)
 
 
 def _execute(entry: Operation, modifiers: frozenset[str], writers: list, readers: list) -> Execute:

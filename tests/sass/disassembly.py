@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Machine code as cuobjdump prints it, taken apart: instructions, operands, and where the parameters of a kernel lie."""
+"""Machine code as cuobjdump prints it, taken apart: instructions, operands, and where a kernel's parameters lie."""
 
 import re
 import subprocess
@@ -154,8 +154,8 @@ def assemble(text: str) -> tuple[Instruction, ...]:
     return tuple(Instruction(INSTRUCTION_BYTES * i, line) for i, line in enumerate(filter(None, lines)))
 
 
-def disassemble(cubin: bytes) -> Kernel:
-    """Take a cubin of one kernel apart, with the tools that Triton's wheel brings."""
+def dump(cubin: bytes) -> str:
+    """What cuobjdump, which Triton's wheel brings, prints of a cubin."""
     import triton
 
     tool = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin' / 'cuobjdump'
@@ -163,18 +163,22 @@ def disassemble(cubin: bytes) -> Kernel:
         file = Path(folder) / 'kernel.cubin'
         file.write_bytes(cubin)
         command = [tool, '-sass', '-elf', '-res-usage', file]
-        dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def parse_kernel(text: str) -> Kernel:
+    """Take apart what `dump` returns of a cubin of one kernel."""
     instructions = tuple(
-        Instruction(int(address, 16), text, int(high, 16) << 64 | int(low, 16))
-        for address, text, low, high in PRINTED.findall(dump)
+        Instruction(int(address, 16), source, int(high, 16) << 64 | int(low, 16))
+        for address, source, low, high in PRINTED.findall(text)
     )
     assert [i.address for i in instructions] == [INSTRUCTION_BYTES * n for n in range(len(instructions))], 'cuobjdump'
-    (name,) = re.findall(r'^\s*Function : (\S+)', dump, re.M)
-    (base,) = re.findall(r'EIATTR_PARAM_CBANK\s+Format:\s+\S+\s+Value:\s+\S+ (0x[0-9a-f]+)', dump)
-    found = re.findall(r'Ordinal\s*: (0x[0-9a-f]+)\s+Offset\s*: (0x[0-9a-f]+)\s+Size\s*: (0x[0-9a-f]+)', dump)
+    (name,) = re.findall(r'^\s*Function : (\S+)', text, re.M)
+    (base,) = re.findall(r'EIATTR_PARAM_CBANK\s+Format:\s+\S+\s+Value:\s+\S+ (0x[0-9a-f]+)', text)
+    found = re.findall(r'Ordinal\s*: (0x[0-9a-f]+)\s+Offset\s*: (0x[0-9a-f]+)\s+Size\s*: (0x[0-9a-f]+)', text)
     parameters = sorted(tuple(int(number, 16) for number in row) for row in found)  # by ordinal
     start = int(base, 16) & 0xFFFF  # above it stands the size of all
-    ((registers, stack),) = re.findall(r'REG:(\d+) STACK:(\d+)', dump)
+    ((registers, stack),) = re.findall(r'REG:(\d+) STACK:(\d+)', text)
     return Kernel(
         name,
         instructions,

@@ -10,13 +10,14 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .disassembly import Kernel, disassemble
+from .disassembly import Kernel, dump, parse_kernel
 from .machine import STACK_POINTER, STACK_TOP, Launch
 from .memory import POISON, UNIT, Memory
 
@@ -78,9 +79,15 @@ def bytes_of(tensor: torch.Tensor) -> np.ndarray:
     return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
 
 
-@functools.cache
+@functools.lru_cache(maxsize=16)
 def kernel_of(compiled: Any) -> Kernel:
-    return disassemble(compiled.asm['cubin'])
+    """The machine code of a compiled kernel; its dump, which takes a while, is kept beside what Triton keeps."""
+    file = Path(os.environ['TRITON_CACHE_DIR']) / f'{compiled.hash}.dump'
+    if not file.exists():
+        part = file.with_suffix(f'.{os.getpid()}')
+        part.write_text(dump(compiled.asm['cubin']))
+        part.rename(file)  # whole, for other processes
+    return parse_kernel(file.read_text())
 
 
 def emulate(compiled: Any, values: dict[str, Any], grid: tuple[int, int, int]) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .decoding import Execute, Mask, Read, reader
-from .disassembly import INSTRUCTION_BYTES, Instruction, Kernel, Operand, UnknownInstruction
+from .disassembly import INSTRUCTION_BYTES, Instruction, Kernel, UnknownInstruction
 from .instructions import decode
 from .memory import POISON_WORD, Access, Fault, Memory, tags
 
@@ -152,7 +152,7 @@ class Launch:
                 Warps(self, np.arange(first, min(first + count, self.programs))).run()
 
 
-@functools.cache
+@functools.lru_cache(maxsize=16)
 def decode_kernel(kernel: Kernel) -> list[Step]:
     return [decode_step(instruction) for instruction in kernel.instructions]
 
@@ -176,9 +176,7 @@ class Warps:
         self.predicates = np.zeros((8, total, 32), bool)
         self.uniform_predicates = np.zeros((8, total, 1), bool)
         self.predicates[7], self.uniform_predicates[7] = True, True
-        self.shared = Memory(
-            count * launch.shared, lambda address: 'shared memory', launch.faults, launch.shared_needs
-        )
+        self.shared = Memory(count * launch.shared, lambda address: 'shared memory', launch.faults, launch.shared_needs)
         self.shared.allocated[: count * launch.shared // 2] = True
         self.stack = launch.kernel.stack
         self.local = Memory(total * 32 * self.stack, lambda address: 'local memory', launch.faults)
@@ -323,7 +321,7 @@ class Warps:
             self.add_each(free)
 
     def advance(self, rank: int, index: int, threads: np.ndarray) -> None:
-        """Run threads that are at one instruction, up to where they part, wait, or meet or pass others of their rank."""
+        """Run threads from an instruction on, up to where they part, wait, or come to others of their rank."""
         steps, issued = self.launch.steps, self.launch.issued
         others = min((i for r, i in self.groups if r == rank), default=len(steps))
         whole = threads.all()
@@ -403,5 +401,3 @@ class Warps:
 def _as_bits(lanes: np.ndarray) -> np.ndarray:
     """Lanes of each warp as the bits of a number, (warps, 1)."""
     return (lanes * (U32(1) << np.arange(32, dtype=U32))).sum(1, dtype=U32)[:, None]
-
-

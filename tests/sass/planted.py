@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small kernels: one that can be launched with faults, and a product of matrices. Imported where kernels are compiled."""
+"""Small kernels, imported where kernels are compiled: one that can be launched with faults, a product of matrices."""
 
 import triton
 import triton.language as tl

@@ -368,14 +368,14 @@ def test_warps_exchange_through_shared_memory():
 def test_which_barriers_are_needed(again):
     """Two between the same accesses: neither is needed by itself. Each between other accesses: both are."""
     between, place = ('NOP', 'R7') if again else ('LDS R8, [R7]', 'R6')
-    text = f'''{THREAD}
+    text = f"""{THREAD}
         STS [R6], R0
         BAR.SYNC.DEFER_BLOCKING 0x0             // 7
         {between}
         BAR.SYNC.DEFER_BLOCKING 0x0             // 9
         STS [{place}], R0
         EXIT
-    '''
+    """
     launch = run_program(text, shared=256, tensors=dict(out=unwritten(64)))
     assert not launch.faults
     needed = launch.again(traces_barriers=True).needed_barriers
@@ -384,7 +384,7 @@ def test_which_barriers_are_needed(again):
 
 
 def test_a_barrier_in_a_loop_is_needed():
-    text = f'''{THREAD}
+    text = f"""{THREAD}
         MOV R9, 0x3
         STS [R6], R9                            // 7
         BAR.SYNC.DEFER_BLOCKING 0x0
@@ -395,7 +395,7 @@ def test_a_barrier_in_a_loop_is_needed():
         @P0 BRA 0x70
         BAR.SYNC.DEFER_BLOCKING 0x0
         EXIT
-    '''
+    """
     launch = run_program(text, shared=256, tensors=dict(out=unwritten(64)))
     assert not launch.faults and launch.barriers == 7
     assert launch.again(traces_barriers=True).needed_barriers == {8, 11}
