@@ -257,16 +257,6 @@ def store(instruction: Instruction) -> Execute:
 # register. Of a product's 16x8 result in float32 it has those two of row r, then those two of row r + 8.
 
 
-def matrix_rows(place: Operand, count: int) -> Callable[['Warps', np.ndarray], np.ndarray]:
-    """Where the eight rows of every piece begin, (warps, count, 8): lanes 8 i to 8 i + 7 say it for piece i."""
-    address = address_reader(place)
-
-    def read(warps: 'Warps', active: np.ndarray) -> np.ndarray:
-        return np.broadcast_to(address(warps), active.shape)[:, : 8 * count].reshape(-1, count, 8)
-
-    return read
-
-
 def whole_warps(warps: 'Warps', mask: Mask, instruction: Instruction) -> np.ndarray:
     """Which warps take part, of whose lanes none may be missing."""
     active = warps.lanes(mask)
@@ -283,31 +273,39 @@ def pieces(instruction: Instruction) -> tuple[int, bool]:
     return next((int(count) for count in '24' if count in modifiers), 1), turned
 
 
-def each_register(rows: np.ndarray, turned: bool) -> tuple[np.ndarray, ...]:
-    """Addresses of the two numbers that each lane has of each piece, (warps, count, 32) each."""
+def matrix_halves(place: Operand, instruction: Instruction) -> Callable:
+    """What finds the active lanes and, for both numbers of the register of each piece, the memory and the addresses.
+
+    Lanes 8 i to 8 i + 7 say where the rows of piece i begin.
+    """
+    count, turned = pieces(instruction)
+    address = address_reader(place)
     row, column = LANES // 4, 2 * (LANES % 4)
-    if turned:
-        return tuple(rows[:, :, column + i] + 2 * row for i in range(2))
-    return tuple(rows[:, :, row] + 2 * (column + i) for i in range(2))
+
+    def find(warps: 'Warps', mask: Mask) -> tuple[np.ndarray, list]:
+        part = whole_warps(warps, mask, instruction)
+        active = np.broadcast_to(part[:, None], (len(part), 32))
+        rows = np.broadcast_to(address(warps), active.shape)[:, : 8 * count].reshape(-1, count, 8)
+        places = [(column + j, row) if turned else (row, column + j) for j in range(2)]
+        return active, [
+            [warps.locate('S', rows[:, i, from_row] + 2 * at, active) for from_row, at in places] for i in range(count)
+        ]
+
+    return find
 
 
 @instruction('LDSM', '16 M88 MT88 2 4')
 def load_matrix(instruction: Instruction) -> Execute:
     target, place = form(instruction, 'register', 'memory')
-    count, turned = pieces(instruction)
-    rows = matrix_rows(place, count)
+    find = matrix_halves(place, instruction)
+    text = str(instruction)
 
     def execute(warps: 'Warps', mask: Mask) -> None:
-        part = whole_warps(warps, mask, instruction)
-        active = np.broadcast_to(part[:, None], (len(part), 32))
-        places = each_register(rows(warps, active), turned)
-        for i in range(count):
-            word = U32(0)
-            for j, place in enumerate(places):
-                memory, at = warps.locate('S', place[:, i], active)
-                half = memory.load(at, 2, warps.access(active, str(instruction)))[0]
-                word = word | half << U32(16 * j)
-            warps.registers[target.index + i][active] = word
+        active, registers = find(warps, mask)
+        access = warps.access(active, text)
+        for i, halves in enumerate(registers):
+            low, high = (memory.load(at, 2, access)[0] for memory, at in halves)
+            warps.registers[target.index + i][active] = low | high << U32(16)
 
     return execute
 
@@ -315,19 +313,16 @@ def load_matrix(instruction: Instruction) -> Execute:
 @instruction('STSM', '16 M88 MT88 2 4')
 def store_matrix(instruction: Instruction) -> Execute:
     place, source = form(instruction, 'memory', 'register')
-    count, turned = pieces(instruction)
-    rows = matrix_rows(place, count)
+    find = matrix_halves(place, instruction)
+    text = str(instruction)
 
     def execute(warps: 'Warps', mask: Mask) -> None:
-        part = whole_warps(warps, mask, instruction)
-        active = np.broadcast_to(part[:, None], (len(part), 32))
-        places = each_register(rows(warps, active), turned)
-        for i in range(count):
+        active, registers = find(warps, mask)
+        access = warps.access(active, text)
+        for i, halves in enumerate(registers):
             word = warps.registers[source.index + i][active]
-            for j, place in enumerate(places):
-                memory, at = warps.locate('S', place[:, i], active)
-                half = word >> U32(16 * j) & U32(0xFFFF)
-                memory.store(at, half[None], 2, warps.access(active, str(instruction)))
+            for j, (memory, at) in enumerate(halves):
+                memory.store(at, (word >> U32(16 * j) & U32(0xFFFF))[None], 2, access)
 
     return execute
 

@@ -2,9 +2,10 @@
 """Memory that knows what may be touched, what was written, and by whom since when.
 
 Of every two bytes it keeps the last access of each kind as a tag: program, epoch (how many barriers the program has
-passed) and warp. Two warps of a program that touch a place within one epoch, one of them writing, race; so do two
-programs of a launch in any epochs. Threads of one warp keep step and do not race, but what they write to one place in
-one instruction must be equal. So a fault is found whatever the order is in which warps happen to run.
+passed) and warp. Two warps of a program that touch a place within one epoch, one of them writing, race, unless both
+write the same; so do two programs of a launch in any epochs. Threads of one warp keep step and do not race, but what
+they write to one place in one instruction must be equal. So a fault is found whatever the order is in which warps
+happen to run.
 
 Where barriers are traced, the memory also notes which of them keep two warps apart: those that alone stand between two
 accesses of which one writes. Without them there would be a race.
@@ -127,14 +128,8 @@ class Memory:
             address, values, access = address[good], values[:, good], access.of(good)
         at = address >> 1
         for i in range(size // UNIT):
-            self._write_unit(at + i, access)
-        data, place = (self.units, at) if size == UNIT else (self.words, address >> 2)
-        for i, value in enumerate(values.astype(data.dtype)):
-            data[place + i] = value
-            lost = data[place + i] != value
-            if lost.any():  # against a lane of the same warp, or else it is a race
-                ours = self.writer[at] == access.tag
-                self._fault('lanes write different values', lost & ours, at, access.instruction)
+            value = (values[i // 2] >> np.uint32(16 * (i % 2))).astype(np.uint16)
+            self._write_unit(at + i, value, access)
 
     def _good(self, address: Lanes, size: int, instruction: str) -> np.ndarray:
         """Where an access is aligned and inside of what is allocated."""
@@ -173,25 +168,34 @@ class Memory:
             mark = np.where(same_program, mark | SEVERAL_WARPS, mark | SEVERAL_PROGRAMS)
             self.reader[at[lost]] = mark[lost]
 
-    def _write_unit(self, at: Lanes, access: Access) -> None:
-        self._compare(self.writer[at], 'written', 'written', at, access)
+    def _write_unit(self, at: Lanes, value: Lanes, access: Access) -> None:
+        self._compare(self.writer[at], 'written', 'written', at, access, self.units[at] == value)
         self._compare(self.reader[at], 'written', 'read', at, access)
-        self.writer[at] = access.tag
-        self._compare(self.writer[at], 'written', 'written', at, access)  # by lanes of this very instruction
-        self.initialised[at] = True
+        self.writer[at], self.units[at], self.initialised[at] = access.tag, value, True
+        stays = self.units[at] == value  # which lanes of this very instruction may have changed
+        self._compare(self.writer[at], 'written', 'written', at, access, stays)
+        if not stays.all():
+            lost = ~stays & (self.writer[at] == access.tag)
+            self._fault('lanes write different values', lost, at, access.instruction)
 
-    def _compare(self, before: Lanes, now_is: str, before_was: str, at: Lanes, access: Access) -> None:
-        """Find races and foreign programs among the accesses before this one."""
+    def _compare(
+        self, before: Lanes, now_is: str, before_was: str, at: Lanes, access: Access, harmless: Lanes | bool = False
+    ) -> None:
+        """Find races and foreign programs among the accesses before this one.
+
+        harmless: Where the values are the same, so that two warps may write them in either order.
+        """
         others = (before != 0) & (before != access.tag)
         if not others.any():
             return
         same_epoch, same_program = _shared(before, access.tag)
         both = 'written' if now_is == before_was else 'read and written'
-        self._fault(f'race, {both} by two warps', others & same_epoch, at, access.instruction)
+        warps = others & np.logical_not(harmless)
+        self._fault(f'race, {both} by two warps', warps & same_epoch, at, access.instruction)
         self._fault(f'{now_is}, {before_was} by another program', others & ~same_program, at, access.instruction)
         if access.since is not None:
             other_warp = (before ^ access.tag) & SEVERAL_WARPS != 0
-            kept_apart = others & same_program & ~same_epoch & other_warp & (before >= access.since)
+            kept_apart = warps & same_program & ~same_epoch & other_warp & (before >= access.since)
             self.needed.update(access.barrier[kept_apart].tolist())
 
     def _fault(self, kind: str, where: np.ndarray, at: Lanes, instruction: str) -> None:

@@ -165,10 +165,11 @@ def shift_add(modifiers, a, b, shift):
     return total, total >> U64(32) != 0
 
 
-@operation('LEA.HI', 'u = u u u n p?', 'X')
+@operation('LEA.HI', 'u p? = u u u n p?', 'X')
 def shift_add_high(modifiers, low, b, high, shift, carry):
     whole = np.asarray(low, U64) | np.asarray(high, U64) << U64(32)
-    return ((whole << U64(shift)) >> U64(32)) + b + carry_in(carry)
+    total = ((whole << U64(shift)) >> U64(32)) + b + carry_in(carry)
+    return total, total >> U64(32) != 0
 
 
 @operation('LEA.HI.SX32', 'u = i u n p?', 'X')
@@ -310,6 +311,11 @@ def float_compare(modifiers, a, b, other):
     return combine(modifiers, compare_floats(how, *flushed(modifiers, a, b)), other)
 
 
+@operation('FSET.BF', 'f = f f p', 'FTZ AND OR XOR ' + ' '.join(COMPARE_FLOATS))
+def float_compare_to_float(modifiers, a, b, other):
+    return choose(float_compare(modifiers - {'BF'}, a, b, other)[0], np.float32(1), np.float32(0))
+
+
 @operation('MUFU', 'f = f', 'EX2 RCP RSQ SQRT LG2')
 def special(modifiers, a):
     (name,) = modifiers
@@ -412,6 +418,11 @@ def from_signed_wide(modifiers, a):
 def to_integer(modifiers, a):
     nan = 0 if modifiers & {'NTZ', 'U32'} else -(1 << 31)
     return float_to_integer(*flushed(modifiers, a), 32, 'U32' not in modifiers, nan)
+
+
+@operation('F2I.TRUNC.S64', 'w = f', 'FTZ NTZ')
+def to_signed_wide(modifiers, a):
+    return float_to_integer(*flushed(modifiers, a), 64, True, 0 if 'NTZ' in modifiers else -(1 << 63))
 
 
 @operation('F2I.TRUNC.U64', 'w = f', 'FTZ NTZ')

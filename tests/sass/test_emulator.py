@@ -202,11 +202,12 @@ def test_fused_multiply_add_is_rounded_once():
 
 def test_sums_and_products(draw_floats):
     a, b = draw_floats(), draw_floats()[::-1].copy()
-    registers, _ = run_one('FADD R8, R2, -|R3|\nFMUL R9, -R2, R3\nFADD.FTZ R10, R2, -RZ', {2: a, 3: b})
+    text = 'FADD R8, R2, -|R3|\nFMUL R9, -R2, R3\nFADD.FTZ R10, R2, -RZ\nFSET.BF.LTU.AND R11, R2, R3, PT'
+    registers, _ = run_one(text, {2: a, 3: b})
     x, y = floats_of(a), floats_of(b)
     with np.errstate(all='ignore'):
         flushed = np.where(np.abs(x) < 2.0**-126, np.copysign(np.float32(0), x), x)
-        for at, expected in ((8, x - np.abs(y)), (9, -x * y), (10, flushed)):
+        for at, expected in ((8, x - np.abs(y)), (9, -x * y), (10, flushed), (11, ~(x >= y))):
             np.testing.assert_array_equal(floats_of(registers[at]), expected)
 
 
@@ -278,8 +279,10 @@ def test_conversions_to_integers_stay_within_the_type():
     assert float_to_integer(x, 32, True, 0).tolist() == [0, 0, 2**31 - 1, -(2**31), 2**31 - 1, 2**31 - 1, -(2**31), 0]
     assert float_to_integer(x, 32, False, 0).tolist() == [0, 0, 3_000_000_000, 0, MASK, MASK, 0, 0]
     assert float_to_integer(x, 64, False, 5).tolist()[4:] == [5_000_000_000, 2**64 - 1, 0, 5]
-    registers, _ = run_one('F2I.FTZ.U32.TRUNC.NTZ R8, R2', {2: bits_of(np.resize(x, 32))})
+    registers, _ = run_one('F2I.FTZ.U32.TRUNC.NTZ R8, R2\nF2I.S64.TRUNC R10, R2', {2: bits_of(np.resize(x, 32))})
     assert registers[8, :4].tolist() == [0, 0, 3_000_000_000, 0]
+    assert registers[10, 2:5].tolist() == [3_000_000_000, -3_000_000_000 & MASK, 5_000_000_000 & MASK]
+    assert registers[11, 2:5].tolist() == [0, MASK, 1]
 
 
 def test_special_functions():
@@ -407,8 +410,12 @@ FAULTS = {  # what follows the addresses of THREAD, and what is found
         'STS [R6], R0\nBAR.SYNC.DEFER_BLOCKING 0x0\nLDS R8, [R6]\nSTS [R7], R0',
         {'race, read and written by two warps'},
     ),
+    'write after write, of halves': (
+        'STS [R6], R0\nBAR.SYNC.DEFER_BLOCKING 0x0\nSTS.U16 [R6], R0\nSTS.U16 [R7], RZ',
+        {'race, written by two warps'},
+    ),
     'write after write': ('STS [R6], R0\nSTS [R7], R0', {'race, written by two warps'}),
-    'one place': ('STS [RZ+0x400], RZ', {'race, written by two warps'}),
+    'one place, one value': ('STS [RZ+0x400], RZ', set()),
     'one place, two values': (
         'STS [RZ+0x400], R0',
         {'race, written by two warps', 'lanes write different values'},
