@@ -70,7 +70,8 @@ class Poison(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if func.overloadpacket.__name__ in self.EMPTY:
-            bytes_of(result).view(np.uint16)[:] = POISON
+            data = bytes_of(result)
+            data[::2], data[1::2] = POISON & 0xFF, POISON >> 8
         return result
 
 
