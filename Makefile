@@ -13,7 +13,7 @@ PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 QUICK := tests/test_architecture.py tests/ops tests/models/test_layers.py $(addprefix tests/models/test_models.py::, \
 	test_golden_classifier test_kernel_and_reference_agree test_every_parameter_gets_a_gradient)
 
-.PHONY: setup demo check test test-slow lint format clean
+.PHONY: setup demo check test test-slow gpu lint format clean
 
 setup: $(INSTALLED)
 
@@ -38,6 +38,10 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+# On a machine with a card, in minutes: its results are in benchmarks/results/gpu. `make gpu GPU_ARGS='--steps op models'`
+gpu: $(INSTALLED)
+	$(BIN)/python benchmarks/gpu.py $(GPU_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -4,16 +4,30 @@
 import sys
 from pathlib import Path
 
-from setuptools import setup
-from setuptools.command.editable_wheel import editable_wheel
+import setuptools
+
+if int(setuptools.__version__.partition('.')[0]) < 77:
+    sys.exit(
+        f'Building vssm needs setuptools 77 or newer, got {setuptools.__version__}: run `pip install "setuptools>=77"` '
+        'first, or leave out --no-build-isolation.'
+    )
+
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
+from setuptools.command.editable_wheel import editable_wheel  # noqa: E402
 
 try:
+    import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ImportError:
     sys.exit('Building vssm needs torch: run `pip install "torch>=2.10"` first, or leave out --no-build-isolation.')
 
 
 class BuildKernels(BuildExtension):
+    """Build the library, which is no module of Python: its name says nothing of one."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, no_python_abi_suffix=True, **kwargs)
+
     def build_extensions(self) -> None:
         try:
             super().build_extensions()
@@ -22,6 +36,13 @@ class BuildKernels(BuildExtension):
                 f'Building the CPU kernels of vssm failed ({error}); they need a C++17 compiler: on Debian or Ubuntu '
                 'run `apt-get install g++`, on macOS `xcode-select --install`.'
             ) from error
+
+
+class Wheel(bdist_wheel):
+    """A wheel for one platform and every Python, since its library calls PyTorch alone."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return 'py3', 'none', super().get_tag()[2]
 
 
 class EditableWheel(editable_wheel):
@@ -42,7 +63,7 @@ class EditableWheel(editable_wheel):
         super().finalize_options()
 
 
-setup(
+setuptools.setup(
     ext_modules=[
         CppExtension(
             'vssm.ops._C',
@@ -54,12 +75,16 @@ setup(
                 '-fvisibility=hidden',
                 '-ffp-contract=fast',
                 '-Wno-psabi',
+                # The same bytes wherever it is built: no line numbers, and no folder of the machine in a message.
+                '-g0',
+                f'-ffile-prefix-map={Path(torch.__file__).parent}=torch',
+                f'-ffile-prefix-map={Path(__file__).parent.resolve()}=vssm',
                 # The stable ABI of torch 2.10: one library for every later version.
                 '-DTORCH_TARGET_VERSION=0x020a000000000000',
             ],
-            py_limited_api=True,
+            extra_link_args=['-Wl,-x' if sys.platform == 'darwin' else '-Wl,--strip-all'],
+            py_limited_api=True,  # which leaves out PyTorch's own library for Python
         )
     ],
-    cmdclass={'build_ext': BuildKernels, 'editable_wheel': EditableWheel},
-    options={'bdist_wheel': {'py_limited_api': 'cp311'}},
+    cmdclass={'build_ext': BuildKernels, 'bdist_wheel': Wheel, 'editable_wheel': EditableWheel},
 )

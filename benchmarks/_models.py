@@ -37,5 +37,5 @@ def step(model: nn.Module, images: Tensor, bfloat16: bool = False) -> None:
 
 
 def better_layout(name: str, seconds: Mapping[tuple[str, str], float]) -> str:
-    """The memory layout in which a model took less time; seconds are by name and layout."""
-    return min(LAYOUTS, key=lambda layout: seconds[name, layout])
+    """The memory layout in which a model took less time; seconds are by name and by those layouts that were timed."""
+    return min((layout for layout in LAYOUTS if (name, layout) in seconds), key=lambda layout: seconds[name, layout])

@@ -5,6 +5,7 @@ import argparse
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,13 @@ from vssm.tools._bench import conditions, describe, median_seconds, synchronizer
 from vssm.tools._common import write_json
 from vssm.tools._tables import print_table, wide_console
 
+STARTED = time.monotonic()
+PLACES = ('--json', '--out')  # options that say where figures are kept
+NO_TIME = 'no time was left'  # why a measurement was left out that did not fail
+
 HELP = dict(
     batch_size='images of a batch',
+    limit='seconds after which no further measurement is begun',
     rounds='rounds to measure',
     threads="threads of the CPU; 0: PyTorch's choice",
 )
@@ -58,6 +64,11 @@ def parse_cuda(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return args
 
 
+def in_time(args: argparse.Namespace, share: float = 1.0) -> bool:
+    """Whether a further measurement may begin: a share of --limit has not passed since the script began."""
+    return time.monotonic() - STARTED < share * args.limit
+
+
 def time_on_device(
     args: argparse.Namespace, steps: Mapping[Any, Callable[[], Any]], repeats: int = 1
 ) -> dict[Any, float]:
@@ -73,9 +84,33 @@ def time_on_device(
     return median_seconds(steps, args.rounds, 3, repeats, synchronizer(args.device))
 
 
-def run_alone(*arguments: object) -> str:
-    """Run this script in a process of its own, with other arguments, and return what it prints."""
-    return subprocess.check_output([sys.executable, sys.argv[0], *map(str, arguments)], text=True)
+def run_alone(*arguments: object, **options: Any) -> str:
+    """Run this script in a process of its own, with other arguments, and return what it prints.
+
+    Args:
+        *arguments: Arguments of the command.
+        **options: Options of `subprocess.check_output`.
+    """
+    return subprocess.check_output([sys.executable, sys.argv[0], *map(str, arguments)], text=True, **options)
+
+
+def keep(
+    args: argparse.Namespace, rows: Any, device: str = 'cpu', left_out: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Write the figures to --json with the command and the conditions, which are returned.
+
+    Args:
+        args: Arguments of the script.
+        rows: Figures to write.
+        device: Device that the figures are from.
+        left_out: Reasons, by what was to be measured and was not.
+    """
+    taken_under = conditions(device)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        content = dict(command=command(), conditions=taken_under, rows=rows)
+        write_json(args.json, content if left_out is None else dict(content, left_out=left_out))
+    return taken_under
 
 
 def finish(
@@ -85,6 +120,7 @@ def finish(
     header: Sequence[str],
     cells: Sequence[Sequence[str]],
     device: str = 'cpu',
+    left_out: Mapping[str, str] | None = None,
 ) -> None:
     """Print a table, and write the figures to --json with the command and the conditions.
 
@@ -95,22 +131,21 @@ def finish(
         header: Headings of the columns.
         cells: Cells of each row of the table.
         device: Device that the figures are from.
+        left_out: Reasons, by what was to be measured and was not.
     """
-    taken_under = conditions(device)
     console = wide_console()
     print_table(header, cells, title, to=console, fold=True)
-    console.print(describe(taken_under), soft_wrap=True)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.json, dict(command=command(), conditions=taken_under, rows=rows))
+    for what, why in (left_out or {}).items():
+        console.print(f'{what}: not measured, {why}', soft_wrap=True)
+    console.print(describe(keep(args, rows, device, left_out)), soft_wrap=True)
 
 
 def command() -> str:
-    """The command as it was given, without the file for its figures."""
+    """The command as it was given, without the place for its figures."""
     words, kept = iter(sys.argv[1:]), []
     for word in words:
-        if word == '--json':
+        if word in PLACES:
             next(words)
-        elif not word.startswith('--json='):
+        elif not word.startswith(tuple(f'{place}=' for place in PLACES)):
             kept.append(word)
     return shlex.join(['python', f'benchmarks/{Path(sys.argv[0]).name}', *kept])

@@ -6,7 +6,8 @@
     python benchmarks/compile_cuda.py --options models     # those options alone that the image models use
     python benchmarks/compile_cuda.py --capability 9.0 --json kernels.json
 
-Exits with 1 where a kernel does not compile, or where one spills registers with its default tile.
+Exits with 1 where a kernel does not compile, or where one spills more than a little with its default tile. The backward
+kernels spill some: on an H200 they were fastest so, since with more registers a processor has fewer warps at a time.
 """
 
 import multiprocessing
@@ -71,19 +72,17 @@ def calls(dtype: str, all_tiles: bool, which: str) -> Iterator[tuple[bool, str]]
         scan.selective_scan_triton_backward(arguments[0], *arguments)
 
     tiles, bands = dict(scan.TILES), scan.choose_bands
-    candidates = list(dict.fromkeys(tile for group in tiles.values() for tile in group))
-    defaults = [group[0] for group in tiles.values()]
-    for tile in candidates if all_tiles else defaults:
-        scan.TILES = {1 << 62: (tile,)}
-        for ndim in (1, 2):
+    for ndim, by_length in tiles.items():
+        defaults = [group[0] for group in by_length.values()]
+        candidates = dict.fromkeys(tile for group in by_length.values() for tile in group)
+        for tile in candidates if all_tiles else defaults:
+            scan.TILES = {ndim: {1 << 62: (tile,)}}
             for rank in (3, 0) if which == 'all' else (3,):
                 for cut in (1, 2) if which == 'all' and tile == defaults[-1] else (1,):
                     scan.choose_bands = lambda *_, cut=cut: cut
                     run(*inputs(96, 4, rank), ndim, (0, 1, 2, 3), True)
-                    yield (
-                        tile in defaults,
-                        f'{ndim}-D, {"low-rank" if rank else "full"} steps, {cut} band(s), tile {tile}',
-                    )
+                    steps = 'low-rank' if rank else 'full'
+                    yield tile in defaults, f'{ndim}-D, {steps} steps, {cut} band(s), tile {tile}'
     scan.TILES, scan.choose_bands = tiles, lambda *_: 1
     for ndim in (1, 2):
         run(*inputs(96, 1, 3, has_C=False), ndim, (0,), True)
@@ -137,6 +136,7 @@ def compile_all(capability: str, dtype: str, all_tiles: bool, options: str) -> l
     return rows
 
 
+MOST_SPILLED = 512  # bytes of a thread
 PATTERNS = dict(registers=r'Used (\d+) registers', spilled=r'(\d+) bytes spill stores')
 
 
@@ -176,8 +176,8 @@ def main() -> int:
 
     cells = [[str(row[key]) for key in COLUMNS] for row in rows]
     finish(args, rows, 'Compiled CUDA kernels', list(COLUMNS.values()), cells)
-    spilling = [row for row in rows if row['default'] and row['spilled']]
-    print(f'{len(rows)} kernels compiled, {len(spilling)} of default tiles spill')
+    spilling = [row for row in rows if row['default'] and row['spilled'] > MOST_SPILLED]
+    print(f'{len(rows)} kernels compiled, {len(spilling)} of default tiles spill more than {MOST_SPILLED} bytes')
     return 1 if spilling else 0
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from _ops import VMAMBA_STAGES, forward, scan_inputs
-from _run import finish, make_parser, parse_cuda, time_on_device
+from _run import NO_TIME, finish, in_time, keep, make_parser, parse_cuda, time_on_device
 from torch import Tensor
 
 from vssm.ops import selective_scan, selective_scan_ref
@@ -71,7 +71,7 @@ def copies(inputs: dict[str, Tensor], args: argparse.Namespace) -> list[dict[str
 
 
 def measure(
-    args: argparse.Namespace, dtype: str, batch: int, size: int, dim: int, N: int, bandwidth: float
+    args: argparse.Namespace, bandwidth: float, dtype: str, batch: int, size: int, dim: int, N: int
 ) -> dict[str, Any]:
     if args.dry_run:
         batch, size, dim, N = 1, min(size, 8), min(dim, 32), min(N, 2)
@@ -82,7 +82,7 @@ def measure(
             '2d': in_turn([prepare(selective_scan, inputs) for inputs in sets]),
             '1d': in_turn([prepare(selective_scan, inputs, ndim=1) for inputs in sets]),
         }
-        if batch == 1:
+        if batch == 1 and not args.no_reference:
             calls['reference'] = in_turn([prepare(selective_scan_ref, inputs) for inputs in sets[:2]])
         seconds = time_on_device(args, calls, repeats=10)
         row |= {f'{what}_{name}_ms': 1e3 * s for name, s in seconds.items()}
@@ -104,18 +104,27 @@ def cells_of(row: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    parser = make_parser(__doc__, batch_size=128, rounds=15)
+    parser = make_parser(__doc__, batch_size=128, rounds=15, limit=3600)
     parser.add_argument('--dtypes', nargs='*', default=['float32', 'bfloat16'])
+    parser.add_argument('--no-reference', action='store_true', help='leave out the reference')
     args = parse_cuda(parser)
     bandwidth = copy_bandwidth(args)
-    shapes = [(args.batch_size, *stage, 1) for stage in VMAMBA_STAGES] + [(1, *shape) for shape in MAPS]
-    rows = [measure(args, dtype, *shape, bandwidth) for dtype in args.dtypes for shape in shapes]
+    stages, maps = [(args.batch_size, *stage, 1) for stage in VMAMBA_STAGES], [(1, *shape) for shape in MAPS]
+    rows: list[dict[str, Any]] = []
+    left_out: dict[str, str] = {}
+    for dtype, shape in itertools.chain(itertools.product(args.dtypes, stages), itertools.product(args.dtypes, maps)):
+        if not in_time(args):
+            left_out[' '.join(map(str, (dtype, *shape)))] = NO_TIME
+            continue
+        rows.append(measure(args, bandwidth, dtype, *shape))
+        if not args.dry_run:
+            keep(args, rows, 'cuda', left_out)
     if args.dry_run:
         return print(f'dry run: {len(rows)} shapes, forward and backward, nothing timed')
     header = ['dtype', 'batch', 'H=W', 'E', 'N']
     for what in PASSES:
         header += [f'{what} ms', 'of copy', '2-D / 1-D', 'reference x']
-    finish(args, rows, 'selective_scan on CUDA, four orders', header, [cells_of(row) for row in rows], 'cuda')
+    finish(args, rows, 'selective_scan on CUDA, four orders', header, [cells_of(row) for row in rows], 'cuda', left_out)
 
 
 if __name__ == '__main__':

@@ -2,8 +2,9 @@
 """Layers that the image families share, and the shortcuts that make them fast in eager mode on a CPU.
 
 A method is written as the paper has it, and so TorchScript, compilers, exporters and `torch.func` take it. A decorator
-gives it a shortcut: another way to the same result, for plain tensors on a CPU alone. The three conditions below say
-when a shortcut may be taken.
+gives it a shortcut: another way to the same result, for plain tensors on a CPU alone. The conditions below say when a
+shortcut may be taken: where nobody can tell, since nothing looks on, and all that it passes over or cuts into groups is
+known and as its file says. In any other case the method runs as it is written, with whole batches.
 
 Feature maps are channels-last, (batch, height, width, channels).
 """
@@ -11,14 +12,15 @@ Feature maps are channels-last, (batch, height, width, channels).
 import functools
 import math
 from collections.abc import Callable, Sequence
+from types import BuiltinFunctionType
 from typing import Any, TypeVar, cast
 
 import torch
+from timm.layers import DropPath
 from timm.layers import Mlp as TimmMlp
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
@@ -31,24 +33,37 @@ __all__ = ['Blocks', 'Linear', 'Mlp', 'in_chunks', 'in_groups', 'in_one_pass']
 _GROUP_BYTES = 5_000_000  # of the widest tensor, for each thread; twice as much in training, which keeps it anyway
 _CONV_ROWS = 512  # below, a convolution's preparations cost more than it saves
 
-_linear = F.linear  # to see when another function is put in its place
-
 Method = TypeVar('Method', bound=Callable[..., Any])
 
 
 def _is_eager_on_cpu(*tensors: Tensor) -> bool:
-    """Whether these are plain CPU tensors, and nothing looks on that follows or changes single operations."""
+    """Whether these are plain CPU tensors, and nothing looks on that follows or changes single operations or layers."""
     return not (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or is_transformed()
+        or torch._C._len_torch_dispatch_stack()
         or (torch._C._is_torch_function_mode_enabled() and _mode_looks_on())
+        or _has_any_global_hook()
+        or not _are_torchs(nn.Module.__call__, F.conv2d, F.linear, F.batch_norm, F.layer_norm)
+        or not _are_torchs(F.dropout, F.gelu, F.relu, F.silu)
     ) and all(type(t) is Tensor and t.device.type == 'cpu' for t in tensors)
 
 
 def _mode_looks_on() -> bool:
     """Whether there is a function mode besides `torch.set_default_device`, which is one too."""
     return any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
+
+
+@functools.lru_cache(maxsize=16)
+def _are_torchs(*functions: Callable) -> bool:
+    """Whether functions of `torch.nn` are compiled or stand in its files, so that none was put in their place."""
+    return all(isinstance(f, BuiltinFunctionType) or _file_of(f).startswith('torch.nn.') for f in functions)
+
+
+def _file_of(function: Callable) -> str:
+    """Name of the Python module whose code a function is, which `functools.wraps` does not change."""
+    return getattr(function, '__globals__', {}).get('__name__', '')
 
 
 def _is_float32_on_cpu(layer: nn.Module, *tensors: Tensor) -> bool:
@@ -60,7 +75,10 @@ def _is_float32_on_cpu(layer: nn.Module, *tensors: Tensor) -> bool:
         and all(t.dtype == torch.float32 for t in tensors)
         and parameters.keys() == {'weight', 'bias'}
         and all(
-            type(p) is nn.Parameter and p.dtype == torch.float32 and p.device.type == 'cpu'
+            type(p) is nn.Parameter
+            and p.dtype == torch.float32
+            and p.device.type == 'cpu'
+            and p.layout == torch.strided
             for p in parameters.values()
             if p is not None
         )
@@ -69,20 +87,21 @@ def _is_float32_on_cpu(layer: nn.Module, *tensors: Tensor) -> bool:
 
 
 def _is_altered(module: nn.Module) -> bool:
-    """Whether calling a module does more, or else, than its class says: hooks, or a `forward` that was replaced on the
-    object or on the class, here or in a part of it."""
-    return bool(_has_any_global_hook()) or any(
-        bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
-        or 'forward' in vars(m)
-        or _is_patched(type(m))
-        for m in module.modules()
+    """Whether calling a module does more, or else, than its class says: hooks, a `forward` that was replaced on the
+    object or on the class, parameters that are more than tensors."""
+    return (
+        bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+        or 'forward' in vars(module)
+        or any(type(p) is not nn.Parameter for p in module._parameters.values() if p is not None)
+        or not all(_is_own(vars(c)['forward'], c) for c in type(module).__mro__[:-2] if 'forward' in vars(c))
     )
 
 
-def _is_patched(kind: type[nn.Module]) -> bool:
-    """Whether the `forward` of a class comes from another file than the class, its own or the base, that holds it."""
-    owner = next(c for c in kind.__mro__ if 'forward' in vars(c))
-    return vars(owner)['forward'].__module__ != owner.__module__
+@functools.lru_cache(maxsize=256)
+def _is_own(forward: Callable, kind: type[nn.Module]) -> bool:
+    """Whether a `forward` of a class is the one in the file of the class, perhaps with a decorator of this file."""
+    name = f'{kind.__qualname__}.forward'
+    return getattr(forward, '__qualname__', '') == name and _file_of(forward) in (kind.__module__, __name__)
 
 
 def shortcut(fast: Callable[..., Any]) -> Callable[[Method], Method]:
@@ -106,7 +125,12 @@ def shortcut(fast: Callable[..., Any]) -> Callable[[Method], Method]:
     return decorate
 
 
-def in_groups(growth: float = 4.0, tokens: bool = False, while_training: bool = False) -> Callable[[Method], Method]:
+def in_groups(
+    growth: float = 4.0,
+    tokens: bool = False,
+    while_training: bool = False,
+    parts: Sequence[str] = (),
+) -> Callable[[Method], Method]:
     """Decorate a method that maps every image alike, so that on a CPU it takes a few of them at a time.
 
     What a network works in is tens of megabytes for a batch: it leaves the cache before it is read again, and is fresh
@@ -115,7 +139,8 @@ def in_groups(growth: float = 4.0, tokens: bool = False, while_training: bool = 
     Args:
         growth: Size of the widest tensor within, in multiples of the input's.
         tokens: Whether every token is mapped alike too, so that a group need not be whole images.
-        while_training: Whether to take groups in training mode too, where the method must have no batch norm.
+        while_training: Whether to take groups in training mode too.
+        parts: Names of the parts that the method uses, if not the whole module.
     """
 
     def decorate(method: Method) -> Method:
@@ -125,9 +150,12 @@ def in_groups(growth: float = 4.0, tokens: bool = False, while_training: bool = 
             entries = x.flatten(0, -2) if tokens else x
             budget = _GROUP_BYTES * torch.get_num_threads() * (2 if module.training else 1)
             groups = min(len(entries), math.ceil(x.nbytes * growth / budget))
-            if groups <= 1 or _is_altered(module) or _mixes(module, tokens):
+            if groups <= 1:
                 return None
-            y = torch.cat([method(module, group) for group in entries.tensor_split(groups)])
+            used = [getattr(module, name) for name in parts] or [module]
+            if not all(_maps_alike(m, tokens) and not _is_altered(m) for part in used for m in part.modules()):
+                return None
+            y = _take_groups(method, module, entries.tensor_split(groups))
             return y.unflatten(0, x.shape[:-1]) if tokens else y
 
         return shortcut(grouped)(method)
@@ -135,12 +163,21 @@ def in_groups(growth: float = 4.0, tokens: bool = False, while_training: bool = 
     return decorate
 
 
-def _mixes(module: nn.Module, tokens: bool) -> bool:
-    """Whether a part of the module may tell a group from the whole: a batch norm in training mode while the module is
-    in evaluation; among tokens, whatever is not known to map each of them alike."""
-    if tokens:
-        return not all(type(m) in _OF_TOKENS for m in module.children())
-    return not module.training and any(m.training and isinstance(m, _BatchNorm) for m in module.modules())
+def _take_groups(method: Callable[..., Tensor], module: nn.Module, groups: Sequence[Tensor]) -> Tensor:
+    return torch.cat([method(module, group) for group in groups])
+
+
+def _maps_alike(module: nn.Module, tokens: bool) -> bool:
+    """Whether a module is known to map every image, or token, by itself, and without random numbers, which groups
+    would draw in another order."""
+    kind = type(module)
+    if kind not in _OF_TOKENS and (tokens or not (kind in _OF_IMAGES or kind.__module__.startswith(f'{__package__}.'))):
+        return False
+    if isinstance(module, nn.BatchNorm2d):
+        return not module.training and module.running_mean is not None
+    if isinstance(module, nn.Dropout):
+        return not module.training or module.p == 0
+    return not (isinstance(module, DropPath) and module.training)
 
 
 class Blocks(nn.Sequential):
@@ -166,7 +203,9 @@ class Linear(nn.Linear):
 
     @shortcut(convolve)
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.weight, self.bias)
+        if torch.jit.is_scripting():  # TorchScript has no super()
+            return F.linear(input, self.weight, self.bias)
+        return super().forward(input)
 
 
 def in_chunks(name: str, chunks: int) -> Callable[[Method], Method]:
@@ -192,7 +231,7 @@ def _may_convolve(layer: nn.Linear, x: Tensor) -> bool:
     return (
         _is_float32_on_cpu(layer, x)
         and x.numel() >= _CONV_ROWS * x.shape[-1]
-        and F.linear is _linear
+        and _is_own(nn.Linear.forward, nn.Linear)
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
     )
@@ -225,20 +264,24 @@ class Mlp(TimmMlp):
 
     @in_groups(tokens=True, while_training=True)
     def forward(self, x: Tensor) -> Tensor:
-        x = self.drop1(self.act(self.fc1(x)))
-        return self.drop2(self.fc2(self.norm(x)))
+        if torch.jit.is_scripting():
+            return self.drop2(self.fc2(self.norm(self.drop1(self.act(self.fc1(x))))))
+        return super().forward(x)
 
 
-_OF_TOKENS = (Linear, nn.Dropout, nn.GELU, nn.Identity, nn.Linear)  # what maps every token alike
+_OF_TOKENS = {Linear, Mlp, nn.Dropout, nn.GELU, nn.Identity, nn.Linear}  # what maps every token alike
+_OF_IMAGES = {DropPath, nn.BatchNorm2d, nn.Conv2d, nn.LayerNorm, nn.ReLU, nn.SiLU}  # and what every image, as ours do
 
 
 def _read_out(mixer: Any, h: Tensor, x: Tensor, C: Tensor, z: Tensor) -> Tensor | None:
-    if not _is_eager_on_cpu(h, x, C, z):
+    if not _is_eager_on_cpu(h, x, C, z) or type(mixer._parameters.get('D')) is not nn.Parameter:
         return None
     norm, act, D = mixer.norm, mixer.act, mixer.D.squeeze(0)
-    if type(norm) is not nn.LayerNorm or type(act) is not nn.SiLU or norm.bias is None:
+    if type(norm) is not nn.LayerNorm or norm.bias is None or norm.normalized_shape != h.shape[-1:]:
         return None
-    if not _is_float32_on_cpu(norm, h, x, C, z, D) or _is_altered(norm) or _is_altered(act):
+    if type(act) is not nn.SiLU or _is_altered(norm) or _is_altered(act):
+        return None
+    if not _is_float32_on_cpu(norm, h, x, C, z, D):
         return None
     return gated_readout(h, x, C, D, z, norm.weight, norm.bias, norm.eps)
 

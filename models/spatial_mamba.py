@@ -13,12 +13,12 @@ from typing import Any, cast
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, calculate_drop_path_rates
-from timm.models import generate_default_cfgs, named_apply, register_model
+from timm.models import generate_default_cfgs, named_apply, register_model, register_notrace_module
 from torch import Tensor, nn
 
+from . import ssm
 from .backbone import Backbone, Stage, build_backbone, init_linear, register_aliases, stage_dims
 from .layers import Linear, Mlp, in_chunks, in_groups, in_one_pass
-from .ssm import decay_rates, fuse_states, init_scan_, scan
 from .weights.rename import rename_checkpoint
 
 __all__ = ['SpatialMamba']
@@ -27,54 +27,74 @@ __all__ = ['SpatialMamba']
 class Stem(nn.Module):
     """Image to tokens at a quarter of its resolution: five convolutions, each with a batch norm."""
 
-    def __init__(self, in_chans: int, dim: int, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        bn_momentum: float = 0.1,
+        bn_eps: float = 1e-5,
+        device=None,
+        dtype=None,
+    ) -> None:
         dd = {'device': device, 'dtype': dtype}
+        norm_args = dict(momentum=bn_momentum, eps=bn_eps, **dd)
         super().__init__()
         mid_dim = dim // 2
-        self.act = nn.ReLU(inplace=True)
         self.conv1 = nn.Conv2d(in_chans, mid_dim, kernel_size=3, stride=2, padding=1, bias=False, **dd)
-        self.norm1 = nn.BatchNorm2d(mid_dim, **dd)
+        self.norm1 = nn.BatchNorm2d(mid_dim, **norm_args)
+        self.act1 = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(mid_dim, mid_dim, kernel_size=3, padding=1, bias=False, **dd)
-        self.norm2 = nn.BatchNorm2d(mid_dim, **dd)
+        self.norm2 = nn.BatchNorm2d(mid_dim, **norm_args)
+        self.act2 = nn.ReLU(inplace=True)
         self.conv3 = nn.Conv2d(mid_dim, mid_dim, kernel_size=3, padding=1, bias=False, **dd)
-        self.norm3 = nn.BatchNorm2d(mid_dim, **dd)
+        self.norm3 = nn.BatchNorm2d(mid_dim, **norm_args)
         self.conv4 = nn.Conv2d(mid_dim, 4 * dim, kernel_size=3, stride=2, padding=1, bias=False, **dd)
-        self.norm4 = nn.BatchNorm2d(4 * dim, **dd)
+        self.norm4 = nn.BatchNorm2d(4 * dim, **norm_args)
+        self.act4 = nn.ReLU(inplace=True)
         self.conv5 = nn.Conv2d(4 * dim, dim, kernel_size=1, bias=False, **dd)
-        self.norm5 = nn.BatchNorm2d(dim, **dd)
+        self.norm5 = nn.BatchNorm2d(dim, **norm_args)
 
     @in_groups(growth=8)
     def forward(self, x: Tensor) -> Tensor:
         # Channels last in memory, so that what follows is too, and the last permute a view. Not by memory_format, which
         # vmap does not know.
         x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-        x = self.act(self.norm1(self.conv1(x)))  # [B, C, H, W] -> [B, C', H/2, W/2]
-        x = x + self.norm3(self.conv3(self.act(self.norm2(self.conv2(x)))))
-        x = self.act(self.norm4(self.conv4(x)))  # -> [B, 4C'', H/4, W/4]
+        x = self.act1(self.norm1(self.conv1(x)))  # [B, C, H, W] -> [B, C', H/2, W/2]
+        x = x + self.norm3(self.conv3(self.act2(self.norm2(self.conv2(x)))))
+        x = self.act4(self.norm4(self.conv4(x)))  # -> [B, 4C'', H/4, W/4]
         return self.norm5(self.conv5(x)).permute(0, 2, 3, 1)  # -> [B, H/4, W/4, C'']
 
 
 class Downsample(nn.Module):
     """Halve the resolution: a depthwise convolution of stride 2 between two of 1x1, batch norm."""
 
-    def __init__(self, in_dim: int, dim: int, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        bn_momentum: float = 0.1,
+        bn_eps: float = 1e-5,
+        device=None,
+        dtype=None,
+    ) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         hidden_dim = 4 * dim
-        self.act = nn.ReLU(inplace=True)
         self.conv1 = nn.Conv2d(in_dim, hidden_dim, kernel_size=1, **dd)
+        self.act1 = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(hidden_dim, hidden_dim, kernel_size=3, stride=2, padding=1, groups=hidden_dim, **dd)
+        self.act2 = nn.ReLU(inplace=True)
         self.conv3 = nn.Conv2d(hidden_dim, dim, kernel_size=1, **dd)
-        self.norm = nn.BatchNorm2d(dim, **dd)
+        self.norm = nn.BatchNorm2d(dim, momentum=bn_momentum, eps=bn_eps, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.convolve(x)
         return self.norm(x).permute(0, 2, 3, 1)  # -> [B, H/2, W/2, C']
 
-    @in_groups(growth=8, while_training=True)
+    @in_groups(growth=8, while_training=True, parts=('conv1', 'act1', 'conv2', 'act2', 'conv3'))
     def convolve(self, x: Tensor) -> Tensor:
-        x = self.act(self.conv1(x.permute(0, 3, 1, 2)))  # [B, H, W, C] -> [B, 4C', H, W]
-        x = self.act(self.conv2(x))  # -> [B, 4C', H/2, W/2]
+        x = self.act1(self.conv1(x.permute(0, 3, 1, 2)))  # [B, H, W, C] -> [B, 4C', H, W]
+        x = self.act2(self.conv2(x))  # -> [B, 4C', H/2, W/2]
         return self.conv3(x)  # -> [B, C', H/2, W/2]
 
 
@@ -95,9 +115,10 @@ class StateFusion(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         kernels = torch.cat([self.kernel_3, self.kernel_3_1, self.kernel_3_2], dim=1).transpose(0, 1)  # [3, E, 3, 3]
         weight = self.alpha.view(3, 1, 1, 1) * kernels
-        return fuse_states(h, weight)
+        return ssm.fuse_states(h, weight)
 
 
+@register_notrace_module  # a node of timm's FX graphs, so that its shortcuts are taken there
 class SpatialMixer(nn.Module):
     """The mixer: a depthwise convolution, one scan for the states, their fusion, and a gate."""
 
@@ -110,7 +131,7 @@ class SpatialMixer(nn.Module):
 
         self.in_proj = Linear(dim, 2 * inner_dim, bias=False, **dd)
         self.conv = nn.Conv2d(inner_dim, inner_dim, kernel_size=3, padding=1, groups=inner_dim, **dd)
-        self.act = nn.SiLU()
+        self.conv_act = nn.SiLU()
         self.x_proj = nn.Linear(inner_dim, self.dt_rank + 2, bias=False, **dd)
         self.dt_weight = nn.Parameter(torch.empty(1, inner_dim, self.dt_rank, **dd))
         self.dt_bias = nn.Parameter(torch.empty(1, inner_dim, **dd))
@@ -118,17 +139,18 @@ class SpatialMixer(nn.Module):
         self.D = nn.Parameter(torch.empty(1, inner_dim, **dd))
         self.fusion = StateFusion(inner_dim, **dd)
         self.norm = nn.LayerNorm(inner_dim, **dd)
+        self.act = nn.SiLU()
         self.out_proj = Linear(inner_dim, dim, bias=False, **dd)
-        init_scan_(self.A_log, self.D, self.dt_weight, self.dt_bias)
+        ssm.init_scan_(self.A_log, self.D, self.dt_weight, self.dt_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         # Names are used again, so that few of these wide maps live at a time.
         x, z = self.project(x)
-        x = self.act(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        x = self.conv_act(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         dt, B, C = self.x_proj(x).split([self.dt_rank, 1, 1], dim=-1)
         dt, B = dt.unsqueeze(3), B.unsqueeze(3)  # [B, H, W, K, R], [B, H, W, K, N] with K = N = 1
-        A = decay_rates(self.A_log)
-        y = scan(x, dt, A, B, None, None, self.dt_bias, self.dt_weight, ndim=1, orders=self.orders)  # the states
+        A = ssm.decay_rates(self.A_log)
+        y = ssm.scan(x, dt, A, B, None, None, self.dt_bias, self.dt_weight, ndim=1, orders=self.orders)  # the states
         y = self.read_out(self.fusion(y), x, C, z)
         return self.out_proj(y)
 
@@ -185,6 +207,8 @@ class SpatialMamba(Backbone):
         mlp_ratio: Hidden width of the MLP over the stage's width.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 at the first.
+        bn_momentum: Weight of a new batch in the running statistics of the batch norms.
+        bn_eps: Smallest variance of the batch norms, added to every variance.
     """
 
     def __init__(
@@ -197,16 +221,19 @@ class SpatialMamba(Backbone):
         mlp_ratio: float = 4.0,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        bn_momentum: float = 0.1,
+        bn_eps: float = 1e-5,
         device=None,
         dtype=None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
+        bn_args: dict[str, Any] = dict(bn_momentum=bn_momentum, bn_eps=bn_eps)
         dims = stage_dims('SpatialMamba', dims, depths)
-        stem = Stem(in_chans, dims[0], **dd)
+        stem = Stem(in_chans, dims[0], **bn_args, **dd)
         drop_path = cast(list[list[float]], calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
         stages = []
         for i, dim in enumerate(dims):
-            downsample = Downsample(dims[i - 1], dim, **dd) if i > 0 else nn.Identity()
+            downsample = Downsample(dims[i - 1], dim, **bn_args, **dd) if i > 0 else nn.Identity()
             blocks = [Block(dim, mlp_ratio=mlp_ratio, drop_path=rate, **dd) for rate in drop_path[i]]
             stages.append(Stage(downsample, blocks))
         super().__init__(stem, stages, dims, in_chans, num_classes, global_pool, drop_rate, **dd)

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the state-space mixers share: the way to the operators, the decay rates, and the initialisation of a scan."""
+"""What the state-space mixers share: the way to the operators, the decay rates, and the initialisation of a scan.
+
+A function here that FX could not follow, as it looks at a shape or a dtype, is one node of any tracer's graph. For that
+it is called as `ssm.scan`: a tracer finds a wrapped function in the module that defines it, not under imported names.
+"""
 
 import math
 
@@ -9,11 +13,11 @@ from torch import Tensor, nn
 
 from ..ops import selective_scan, state_fusion
 
-for op in (selective_scan, state_fusion):  # their checks read shapes, which FX cannot trace
+for op in (selective_scan, state_fusion):  # where timm's tracer meets them in modules of others
     register_notrace_function(op)
 
 
-@register_notrace_function
+@torch.fx.wrap
 def scan(
     x: Tensor,
     dt: Tensor,
@@ -23,7 +27,6 @@ def scan(
     D: Tensor | None,
     dt_bias: Tensor,
     dt_weight: Tensor,
-    *,
     ndim: int,
     orders: list[int],
 ) -> Tensor:
@@ -33,7 +36,7 @@ def scan(
     return selective_scan(x, dt, A, B, C, D, dt_bias, dt_weight=dt_weight, ndim=ndim, orders=orders)
 
 
-@register_notrace_function
+@torch.fx.wrap
 def fuse_states(h: Tensor, weight: Tensor) -> Tensor:
     """`vssm.ops.state_fusion`. TorchScript calls the operator without the checks."""
     if torch.jit.is_scripting():
@@ -41,7 +44,7 @@ def fuse_states(h: Tensor, weight: Tensor) -> Tensor:
     return state_fusion(h, weight)
 
 
-@register_notrace_function  # FX cannot follow a branch on a dtype
+@torch.fx.wrap
 def decay_rates(A_log: Tensor) -> Tensor:
     """A = -exp(A_log), in float32 at least: rounding a rate to half precision would move every state."""
     if A_log.dtype != torch.float64:

@@ -18,9 +18,9 @@ from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, named_apply, register_model
 from torch import Tensor, nn
 
+from . import ssm
 from .backbone import Backbone, Stage, build_backbone, init_linear, register_aliases, stage_dims
 from .layers import Linear, Mlp, in_groups
-from .ssm import decay_rates, init_scan_, scan
 from .weights.rename import rename_checkpoint
 
 __all__ = ['VMamba']
@@ -91,7 +91,7 @@ class SS2D(nn.Module):
         self.D = nn.Parameter(torch.empty(K, inner_dim, **dd))
         self.norm = nn.LayerNorm(inner_dim, **dd)
         self.out_proj = Linear(inner_dim, dim, bias=False, **dd)
-        init_scan_(self.A_log, self.D, self.dt_weight, self.dt_bias)
+        ssm.init_scan_(self.A_log, self.D, self.dt_weight, self.dt_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.in_proj(x)  # [B, H, W, C] -> [B, H, W, E]
@@ -99,8 +99,8 @@ class SS2D(nn.Module):
         # The projections act on one position at a time, so one of them serves all orders: [B, H, W, K, R + 2N]
         proj = self.x_proj(x).unflatten(-1, (len(self.orders), -1))
         dt, B, C = proj.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        A = decay_rates(self.A_log)
-        y = scan(x, dt, A, B, C, self.D, self.dt_bias, self.dt_weight, ndim=self.scan_ndim, orders=self.orders)
+        A = ssm.decay_rates(self.A_log)
+        y = ssm.scan(x, dt, A, B, C, self.D, self.dt_bias, self.dt_weight, ndim=self.scan_ndim, orders=self.orders)
         return self.out_proj(self.norm(y))
 
 

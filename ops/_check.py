@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The checks of arguments that all ops make: a ValueError names the argument, what was needed and what came.
 
-The public functions make them, once for each call; operators and kernels trust them.
+The public functions make them, once for each call. Operators trust them but for devices, since PyTorch itself would
+hand a mix of CPU and meta tensors to the rule for meta tensors, whose result has no values.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,6 @@ def check_tensors(op: str, tensors: Mapping[str, Any], optional: Sequence[str] =
         tensors: The op's tensors by their names.
         optional: Names of those that may be None.
     """
-    first, *_ = tensors
     for name, t in tensors.items():
         if t is None and name in optional:
             continue
@@ -26,8 +26,23 @@ def check_tensors(op: str, tensors: Mapping[str, Any], optional: Sequence[str] =
             raise ValueError(f'{op}: {name} must be a tensor, got {type(t).__name__}.')
         if not t.is_floating_point():
             raise ValueError(f'{op}: {name} must have a floating dtype, got {t.dtype}.')
-        device = tensors[first].device
-        if t.device != device:
+    check_devices(op, tensors)
+
+
+def check_devices(op: str, tensors: Mapping[str, Tensor | None]) -> None:
+    """Refuse a tensor that is on another device than the first one; None passes.
+
+    Args:
+        op: Name of the op, with which a message begins.
+        tensors: The op's tensors by their names.
+    """
+    device = None
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        if device is None:
+            first, device = name, t.device
+        elif t.device != device:
             raise ValueError(f'{op}: {name} must be on the device of {first}, {device}, got {t.device}.')
 
 

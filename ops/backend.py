@@ -2,6 +2,7 @@
 """What computes an op: the compiled kernels, loaded here, or on request the reference in plain PyTorch."""
 
 import os
+import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -10,13 +11,20 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-LIBRARY = Path(__file__).with_name('_C.abi3.so')
+LIBRARY = Path(__file__).with_name('_C.so')
 if not LIBRARY.exists():
     raise ImportError(
         f'vssm was installed without its compiled kernels ({LIBRARY.name} is missing beside {__file__}): '
         'run `pip install --no-build-isolation -e .` in a clone, which needs a C++ compiler, or install a wheel.'
     )
-torch.ops.load_library(LIBRARY)
+try:
+    torch.ops.load_library(LIBRARY)
+except OSError as error:  # empty, of another platform, or built for a newer PyTorch, whose functions it does not find
+    raise ImportError(
+        f'The compiled kernels of vssm cannot be loaded ({error}). They need PyTorch 2.10 or newer and a wheel of this '
+        f'platform, got PyTorch {torch.__version__} on {sysconfig.get_platform()}: run `pip install "torch>=2.10"`, '
+        'then install a wheel of vssm again, or run `pip install --no-build-isolation -e .` in a clone.'
+    ) from error
 
 _use_reference = os.environ.get('VSSM_REFERENCE', '0') == '1'
 
@@ -49,17 +57,18 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def is_transformed() -> bool:
-    """Whether a transform of `torch.func`, or forward-mode differentiation, is at work.
-
-    They do not see an autograd that is registered with the dispatcher, but they see an `autograd.Function`.
-    """
+    """Whether a transform of `torch.func`, or forward-mode differentiation, is at work."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+# Asked about these, PyTorch raises an error; the function that would tell which they are cannot be compiled.
+_WITHOUT_AUTOCAST = ('meta', 'lazy', 'vulkan', 'fpga', 've')
 
 
 def autocast_is_on(x: Tensor) -> bool:
     """Whether autocast would choose dtypes on the device of x, which may be one that has no autocast."""
     device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device not in _WITHOUT_AUTOCAST and torch.is_autocast_enabled(device)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
@@ -70,10 +79,15 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
 def check_device(op: str, x: Tensor) -> None:
     """Raise a NotImplementedError where an op has no kernel."""
     if x.device.type not in ('cpu', 'cuda', 'meta'):
-        raise NotImplementedError(
-            f'{op}: there is no kernel for device {x.device.type!r}; the reference runs there, slowly: '
-            'use `with vssm.ops.use_reference():` or set VSSM_REFERENCE=1.'
-        )
+        raise no_kernel(op, x)
+
+
+def no_kernel(op: str, x: Tensor) -> NotImplementedError:
+    """What an op without a kernel for the device of x raises."""
+    return NotImplementedError(
+        f'{op}: there is no kernel for device {x.device.type!r}; the reference runs there, slowly: '
+        'use `with vssm.ops.use_reference():` or set VSSM_REFERENCE=1.'
+    )
 
 
 def check_precision(op: str, x: Tensor) -> None:

@@ -67,6 +67,20 @@ def _scan_slices(self, input):
     return [self.to_tensor(np.stack([t.handle.data for t in c], self.axis), c[0].dtype) for c in columns]
 
 
+def _dot_in_float32(create_dot):
+    """Triton's interpreter holds bfloat16 as integers, and would multiply those."""
+
+    def as_float32(t):
+        from triton.language import bfloat16, float32
+        from triton.runtime.interpreter import TensorHandle, _convert_float
+
+        if t.dtype.scalar != bfloat16:
+            return t
+        return TensorHandle(_convert_float(t.data, bfloat16, float32, None).view(np.float32), float32)
+
+    return lambda self, a, b, *args: create_dot(self, as_float32(a), as_float32(b), *args)
+
+
 def _through_cuda(function):
     """`function` for tensors on the CPU: their storages go to the GPU, so that they keep their strides, and back."""
 
@@ -90,9 +104,11 @@ def triton_kernels():
     from vssm.ops.scan.triton import launch as scan
 
     if INTERPRETED:
-        from triton.runtime.interpreter import ScanOps
+        from triton.runtime.interpreter import InterpreterBuilder, ScanOps
 
-        ScanOps.generic_scan = _scan_slices
+        if ScanOps.generic_scan is not _scan_slices:
+            ScanOps.generic_scan = _scan_slices
+            InterpreterBuilder.create_dot = _dot_in_float32(InterpreterBuilder.create_dot)
     library = torch.library.Library('vssm', 'IMPL')
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*verrid', UserWarning)

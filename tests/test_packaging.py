@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is installed: every module in the wheel, one library for all versions, one sentence where a part is missing."""
 
+import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import vssm
 
@@ -40,6 +44,10 @@ for name in ('test_vmamba2d', 'test_spatial_mamba'):
     grads.append(x.grad.abs().sum().item())
 print(json.dumps([vssm.__file__, torch.__version__, ys, grads]))
 """
+
+
+# Of every build, so that the same source gives the same bytes.
+os.environ.setdefault('SOURCE_DATE_EPOCH', '1700000000')
 
 
 def run(*command, **kwargs):
@@ -81,12 +89,36 @@ def wheel(source, made_once):
 
 @pytest.mark.slow
 def test_wheel_holds_every_file(wheel):
-    assert '-cp311-abi3-' in wheel.name
-    expected = {'vssm/py.typed', 'vssm/ops/_C.abi3.so'}
+    assert re.search('-py3-none-(linux|macosx)', wheel.name)
+    expected = {'vssm/py.typed', 'vssm/ops/_C.so'}
     for package, folder in PACKAGES.items():
         expected |= {f'{package}/{p.relative_to(ROOT / folder)}' for p in (ROOT / folder).glob('**/*.py')}
     names = {n for n in zipfile.ZipFile(wheel).namelist() if '.dist-info/' not in n}
     assert names == expected
+
+
+@pytest.mark.slow
+def test_library_in_the_wheel(wheel):
+    """It calls nothing of Python's, which its tag promises; it is stripped, and names no folder of this machine."""
+    with zipfile.ZipFile(wheel) as archive:
+        library = archive.read('vssm/ops/_C.so')
+    assert len(library) < 1_000_000
+    assert not re.search(rb'\0_?Py[A-Z_]\w+\0', library)
+    for folder in (ROOT, Path(torch.__file__).parent, wheel.parent.parent):
+        assert str(folder).encode() not in library
+
+
+@pytest.mark.slow
+def test_two_builds_give_the_same_bytes(wheel, tmp_path):
+    with tarfile.open(next(wheel.parent.glob('*.tar.gz'))) as archive:
+        archive.extractall(tmp_path / 'elsewhere', filter='data')
+    (folder,) = (tmp_path / 'elsewhere').iterdir()
+    for path in folder.rglob('*'):
+        os.utime(path)  # and at another time
+    result = run(sys.executable, '-m', 'pip', 'wheel', '--no-build-isolation', '--no-deps', '-w', tmp_path, folder)
+    assert result.returncode == 0, result.stderr
+    (again,) = tmp_path.glob('*.whl')
+    assert again.name == wheel.name and again.read_bytes() == wheel.read_bytes()
 
 
 @pytest.mark.slow
@@ -140,6 +172,36 @@ def test_missing_library_says_how_to_build_it(source, tmp_path):
     result = run(sys.executable, '-c', f'import sys; sys.path.insert(0, {str(tmp_path)!r}); import vssm.ops')
     assert result.returncode != 0
     assert 'pip install --no-build-isolation -e .' in result.stderr.splitlines()[-1]
+
+
+SPOILT = {
+    'empty': lambda library: b'',
+    'another-architecture': lambda library: library[:18] + b'\xf3\x7f' + library[20:],  # ELF's e_machine
+    'newer-torch': lambda library: library.replace(b'torch_get_thread_idx', b'torch_get_thread_new'),
+}
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='its libraries have another format')
+@pytest.mark.parametrize('spoil', SPOILT.values(), ids=SPOILT)
+def test_library_that_cannot_be_loaded_says_what_it_needs(spoil, tmp_path):
+    shutil.copy(ROOT / 'ops' / 'backend.py', tmp_path)
+    library = (ROOT / 'ops' / '_C.so').read_bytes()
+    assert spoil(library) != library
+    (tmp_path / '_C.so').write_bytes(spoil(library))
+    spec = importlib.util.spec_from_file_location('backend_of_a_spoilt_library', tmp_path / 'backend.py')
+    with pytest.raises(ImportError) as error:
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    for part in (str(tmp_path), 'PyTorch 2.10 or newer', f'got PyTorch {torch.__version__}', sysconfig.get_platform()):
+        assert part in str(error.value)
+
+
+def test_old_setuptools_says_which_is_needed(source, tmp_path):
+    (tmp_path / 'setuptools').mkdir()
+    (tmp_path / 'setuptools' / '__init__.py').write_text('__version__ = "69.5.1"')
+    env = {**os.environ, 'PYTHONPATH': str(tmp_path)}
+    result = run(sys.executable, 'setup.py', 'build_ext', cwd=source, env=env)
+    assert result.returncode != 0
+    assert 'setuptools 77 or newer, got 69.5.1' in result.stderr.splitlines()[-1]
 
 
 def test_missing_compiler_says_how_to_get_one(source, tmp_path):

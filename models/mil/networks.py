@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from ..ssm import decay_rates, init_scan_, scan
+from .. import ssm
 from ..weights.rename import rename_checkpoint
 from .grid import to_cells
 
@@ -191,7 +191,7 @@ class MambaMixer(nn.Module):
         self.A_log = nn.Parameter(torch.empty(1, inner_dim, d_state, **dd))
         self.D = nn.Parameter(torch.empty(1, inner_dim, **dd))
         self.out_proj = nn.Linear(inner_dim, dim, bias=False, **dd)
-        init_scan_(self.A_log, self.D, self.dt_weight, self.dt_bias)
+        ssm.init_scan_(self.A_log, self.D, self.dt_weight, self.dt_bias)
 
     def forward(self, x: Tensor, tissue: Tensor | None = None) -> Tensor:
         """The map of a slide, (H, W, C) -> (H, W, C).
@@ -211,10 +211,10 @@ class MambaMixer(nn.Module):
             x = x * tissue
         proj = self.x_proj(x).unsqueeze(3)  # -> [1, H, W, K = 1, R + 2N]
         dt, B, C = proj.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        y = scan(
+        y = ssm.scan(
             x,
             self.dt_norm(dt),
-            decay_rates(self.A_log),
+            ssm.decay_rates(self.A_log),
             self.B_norm(B),
             self.C_norm(C),
             self.D,

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The state fusion for one instruction set, see simd.h.
 //
-// One task takes a block of `lanes` channels of one image, a band of rows after the other. The rows that a band reaches
-// are first copied next to each other with their borders replicated, so that the sum itself meets no border.
+// One task takes a block of `lanes` channels of one image, a band of rows after the other, and of a wide map a strip of
+// columns after the other. What they reach is first copied next to each other with the map's borders replicated, so that
+// the sum itself meets no border.
 #pragma once
 
 #include "fusion.h"
@@ -11,11 +12,17 @@
 namespace vssm {
 namespace {
 
-// Rows of a band: few enough for the second-level cache, enough to make little of the rows around them.
+// Columns of a strip, and rows of a band: few enough for the second-level cache, enough to make little of those around
+// them.
+template <class T>
+int64_t strip_columns(const FusionArgs<T>& s) {
+  return at_most(512, s.width);
+}
+
 template <class T>
 int64_t band_rows(const FusionArgs<T>& s) {
   constexpr int64_t kBytes = 1 << 18;
-  const int64_t rows = kBytes / ((s.width + 4 * kReach) * s.lanes * int64_t(sizeof(T))) - 2 * kReach;
+  const int64_t rows = kBytes / ((strip_columns(s) + 4 * kReach) * s.lanes * int64_t(sizeof(T))) - 2 * kReach;
   return at_most(rows < 8 ? 8 : rows, s.height);
 }
 
@@ -42,18 +49,41 @@ void sum_taps(T* out, const T* in, int64_t length, const T* const* weight, const
   }
 }
 
-// A row of the map between `margin` columns on either side: repeated, or zero.
+// The same for weights that are not finite, where position 0 is column `first` of the map: what `in` holds beyond the map
+// is zero, but its product with such a weight is not.
 template <class T>
-void copy_row(T* to, const T* from, int64_t step, int64_t width, int64_t valid, int margin, bool repeat) {
+void sum_taps_on_map(T* out, const T* in, int64_t length, const T* const* weight, const int64_t* offset,
+                     const int* column, int taps, int64_t first, int64_t width) {
   constexpr int W = kWidth<T>;
-  gather(to + margin * W, W, from, step, width, valid);
-  const Vec<T> zero = {};
-  const Vec<T> left = repeat ? load(to + margin * W) : zero;
-  const Vec<T> right = repeat ? load(to + (margin + width - 1) * W) : zero;
-  for (int m = 0; m < margin; ++m) {
-    store(to + m * W, left);
-    store(to + (margin + width + m) * W, right);
+  for (int64_t p = 0; p < length; ++p) {
+    Vec<T> sum = {};
+    for (int tap = 0; tap < taps; ++tap) {
+      const int64_t from = first + p - column[tap];
+      if (from >= 0 && from < width) sum += load(weight[tap]) * load(in + offset[tap] + p * W);
+    }
+    store(out + p * W, sum);
   }
+}
+
+template <class T>
+bool all_finite(const T* values, int64_t size) {
+  bool finite = true;
+  for (int64_t i = 0; i < size; ++i) finite &= values[i] - values[i] == T(0);
+  return finite;
+}
+
+// The columns [begin, end) of a row of the map; beyond it the border is repeated, or all is zero.
+template <class T>
+void copy_row(T* to, const T* row, int64_t step, int64_t width, int64_t valid, int64_t begin, int64_t end,
+              bool repeat) {
+  constexpr int W = kWidth<T>;
+  const int64_t first = begin < 0 ? 0 : begin, last = at_most(end, width);
+  gather(to + (first - begin) * W, W, row + first * step, step, last - first, valid);
+  const Vec<T> zero = {};
+  const Vec<T> left = repeat ? load(to + (first - begin) * W) : zero;
+  const Vec<T> right = repeat ? load(to + (last - 1 - begin) * W) : zero;
+  for (int64_t j = begin; j < first; ++j) store(to + (j - begin) * W, left);
+  for (int64_t j = last; j < end; ++j) store(to + (j - begin) * W, right);
 }
 
 template <class T>
@@ -61,29 +91,43 @@ VSSM_INLINE const T* row_of(const Map<const T>& map, int64_t image, int64_t row,
   return map.data + image * map.batch + row * map.row + channel;
 }
 
-// The rows [first - kReach, last + kReach) of h with replicated borders, each width + 2 kReach wide.
+// A rectangle of a map, [top, bottom) x [left, right).
+struct Part {
+  int64_t top, bottom, left, right;
+};
+
+// A part of h and what it reaches, with replicated borders, each row `stride` elements from the one before.
 template <class T>
-void copy_band(const FusionArgs<T>& s, T* to, int64_t image, int64_t channel, int64_t valid, int64_t first,
-               int64_t last) {
-  const int64_t size = (s.width + 2 * kReach) * kWidth<T>;
-  for (int64_t r = first - kReach; r < last + kReach; ++r, to += size) {
-    const int64_t row = r < 0 ? 0 : at_most(r, s.height - 1);
-    copy_row(to, row_of(s.h, image, row, channel), s.h.column, s.width, valid, kReach, true);
+void copy_part(const FusionArgs<T>& s, T* to, int64_t stride, int64_t image, int64_t channel, int64_t valid,
+               const Part& part) {
+  for (int64_t r = part.top - kReach; r < part.bottom + kReach; ++r, to += stride) {
+    const T* const row = row_of(s.h, image, r < 0 ? 0 : at_most(r, s.height - 1), channel);
+    copy_row(to, row, s.h.column, s.width, valid, part.left - kReach, part.right + kReach, true);
   }
+}
+
+// f(part) for every band of rows, and every strip of columns in it.
+template <class T, class F>
+VSSM_INLINE void each_part(const FusionArgs<T>& s, const F& f) {
+  const int64_t band = band_rows(s), strip = strip_columns(s);
+  for (int64_t top = 0; top < s.height; top += band)
+    for (int64_t left = 0; left < s.width; left += strip)
+      f(Part{top, at_most(top + band, s.height), left, at_most(left + strip, s.width)});
 }
 
 // ---- forward --------------------------------------------------------------------------------------------------------
 
 template <class T>
 int64_t fusion_forward_scratch(const FusionArgs<T>& s) {
-  return ((band_rows(s) + 2 * kReach) * (s.width + 2 * kReach) + s.width) * kWidth<T>;
+  const int64_t columns = strip_columns(s);
+  return ((band_rows(s) + 2 * kReach) * (columns + 2 * kReach) + columns) * kWidth<T>;
 }
 
 template <class T>
 void fusion_forward(const FusionArgs<T>& s, T* y, T* scratch, int64_t begin, int64_t end) {
   constexpr int W = kWidth<T>;
-  const int64_t blocks = s.num_blocks(), band = band_rows(s), stride = (s.width + 2 * kReach) * W;
-  T *rows = scratch, *sums = scratch + (band + 2 * kReach) * stride;
+  const int64_t blocks = s.num_blocks(), stride = (strip_columns(s) + 2 * kReach) * W;
+  T *rows = scratch, *sums = scratch + (band_rows(s) + 2 * kReach) * stride;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t image = task / blocks, block = task % blocks, channel = block * W;
     const int64_t valid = at_most(W, s.channels - channel);
@@ -93,14 +137,15 @@ void fusion_forward(const FusionArgs<T>& s, T* y, T* scratch, int64_t begin, int
       weight[tap] = s.weight(block) + tap * W;
       offset[tap] = kRows[tap] * stride + kColumns[tap] * W;
     }
-    for (int64_t first = 0; first < s.height; first += band) {
-      const int64_t last = at_most(first + band, s.height);
-      copy_band(s, rows, image, channel, valid, first, last);
-      for (int64_t i = first; i < last; ++i) {
-        sum_taps(sums, rows + (i - first + kReach) * stride + kReach * W, s.width, weight, offset, kTaps);
-        scatter(y + ((image * s.height + i) * s.width) * s.channels + channel, s.channels, sums, W, s.width, valid);
+    each_part(s, [&](const Part& part) {
+      const int64_t columns = part.right - part.left;
+      copy_part(s, rows, stride, image, channel, valid, part);
+      for (int64_t i = part.top; i < part.bottom; ++i) {
+        sum_taps(sums, rows + (i - part.top + kReach) * stride + kReach * W, columns, weight, offset, kTaps);
+        T* const out = y + ((image * s.height + i) * s.width + part.left) * s.channels + channel;
+        scatter(out, s.channels, sums, W, columns, valid);
       }
-    }
+    });
   }
 }
 
@@ -110,8 +155,8 @@ void fusion_forward(const FusionArgs<T>& s, T* y, T* scratch, int64_t begin, int
 
 template <class T>
 int64_t fusion_backward_scratch(const FusionArgs<T>& s) {
-  const int64_t rows = band_rows(s) + 2 * kReach;
-  return (rows * (2 * s.width + 6 * kReach) + 2 * s.width + 2 * kReach) * kWidth<T>;
+  const int64_t rows = band_rows(s) + 2 * kReach, columns = strip_columns(s);
+  return (rows * (2 * columns + 6 * kReach) + 2 * columns + 2 * kReach) * kWidth<T>;
 }
 
 // sum[m] += gy[p] * h[p + offset[m]] over a row.
@@ -134,72 +179,88 @@ VSSM_INLINE void correlate(T* sum, const T* gy, const T* h, int64_t length, cons
   for (int m = 0; m < M; ++m) store(sum + m * W, s[m]);
 }
 
+// The gradient of h, of one part of it, from that of y: `gy` holds the rows of y's from `gy_top` on, y_stride elements from
+// one to the next, and begins kReach columns before `wide`, the part with what the map's border stands for.
+template <class T>
+void fusion_backward_map(const FusionArgs<T>& s, T* dh, int64_t image, int64_t block, const Part& part,
+                         const Part& wide, const T* gy, int64_t gy_top, int64_t y_stride, T* padded, T* folded,
+                         bool finite) {
+  constexpr int W = kWidth<T>;
+  const int64_t channel = block * W, valid = at_most(W, s.channels - channel);
+  const int64_t columns = part.right - part.left, wide_columns = wide.right - wide.left;
+  for (int64_t r = wide.top; r < wide.bottom; ++r) {
+    const T* weight[kTaps];
+    int64_t offset[kTaps];
+    int column[kTaps], taps = 0;
+    for (int tap = 0; tap < kTaps; ++tap) {
+      if (r - kRows[tap] < 0 || r - kRows[tap] >= s.height) continue;
+      weight[taps] = s.weight(block) + tap * W;
+      column[taps] = kColumns[tap];
+      offset[taps++] = -kRows[tap] * y_stride - kColumns[tap] * W;
+    }
+    const T* const row = gy + (r - gy_top) * y_stride + kReach * W;
+    if (finite) sum_taps(padded, row, wide_columns, weight, offset, taps);
+    else sum_taps_on_map(padded, row, wide_columns, weight, offset, column, taps, wide.left, s.width);
+    const bool begins = r == wide.top || (r > 0 && r < s.height);  // the first to write this row of the map
+    const T* const inside = padded + (part.left - wide.left) * W;
+    for (int64_t j = 0; j < columns; ++j) {
+      Vec<T> sum = load(inside + j * W);
+      if (j == 0)
+        for (const T* p = padded; p < inside; p += W) sum += load(p);
+      if (j == columns - 1)
+        for (const T* p = inside + columns * W; p < padded + wide_columns * W; p += W) sum += load(p);
+      if (!begins) sum += load(folded + j * W);
+      store(folded + j * W, sum);
+    }
+    const bool ends = r == wide.bottom - 1 || (r >= 0 && r < s.height - 1);  // the last one
+    if (!ends) continue;
+    const int64_t to_row = r < 0 ? 0 : at_most(r, s.height - 1);
+    T* const out = dh + ((image * s.height + to_row) * s.width + part.left) * s.channels + channel;
+    scatter(out, s.channels, folded, W, columns, valid);
+  }
+}
+
 template <class T>
 void fusion_backward(const FusionArgs<T>& s, const FusionGrads<T>& grad, T* scratch, int64_t begin, int64_t end) {
   constexpr int W = kWidth<T>;
-  constexpr int kZeros = 2 * kReach;  // a position of the padded map reaches so far beyond the map
-  const int64_t blocks = s.num_blocks(), band = band_rows(s), rows = band + 2 * kReach;
-  const int64_t h_stride = (s.width + 2 * kReach) * W, y_stride = (s.width + 2 * kZeros) * W;
+  const int64_t blocks = s.num_blocks(), rows = band_rows(s) + 2 * kReach, columns = strip_columns(s);
+  const int64_t h_stride = (columns + 2 * kReach) * W;
+  const int64_t y_stride = (columns + 4 * kReach) * W;  // a position of the padded map reaches so far beyond the map
   T *h = scratch, *gy = h + rows * h_stride, *padded = gy + rows * y_stride, *folded = padded + h_stride;
-  int64_t h_offset[kTaps], y_offset[kTaps];
-  for (int tap = 0; tap < kTaps; ++tap) {
-    h_offset[tap] = kRows[tap] * h_stride + kColumns[tap] * W;
-    y_offset[tap] = -kRows[tap] * y_stride - kColumns[tap] * W;
-  }
+  int64_t h_offset[kTaps];
+  for (int tap = 0; tap < kTaps; ++tap) h_offset[tap] = kRows[tap] * h_stride + kColumns[tap] * W;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t group = task / blocks, block = task % blocks, channel = block * W;
     const int64_t valid = at_most(W, s.channels - channel);
-    T* const dweight = grad.weight + task * kTaps * W;
-    std::memset(dweight, 0, kTaps * W * sizeof(T));
+    const bool finite = all_finite(s.weight(block), kTaps * W);
+    T* const dweight = grad.weight ? grad.weight + task * kTaps * W : nullptr;
+    if (dweight) std::memset(dweight, 0, kTaps * W * sizeof(T));
     const int64_t last_image = (group + 1) * s.batch / grad.image_groups;
     for (int64_t image = group * s.batch / grad.image_groups; image < last_image; ++image) {
-      for (int64_t first = 0; first < s.height; first += band) {
-        const int64_t last = at_most(first + band, s.height);
-        // The rows of the padded map that this band of the map stands for; the outermost bands have the border's too.
-        const int64_t from = first == 0 ? -kReach : first, to = last == s.height ? last + kReach : last;
-        const int64_t gy_first = from - kReach < 0 ? 0 : from - kReach, gy_last = at_most(to + kReach, s.height);
-        for (int64_t r = gy_first; r < gy_last; ++r) {
-          const T* row = row_of(grad.y, image, r, channel);
-          copy_row(gy + (r - gy_first) * y_stride, row, grad.y.column, s.width, valid, kZeros, false);
+      each_part(s, [&](const Part& part) {
+        // The part of the padded map that this part of the map stands for; the outermost have the border's too.
+        const Part wide{part.top == 0 ? -kReach : part.top, part.bottom + (part.bottom == s.height ? kReach : 0),
+                        part.left == 0 ? -kReach : part.left, part.right + (part.right == s.width ? kReach : 0)};
+        const int64_t gy_top = wide.top < kReach ? 0 : wide.top - kReach, gy_left = wide.left - kReach;
+        for (int64_t r = gy_top; r < at_most(wide.bottom + kReach, s.height); ++r) {
+          const T* const row = row_of(grad.y, image, r, channel);
+          T* const to = gy + (r - gy_top) * y_stride;
+          copy_row(to, row, grad.y.column, s.width, valid, gy_left, wide.right + kReach, false);
         }
-        copy_band(s, h, image, channel, valid, first, last);
-
-        for (int64_t i = first; i < last; ++i) {
-          const T* g = gy + (i - gy_first) * y_stride + kZeros * W;
-          const T* from_h = h + (i - first + kReach) * h_stride + kReach * W;
-          correlate<T, 9>(dweight, g, from_h, s.width, h_offset);
-          correlate<T, 8>(dweight + 9 * W, g, from_h, s.width, h_offset + 9);
-          correlate<T, 8>(dweight + 17 * W, g, from_h, s.width, h_offset + 17);
-        }
-
-        for (int64_t r = from; r < to; ++r) {
-          const T* weight[kTaps];
-          int64_t offset[kTaps];
-          int taps = 0;
-          for (int tap = 0; tap < kTaps; ++tap) {
-            if (r - kRows[tap] < 0 || r - kRows[tap] >= s.height) continue;
-            weight[taps] = s.weight(block) + tap * W;
-            offset[taps++] = y_offset[tap];
+        if (dweight) {
+          copy_part(s, h, h_stride, image, channel, valid, part);
+          for (int64_t i = part.top; i < part.bottom; ++i) {
+            const T* const g = gy + (i - gy_top) * y_stride + (part.left - gy_left) * W;
+            const T* const from_h = h + (i - part.top + kReach) * h_stride + kReach * W;
+            const int64_t length = part.right - part.left;
+            correlate<T, 9>(dweight, g, from_h, length, h_offset);
+            correlate<T, 8>(dweight + 9 * W, g, from_h, length, h_offset + 9);
+            correlate<T, 8>(dweight + 17 * W, g, from_h, length, h_offset + 17);
           }
-          // Position 0 of the padded row stands kReach left of the map.
-          sum_taps(padded, gy + (r - gy_first) * y_stride + kReach * W, s.width + 2 * kReach, weight, offset, taps);
-          const bool begins = r == from || (r > 0 && r < s.height);  // the first to write this row of the map
-          for (int64_t j = 0; j < s.width; ++j) {
-            Vec<T> sum = load(padded + (j + kReach) * W);
-            if (j == 0)
-              for (int m = 0; m < kReach; ++m) sum += load(padded + m * W);
-            if (j == s.width - 1)
-              for (int m = 0; m < kReach; ++m) sum += load(padded + (s.width + kReach + m) * W);
-            if (!begins) sum += load(folded + j * W);
-            store(folded + j * W, sum);
-          }
-          const bool ends = r == to - 1 || (r >= 0 && r < s.height - 1);  // the last one
-          if (!ends) continue;
-          const int64_t row = r < 0 ? 0 : at_most(r, s.height - 1);
-          T* const dh = grad.h + (image * s.height + row) * s.width * s.channels + channel;
-          scatter(dh, s.channels, folded, W, s.width, valid);
         }
-      }
+        if (grad.h)
+          fusion_backward_map(s, grad.h, image, block, part, wide, gy, gy_top, y_stride, padded, folded, finite);
+      });
     }
   }
 }

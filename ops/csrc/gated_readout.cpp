@@ -58,7 +58,7 @@ Tensor gated_readout(Tensor h, Tensor x, Tensor C, Tensor D, Tensor z, Tensor we
 using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class T, class... Args>
-Grads backward(const Tensor& grad_y_, const Args&... tensors) {
+Grads backward(const Tensor& grad_y_, const Wanted& wanted, const Args&... tensors) {
   const auto& kernels = kernels_for<T>();
   const Inputs<T> in(tensors...);
   const ReadoutArgs<T>& s = in.args;
@@ -69,30 +69,26 @@ Grads backward(const Tensor& grad_y_, const Args&... tensors) {
   constexpr int64_t kTasks = 64;  // enough for many threads, few enough parts to add up
   ReadoutGrads<T> grad{};
   grad.tasks = std::min(s.rows, kTasks);
-  const Tensor dh = empty<T>(in.h, in.shape), dx = empty<T>(in.h, in.shape), dz = empty<T>(in.h, in.shape);
   Shape rows = in.shape;
   rows.back() = 1;
-  const Tensor dC = empty<T>(in.h, rows), parts = empty<T>(in.h, {grad.tasks, 3, E});
-  const Tensor sums[3] = {empty<T>(in.h, {E}), empty<T>(in.h, {E}), empty<T>(in.h, {E})};
+  const Shape parts{grad.tasks, E};
+  check(wanted.size() == 7, "vssm::gated_readout: wanted must have 7 flags, got ", wanted.size(), ".");
+  const Tensor dh = gradient<T>(wanted[0], in.h, in.shape, grad.h), dx = gradient<T>(wanted[1], in.h, in.shape, grad.x);
+  const Tensor dC = gradient<T>(wanted[2], in.h, rows, grad.C), dD = gradient<T>(wanted[3], in.h, parts, grad.D);
+  const Tensor dz = gradient<T>(wanted[4], in.h, in.shape, grad.z);
+  const Tensor dweight = gradient<T>(wanted[5], in.h, parts, grad.weight);
+  const Tensor dbias = gradient<T>(wanted[6], in.h, parts, grad.bias);
   grad.y = grad_y.const_data_ptr<T>();
-  grad.h = dh.mutable_data_ptr<T>(), grad.x = dx.mutable_data_ptr<T>(), grad.z = dz.mutable_data_ptr<T>();
-  grad.C = dC.mutable_data_ptr<T>(), grad.parameters = parts.mutable_data_ptr<T>();
-  run<T>(in.h, grad.tasks, dh.numel() / grad.tasks, kernels.readout_scratch(s),
+  run<T>(in.h, grad.tasks, in.h.numel() / grad.tasks, kernels.readout_scratch(s),
          [&](T* scratch, int64_t begin, int64_t end) { kernels.readout_backward(s, grad, scratch, begin, end); });
-
-  for (int i = 0; i < 3; ++i) {
-    T* out = sums[i].mutable_data_ptr<T>();
-    std::fill(out, out + E, T(0));
-    for (int64_t task = 0; task < grad.tasks; ++task)
-      for (int64_t e = 0; e < E; ++e) out[e] += grad.parameters[(task * 3 + i) * E + e];
-  }
-  return {dh, dx, dC, sums[0], dz, sums[1], sums[2]};
+  const auto summed = [&](const Tensor& t) { return sum_parts<T>(t, grad.tasks, {E}); };
+  return {dh, dx, dC, summed(dD), dz, summed(dweight), summed(dbias)};
 }
 
 Grads gated_readout_backward(Tensor grad_y, Tensor h, Tensor x, Tensor C, Tensor D, Tensor z, Tensor weight,
-                             Tensor bias, double eps) {
-  return h.scalar_type() == ScalarType::Double ? backward<double>(grad_y, h, x, C, D, z, weight, bias, eps)
-                                               : backward<float>(grad_y, h, x, C, D, z, weight, bias, eps);
+                             Tensor bias, double eps, Wanted wanted) {
+  return h.scalar_type() == ScalarType::Double ? backward<double>(grad_y, wanted, h, x, C, D, z, weight, bias, eps)
+                                               : backward<float>(grad_y, wanted, h, x, C, D, z, weight, bias, eps);
 }
 
 }  // namespace
@@ -103,7 +99,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vssm, m) {
       "-> Tensor");
   m.def(
       "gated_readout_backward(Tensor grad_y, Tensor h, Tensor x, Tensor C, Tensor D, Tensor z, Tensor weight, "
-      "Tensor bias, float eps) -> (Tensor h, Tensor x, Tensor C, Tensor D, Tensor z, Tensor weight, Tensor bias)");
+      "Tensor bias, float eps, bool[] wanted) -> (Tensor h, Tensor x, Tensor C, Tensor D, Tensor z, Tensor weight, Tensor bias)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vssm, CPU, m) {

@@ -23,6 +23,7 @@ namespace vssm {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Shape = std::vector<int64_t>;
+using Wanted = std::vector<bool>;  // a flag for each of the gradients that a backward operator returns
 
 // PyTorch turns it into a RuntimeError; unlike STD_TORCH_CHECK it does not begin with the path of this file.
 template <class... Parts>
@@ -50,6 +51,14 @@ constexpr ScalarType kType = std::is_same_v<T, double> ? ScalarType::Double : Sc
 template <class T>
 Tensor empty(const Tensor& like, const Shape& shape) {
   return torch::stable::new_empty(like, shape, kType<T>);
+}
+
+// A gradient, which a kernel writes to `data`; where it is not wanted it is empty and `data` null.
+template <class T>
+Tensor gradient(bool wanted, const Tensor& like, const Shape& shape, T*& data) {
+  Tensor t = empty<T>(like, wanted ? shape : Shape{0});
+  data = wanted ? t.mutable_data_ptr<T>() : nullptr;
+  return t;
 }
 
 inline Tensor cast(const Tensor& t, ScalarType type) {
@@ -96,6 +105,23 @@ void run(const Tensor& like, int64_t tasks, int64_t size, int64_t scratch_size, 
     TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&thread));
     kernel(base + thread * scratch_size, begin, end);
   });
+}
+
+// The sum of `parts` equal parts of t, in order; t itself where there is one, or where it is empty.
+template <class T>
+Tensor sum_parts(const Tensor& t, int64_t parts, const Shape& shape) {
+  if (t.numel() == 0) return t;
+  if (parts == 1) return torch::stable::reshape(t, shape);
+  Tensor out = empty<T>(t, shape);
+  const int64_t size = out.numel();
+  const T* from = t.const_data_ptr<T>();
+  T* to = out.mutable_data_ptr<T>();
+  torch::stable::parallel_for(0, size, grain(1), [&](int64_t begin, int64_t end) {
+    std::copy(from + begin, from + end, to + begin);
+    for (int64_t part = 1; part < parts; ++part)
+      for (int64_t i = begin; i < end; ++i) to[i] += from[part * size + i];
+  });
+  return out;
 }
 
 }  // namespace vssm

@@ -16,14 +16,15 @@ struct ReadoutArgs {
   T eps;
 };
 
-// Gradients. The parameters' come as one part a task; tasks depend on the shape alone, never on the number of threads,
-// and parts are added up in a fixed order: the result is the same for any number of threads.
+// Gradients, null where they are not wanted. The parameters' come as one part a task; tasks depend on the shape alone,
+// never on the number of threads, and parts are added up in a fixed order: the result is the same for any number of
+// threads.
 template <class T>
 struct ReadoutGrads {
-  const T* y;       // (rows, channels)
-  T *h, *x, *z;     // (rows, channels)
-  T* C;             // (rows)
-  T* parameters;    // of D, weight and bias: (tasks, 3, channels)
+  const T* y;              // (rows, channels)
+  T *h, *x, *z;            // (rows, channels)
+  T* C;                    // (rows)
+  T *D, *weight, *bias;    // (tasks, channels)
   int64_t tasks;
 };
 

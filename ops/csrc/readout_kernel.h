@@ -110,10 +110,23 @@ void readout_forward(const ReadoutArgs<T>& s, T* y, T* scratch, int64_t begin, i
   }
 }
 
-// p[0 ...] += v, up to `valid` channels.
+// The part of a task, (channels), of a parameter's gradient: zeros to begin with; null where it is not wanted.
 template <class T>
-VSSM_INLINE void accumulate(T* p, Vec<T> v, int64_t valid) {
-  store(p, load(p, valid) + v, valid);
+VSSM_INLINE T* cleared_part(T* gradient, int64_t task, int64_t channels) {
+  if (!gradient) return nullptr;
+  T* const part = gradient + task * channels;
+  std::memset(part, 0, channels * sizeof(T));
+  return part;
+}
+
+// p[i ...] = v, or += v, up to `valid` channels; nothing where p is null.
+template <class T>
+VSSM_INLINE void put(T* p, int64_t i, Vec<T> v, int64_t valid) {
+  if (p) store(p + i, v, valid);
+}
+template <class T>
+VSSM_INLINE void accumulate(T* p, int64_t i, Vec<T> v, int64_t valid) {
+  if (p) store(p + i, load(p + i, valid) + v, valid);
 }
 
 template <class T>
@@ -121,10 +134,12 @@ void readout_backward(const ReadoutArgs<T>& s, const ReadoutGrads<T>& grad, T* s
   typedef Vec<T> V;
   constexpr int W = kWidth<T>;
   const int64_t E = s.channels;
+  const bool before_norm = grad.h || grad.x || grad.C || grad.D;  // whether anything is wanted that enters the norm
   T *n = scratch, *dn = scratch + readout_scratch(s) / 2;
   for (int64_t task = begin; task < end; ++task) {
-    T *dD = grad.parameters + task * 3 * E, *dweight = dD + E, *dbias = dweight + E;
-    std::memset(dD, 0, 3 * E * sizeof(T));
+    T* const dD = cleared_part(grad.D, task, E);
+    T* const dweight = cleared_part(grad.weight, task, E);
+    T* const dbias = cleared_part(grad.bias, task, E);
     for (int64_t row = task * s.rows / grad.tasks; row < (task + 1) * s.rows / grad.tasks; ++row) {
       const int64_t first = row * E;
       const T rate = normalise(s, row, n);
@@ -140,16 +155,17 @@ void readout_backward(const ReadoutArgs<T>& s, const ReadoutGrads<T>& grad, T* s
           const V dy = load(grad.y + first + i, valid), weight = load(s.weight + i, valid), normed = load(n + i);
           const V silu = load(s.z + first + i, valid) * gate[m];
           const V dgate = dy * (normed * weight + load(s.bias + i, valid));
-          store(grad.z + first + i, dgate * (gate[m] + silu * (T(1) - gate[m])), valid);
+          put<T>(grad.z, first + i, dgate * (gate[m] + silu * (T(1) - gate[m])), valid);
           const V dnormed = dy * silu;
-          accumulate(dweight + i, dnormed * normed, valid);
-          accumulate(dbias + i, dnormed, valid);
+          accumulate<T>(dweight, i, dnormed * normed, valid);
+          accumulate<T>(dbias, i, dnormed, valid);
           const V d = dnormed * weight;
           store(dn + i, d);
           sum_dn[m] += d;
           sum_dn_n[m] += d * normed;
         }
       });
+      if (!before_norm) continue;
       const T mean = sum_lanes<T>((sum_dn[0] + sum_dn[1]) + (sum_dn[2] + sum_dn[3])) / E;
       const T slope = sum_lanes<T>((sum_dn_n[0] + sum_dn_n[1]) + (sum_dn_n[2] + sum_dn_n[3])) / E;
       const T C = s.C[row];
@@ -158,14 +174,15 @@ void readout_backward(const ReadoutArgs<T>& s, const ReadoutGrads<T>& grad, T* s
         VSSM_UNROLL
         for (int m = 0; m < vectors.count; ++m) {
           const int64_t i = e + m * W;
-          const V du = (load(dn + i) - mean - load(n + i) * slope) * rate;
-          store(grad.h + first + i, du * C, valid);
-          store(grad.x + first + i, du * load(s.D + i, valid), valid);
-          accumulate(dD + i, du * load(s.x + first + i, valid), valid);
+          V du = (load(dn + i) - mean - load(n + i) * slope) * rate;
+          for (int64_t l = valid; l < W; ++l) du[l] = 0;
+          put<T>(grad.h, first + i, du * C, valid);
+          put<T>(grad.x, first + i, du * load(s.D + i, valid), valid);
+          accumulate<T>(dD, i, du * load(s.x + first + i, valid), valid);
           sum_C[m] += du * load(s.h + first + i, valid);
         }
       });
-      grad.C[row] = sum_lanes<T>((sum_C[0] + sum_C[1]) + (sum_C[2] + sum_C[3]));
+      if (grad.C) grad.C[row] = sum_lanes<T>((sum_C[0] + sum_C[1]) + (sum_C[2] + sum_C[3]));
     }
   }
 }

@@ -32,7 +32,7 @@ struct ScanArgs {
   VSSM_INLINE const T* weight_t(int64_t block, int64_t k) const { return weight(block, k) + rank * lanes; }
 };
 
-// Gradients. Those of a position's channels are whole; those that sum over channels come as one part a channel group,
+// Gradients, null where they are not wanted. Those of a position's channels are whole; those that sum over channels come as one part a channel group,
 // those that sum over positions as one part an image group. Groups depend on the shape alone, never on the number of
 // threads, and parts are added up in a fixed order: the result is the same for any number of threads.
 template <class T>
@@ -40,10 +40,13 @@ struct ScanGrads {
   Map<const T> y;
   T* x;       // (batch, H, W, E)
   T* dt;      // (batch, H, W, K, E), or (channel groups, batch, H, W, K, R)
-  T *B, *C;   // (channel groups, batch, H, W, K, N); C is null without C
-  T* params;  // (image groups, blocks, K, N + 2 + R, lanes): A, bias, D, weight
+  T *B, *C;   // (channel groups, batch, H, W, K, N)
+  T* params;  // (image groups, blocks, K, N + 2 + R, lanes): A, bias, D, weight; never null
+  bool weight;  // whether the weight's is wanted; if not, params has no room for it
   int64_t image_groups, channel_groups;
-  VSSM_INLINE int64_t params_size(const ScanArgs<T>& s) const { return (s.states + 2 + s.rank) * s.lanes; }
+  VSSM_INLINE int64_t params_size(const ScanArgs<T>& s) const {
+    return (s.states + 2 + (weight ? s.rank : 0)) * s.lanes;
+  }
 };
 
 }  // namespace vssm

@@ -14,22 +14,30 @@ namespace {
 
 // ---- bands ----------------------------------------------------------------------------------------------------------
 
-// A chunk: `length` positions of line i from position j on, the first of which is the walk's number `position`.
+// A chunk: `length` positions of line i from position j on, the first of which is the number `position` in the order in
+// which the walk's chunks follow one another; and where the states of its line are, and those of the line before.
 struct Span {
-  int64_t i, j, length, position;
+  int64_t i, j, length, position, carry, row;
 };
 
+// In 2-D a band is a few whole lines, and the states of its last line enter the next one. Where lines are long and few
+// it is a strip of all lines, and the states at which they stop enter the next one.
 struct Bands {
-  int64_t inner, chunks_per_line, chunks, chunks_per_band, count;
+  int64_t outer, inner, chunks_per_line, chunks, chunks_per_band, count;
+  bool strips = false;
+  int64_t width;      // of a strip, else of a line, in chunks
   int64_t positions;  // of the longest band
-  int64_t kept;       // rows of `lanes` that are kept for a band
+  int64_t carries;    // states at the previous position that are alive at once: one, or one a line
+  int64_t row;        // and on the previous line
+  int64_t kept;       // those that enter a band
 
   template <class T>
-  Bands(const ScanArgs<T>& s, const Walk& walk) : inner(walk.inner) {
+  Bands(const ScanArgs<T>& s, const Walk& walk) : outer(walk.outer), inner(walk.inner) {
     constexpr int64_t kBuffers = 8, kCacheBytes = 896 << 10, kPositions = 512;
-    const int64_t total = walk.outer * inner, longest = at_most(inner, kChunk);
-    chunks_per_line = (inner + kChunk - 1) / kChunk;
-    chunks = walk.outer * chunks_per_line;
+    const int64_t total = outer * inner, longest = at_most(inner, kChunk);
+    chunks_per_line = width = (inner + kChunk - 1) / kChunk;
+    chunks = outer * chunks_per_line;
+    carries = 1, row = s.ndim == 2 ? inner : 0;
     if (total * s.lanes * kBuffers * int64_t(sizeof(T)) <= kCacheBytes) {
       chunks_per_band = chunks;
       positions = total;
@@ -37,21 +45,41 @@ struct Bands {
       chunks_per_band = (kPositions + longest - 1) / longest;
       positions = chunks_per_band * longest;
     } else {
-      // On a giant map the states that are kept outgrow the band: sqrt(outer / kBuffers) lines balance the two.
-      int64_t lines = at_most(walk.outer, (kPositions + inner - 1) / inner);
-      while (lines * lines * kBuffers < walk.outer) ++lines;
-      chunks_per_band = lines * chunks_per_line;
-      positions = lines * inner;
+      // On a giant map the states that are kept outgrow the band: sqrt(length / kBuffers) lines, or positions of each
+      // line, balance the two.
+      const auto balanced = [](int64_t least, int64_t step, int64_t length) {
+        while (least * least * kBuffers < length) least += step;
+        return least;
+      };
+      const int64_t lines = balanced(at_most(outer, (kPositions + inner - 1) / inner), 1, outer);
+      const int64_t wide = (kPositions / outer + kChunk - 1) / kChunk * kChunk;
+      const int64_t columns = balanced(wide ? wide : kChunk, kChunk, inner);
+      const auto needed = [&](int64_t size, int64_t entering, int64_t bands) {
+        return kBuffers * size + s.states * entering * bands;
+      };
+      strips = needed(columns * outer, outer, inner / columns) < needed(lines * inner, inner, outer / lines);
+      if (strips) {
+        width = columns / kChunk;
+        chunks_per_band = outer * width;
+        positions = outer * columns;
+        carries = outer, row = columns;
+      } else {
+        chunks_per_band = lines * chunks_per_line;
+        positions = lines * inner;
+      }
     }
     count = (chunks + chunks_per_band - 1) / chunks_per_band;
-    kept = s.states * (s.ndim == 2 ? inner : 1);
+    kept = s.states * (s.ndim == 2 && !strips ? inner : carries);
   }
 
   VSSM_INLINE int64_t first_chunk(int64_t band) const { return at_most(band * chunks_per_band, chunks); }
 
   VSSM_INLINE Span span(int64_t chunk) const {
-    const int64_t i = chunk / chunks_per_line, j = chunk % chunks_per_line * kChunk;
-    return {i, j, at_most(kChunk, inner - j), i * inner + j};
+    const int64_t first = chunk / (outer * width) * width;  // of the strip's chunks in each line
+    const int64_t here = at_most(width, chunks_per_line - first), within = chunk - first * outer;
+    const int64_t i = within / here, column = within % here * kChunk, begin = first * kChunk, j = begin + column;
+    const int64_t columns = at_most(width * kChunk, inner - begin);
+    return {i, j, at_most(kChunk, inner - j), begin * outer + i * columns + column, strips ? i : 0, column};
   }
 };
 
@@ -74,30 +102,33 @@ struct BandBuffers {
 template <class T>
 struct BackwardScratch {
   BandBuffers<T> band;
-  T *carry, *row;      // by state: the one at the previous position, and in 2-D those of the previous line
+  T *carry, *row;      // by state: the one at the previous position, and in 2-D those of the previous line, see Bands
   T* kept;             // states at the start of each band
   T *dB, *dC, *part;   // a chunk of positions each
   int64_t size;
 
   BackwardScratch(const ScanArgs<T>& s, T* base) {
     // Walks along rows and along columns have bands of their own: room for the larger.
-    int64_t positions = 0, kept_rows = 0;
+    int64_t positions = 0, carries = 0, rows = 0, kept_rows = 0;
+    const auto make_room = [](int64_t& room, int64_t needed) { room = room < needed ? needed : room; };
     for (int64_t k = 0; k < s.num_orders; ++k) {
       const Bands bands(s, Walk(s, k));
-      if (bands.positions > positions) positions = bands.positions;
-      if (bands.kept * bands.count > kept_rows) kept_rows = bands.kept * bands.count;
+      make_room(positions, bands.positions);
+      make_room(carries, bands.carries);
+      make_room(rows, bands.row);
+      make_room(kept_rows, bands.kept * bands.count);
     }
     T* next = base;
-    auto take = [&](int64_t rows) {
+    auto take = [&](int64_t number) {
       T* p = next;
-      next += rows * s.lanes;
+      next += number * s.lanes;
       return p;
     };
     T** buffers[] = {&band.d,       &band.slope,   &band.x,   &band.dy,   &band.a,
                      &band.carries, &band.rows_in, &band.dbx, &band.drate};
     for (T** p : buffers) *p = take(positions + kTile);
-    carry = take(s.states);
-    row = take(s.ndim == 2 ? s.states * longest_line(s) : 0);
+    carry = take(s.states * carries);
+    row = take(s.states * rows);
     kept = take(kept_rows);
     dB = take(kChunk);
     dC = take(kChunk);
@@ -154,15 +185,18 @@ void rescan_chunk(const BackwardChunk<T>& chunk, bool keep) {
   for (int v = 0; v < NV; ++v) store(c.carry + v * W, g[v]);
 }
 
-// In reverse. The first state sets dbx and drate, the others add to them.
-template <class T, int NV, int NDIM, bool FIRST>
-void unscan_chunk(const BackwardChunk<T>& chunk) {
+// In reverse. The first state sets dbx and drate, the others add to them. In a PARTIAL block, the lanes beyond the valid
+// ones are left out of dB and dC.
+template <class T, int NV, int NDIM, bool FIRST, bool PARTIAL>
+void unscan_chunk(const BackwardChunk<T>& chunk, int64_t valid) {
   typedef Vec<T> V;
   constexpr int W = kWidth<T>, L = NV * W;
   const BackwardChunk<T> c = chunk;
   V back[NV], A_sum[NV], rate[NV];
+  Int<T> is_valid[NV];
   VSSM_UNROLL
   for (int v = 0; v < NV; ++v) {
+    for (int l = 0; l < W; ++l) is_valid[v][l] = -(v * W + l < valid);
     back[v] = load(c.carry + v * W);
     A_sum[v] = load(c.dA + v * W);
     rate[v] = load(c.A + v * W);
@@ -188,8 +222,13 @@ void unscan_chunk(const BackwardChunk<T>& chunk) {
       back[v] = at * dg;
       const V dexp = da * at;
       A_sum[v] += dexp * dt;
-      B_sum += dg * dx;
-      C_sum += dyt * h;
+      if (PARTIAL) {
+        B_sum += is_valid[v] ? dg * dx : V{};
+        C_sum += is_valid[v] ? dyt * h : V{};
+      } else {
+        B_sum += dg * dx;
+        C_sum += dyt * h;
+      }
       store(c.band.dbx + i, FIRST ? dg * Bt : load(c.band.dbx + i) + dg * Bt);
       store(c.band.drate + i, FIRST ? dexp * rate[v] : load(c.band.drate + i) + dexp * rate[v]);
     }
@@ -254,7 +293,7 @@ class BackwardWalk {
   BackwardWalk(const ScanArgs<T>& s, const ScanGrads<T>& grad, const BackwardScratch<T>& w, int64_t image,
                const Block& block, int64_t k, const BackwardSums<T>& sums)
       : s(s), w(w), block(block), k(k), walk(s, k), bands(s, walk), A(s.A(block.index, k)), dA(sums.params),
-        dbias(dA + s.states * L), dD(dbias + L), dweight(dD + L), add(sums.add), has_C(grad.C) {
+        dbias(dA + s.states * L), dD(dbias + L), dweight(dD + L), grad(grad), add(sums.add) {
     x = walk.line(s.x, image, 0, block.channel);
     dy = walk.line(grad.y, image, 0, block.channel);
     dt = walk.line(s.dt, image, k, s.rank ? 0 : block.channel);
@@ -267,10 +306,10 @@ class BackwardWalk {
     };
     const int64_t N = s.states, R = s.rank, K = s.num_orders;
     const int64_t part = sums.group * s.batch * s.height * s.width * K;
-    dx = contiguous(grad.x, 1, s.channels, block.channel);
-    ddt = R ? contiguous(grad.dt + part * R, K, R, 0) : contiguous(grad.dt, K, s.channels, block.channel);
-    dB = contiguous(grad.B + part * N, K, N, 0);
-    dC = has_C ? contiguous(grad.C + part * N, K, N, 0) : dB;
+    if (grad.x) dx = contiguous(grad.x, 1, s.channels, block.channel);
+    if (grad.dt) ddt = R ? contiguous(grad.dt + part * R, K, R, 0) : contiguous(grad.dt, K, s.channels, block.channel);
+    if (grad.B) dB = contiguous(grad.B + part * N, K, N, 0);
+    if (grad.C) dC = contiguous(grad.C + part * N, K, N, 0);
   }
 
   void run() {
@@ -295,13 +334,15 @@ class BackwardWalk {
   static void zero(T* p, int64_t rows) { std::memset(p, 0, rows * L * sizeof(T)); }
 
   void clear_states() {
-    zero(w.carry, s.states);
-    if (NDIM == 2) zero(w.row, s.states * walk.inner);
+    zero(w.carry, s.states * bands.carries);
+    if (NDIM == 2) zero(w.row, s.states * bands.row);
   }
 
-  // The states that enter a band: by state one, in 2-D a line of them.
+  // The states that enter a band: by state one, in 2-D a line of them, or one of each line of a strip.
   T* kept_at(int64_t band) const { return w.kept + band * bands.kept * L; }
-  void keep(int64_t band) { std::memcpy(kept_at(band), NDIM == 2 ? w.row : w.carry, bands.kept * L * sizeof(T)); }
+  void keep(int64_t band) {
+    std::memcpy(kept_at(band), NDIM == 2 && !bands.strips ? w.row : w.carry, bands.kept * L * sizeof(T));
+  }
 
   int64_t offset(const Span& at) const { return (at.position - base) * L; }
 
@@ -321,7 +362,7 @@ class BackwardWalk {
     c.B = B.rows(at.i, at.j), c.C = C.rows(at.i, at.j);
     c.B.data += n, c.C.data += n;
     c.A = A + n * L;
-    c.carry = w.carry + n * L, c.row = w.row + (n * walk.inner + at.j) * L;
+    c.carry = w.carry + (n * bands.carries + at.carry) * L, c.row = w.row + (n * bands.row + at.row) * L;
     c.dA = dA + n * L, c.dB = w.dB, c.dC = w.dC;
     return c;
   }
@@ -335,7 +376,8 @@ class BackwardWalk {
         const Span at = bands.span(chunk);
         base = at.position;
         load_chunk(at, false);
-        if (NDIM == 2 && at.j == 0) zero(w.carry, s.states);
+        if (NDIM == 2 && !bands.strips && at.j == 0) zero(w.carry, s.states);
+        if (bands.strips && at.i == 0 && at.row == 0) zero(w.row, s.states * bands.row);
         for (int64_t n = 0; n < s.states; ++n) {
           decays<T, NV>(A + n * L, w.band.d, at.length, w.band.a);
           rescan_chunk<T, NV, NDIM>(chunk_of(at, n), false);
@@ -350,43 +392,49 @@ class BackwardWalk {
     const Span last = bands.span(end - 1);
     decays<T, NV>(A + n * L, w.band.d, last.position + last.length - base, w.band.a);
     T carry[L] = {};
-    if (NDIM == 1) std::memcpy(carry, kept + n * L, sizeof carry);
+    T* const row = w.row + n * bands.row * L;  // of a strip, which leaves nothing there to the next
+    if (bands.strips) zero(row, bands.row);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const Span at = bands.span(chunk);
-      if (NDIM == 2 && at.j == 0) std::memset(carry, 0, sizeof carry);
+      if (NDIM == 2 && !bands.strips && at.j == 0) std::memset(carry, 0, sizeof carry);
       BackwardChunk<T> c = chunk_of(at, n);
-      c.carry = carry, c.row = kept + (n * walk.inner + at.j) * L;
+      if (NDIM == 1 || bands.strips) c.carry = kept + (n * bands.carries + at.carry) * L;
+      else c.carry = carry, c.row = kept + (n * bands.row + at.row) * L;
       rescan_chunk<T, NV, NDIM>(c, true);
     }
+    if (bands.strips) zero(row, bands.row);
   }
 
   // Sweep them in reverse.
   void unscan(int64_t begin, int64_t end, int64_t n) {
-    const auto unscan_state = n == 0 ? unscan_chunk<T, NV, NDIM, true> : unscan_chunk<T, NV, NDIM, false>;
+    const bool first = n == 0, partial = block.valid < L;
+    const auto unscan_state = partial && first ? unscan_chunk<T, NV, NDIM, true, true>
+                              : partial        ? unscan_chunk<T, NV, NDIM, false, true>
+                              : first          ? unscan_chunk<T, NV, NDIM, true, false>
+                                               : unscan_chunk<T, NV, NDIM, false, false>;
     for (int64_t chunk = end - 1; chunk >= begin; --chunk) {
       const Span at = bands.span(chunk);
-      if (NDIM == 2 && at.j + at.length == walk.inner) zero(w.carry + n * L, 1);
-      unscan_state(chunk_of(at, n));
-      Rows<T> to_B = dB.rows(at.i, at.j), to_C = dC.rows(at.i, at.j);
-      to_B.data += n, to_C.data += n;
-      sum_vectors(to_B, add, w.dB, at.length);
-      if (has_C) sum_vectors(to_C, add, w.dC, at.length);
+      if (NDIM == 2 && !bands.strips && at.j + at.length == walk.inner) zero(w.carry + n * L, 1);
+      unscan_state(chunk_of(at, n), block.valid);
+      if (grad.B) sum_vectors(dB.rows(at.i, at.j, n), add, w.dB, at.length);
+      if (grad.C) sum_vectors(dC.rows(at.i, at.j, n), add, w.dC, at.length);
     }
   }
 
   // The gradients of x and of the steps with what they are made of, once the sums over the states are complete.
   void finish(const Span& at) {
     const BandBuffers<T> band = w.band.from(offset(at));
-    const Rows<T> to_x = dx.rows(at.i, at.j), to_dt = ddt.rows(at.i, at.j);
     const T* draw = band.drate;
-    if (k > 0) gather(w.part, L, to_x.data, to_x.step, at.length, block.valid);
-    finish_chunk<T, NV>(band, at.length, k == 0, s.D(block.index, 0), w.part, dbias, dD);
-    scatter(to_x.data, to_x.step, w.part, L, at.length, block.valid);
-    if (s.rank) {
-      weight_gradient<T, NV>(dweight, draw, dt.rows(at.i, at.j), at.length, s.rank);
-      step_gradient<T, L>(to_dt, add, draw, at.length, s.weight_t(block.index, k), s.rank, s.rank_padded());
-    } else {
-      scatter(to_dt.data, to_dt.step, draw, L, at.length, block.valid);
+    const bool sets_x = k == 0 || !grad.x;
+    if (!sets_x) gather(w.part, L, dx.at(at.i, at.j), dx.inner, at.length, block.valid);
+    finish_chunk<T, NV>(band, at.length, sets_x, s.D(block.index, 0), w.part, dbias, dD);
+    if (grad.x) scatter(dx.at(at.i, at.j), dx.inner, w.part, L, at.length, block.valid);
+    if (grad.weight) weight_gradient<T, NV>(dweight, draw, dt.rows(at.i, at.j), at.length, s.rank);
+    if (grad.dt && s.rank) {
+      const T* const weight_t = s.weight_t(block.index, k);
+      step_gradient<T, L>(ddt.rows(at.i, at.j), add, draw, at.length, block.valid, weight_t, s.rank, s.rank_padded());
+    } else if (grad.dt) {
+      scatter(ddt.at(at.i, at.j), ddt.inner, draw, L, at.length, block.valid);
     }
   }
 
@@ -398,9 +446,10 @@ class BackwardWalk {
   const Bands bands;
   const T* const A;
   T *const dA, *const dbias, *const dD, *const dweight;
-  const bool add, has_C;
+  const ScanGrads<T>& grad;
+  const bool add;
   Line<const T> x, dy, dt, B, C;
-  Line<T> dx, ddt, dB, dC;
+  Line<T> dx, ddt, dB, dC;  // of what is wanted
   int64_t base = 0;  // the position with which the band's buffers begin
 };
 

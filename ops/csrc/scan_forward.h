@@ -69,11 +69,31 @@ void scan_chunk(const ForwardChunk<T>& chunk) {
   for (int v = 0; v < NV; ++v) store(c.carry + v * W, along[v]);
 }
 
+// The order in which a walk's chunks follow one another. In 2-D, what one line leaves to the next is a state for each of
+// its positions. Where lines are long and few, all lines are walked up to the end of their first chunk, then on to that
+// of their second: then a chunk's states will do for a line's, and each line keeps the state at which it stopped.
+struct Chunks {
+  const int64_t outer, inner, per_line;
+  const bool strips;
+
+  Chunks(const Walk& walk, int ndim)
+      : outer(walk.outer), inner(walk.inner), per_line((inner + kChunk - 1) / kChunk),
+        strips(ndim == 2 && outer + kChunk < inner) {}
+
+  VSSM_INLINE int64_t count() const { return outer * per_line; }
+  VSSM_INLINE int64_t line(int64_t chunk) const { return strips ? chunk % outer : chunk / per_line; }
+  VSSM_INLINE int64_t position(int64_t chunk) const {
+    return (strips ? chunk / outer : chunk % per_line) * kChunk;
+  }
+  VSSM_INLINE int64_t carries() const { return strips ? outer : 1; }
+  VSSM_INLINE int64_t row() const { return strips ? kChunk : inner; }
+};
+
 // What one task works in, laid out in its scratch.
 template <class T>
 struct ForwardScratch {
   T *d, *a, *partial, *x, *y;  // a chunk of positions each
-  T *carries, *rows;           // by order and state: a state, and in 2-D those of a line
+  T *carries, *rows;           // by order and state, as `Chunks` has them
   int64_t size;
 
   ForwardScratch(const ScanArgs<T>& s, T* base) {
@@ -85,8 +105,9 @@ struct ForwardScratch {
     };
     T** chunk[] = {&d, &a, &partial, &x, &y};
     for (T** p : chunk) *p = take(kChunk);
-    carries = take(s.num_orders * s.states);
-    rows = take(s.ndim == 2 ? s.num_orders * s.states * longest_line(s) : 0);
+    const Chunks chunks(Walk(s, 0, s.ndim == 2), s.ndim);
+    carries = take(s.num_orders * s.states * chunks.carries());
+    rows = take(s.ndim == 2 ? s.num_orders * s.states * chunks.row() : 0);
     size = next - base;
   }
 };
@@ -108,43 +129,45 @@ void forward_block(const ScanArgs<T>& s, T* y_data, const ForwardScratch<T>& w, 
     const Walk walk(s, begin, NDIM == 2);
     end = begin + 1;
     while (NDIM == 2 && end < s.num_orders && Walk(s, end, true).reversed == walk.reversed) ++end;
-    const int64_t states = (end - begin) * s.states, row_size = walk.inner * L;
+    const Chunks chunks(walk, NDIM);
+    const int64_t states = (end - begin) * s.states;
+    const int64_t carry_size = chunks.carries() * L, row_size = chunks.row() * L;
     const auto x = walk.line(s.x, image, 0, channel);
     const auto y = walk.line(y_map, image, 0, channel);
-    std::memset(w.carries, 0, states * L * sizeof(T));
+    std::memset(w.carries, 0, states * carry_size * sizeof(T));
     if (NDIM == 2) std::memset(w.rows, 0, states * row_size * sizeof(T));
 
-    for (int64_t i = 0; i < walk.outer; ++i) {
-      if (NDIM == 2 && i > 0) std::memset(w.carries, 0, states * L * sizeof(T));
-      for (int64_t j = 0; j < walk.inner; j += kChunk) {
-        ForwardChunk<T> c;
-        c.length = at_most(kChunk, walk.inner - j);
-        c.x = x.rows(i, j), c.y = y.rows(i, j);
-        if (valid < L) {
-          gather(w.x, L, c.x.data, c.x.step, c.length, valid);
-          if (begin > 0) gather(w.y, L, c.y.data, c.y.step, c.length, valid);
-          c.x = {w.x, L}, c.y = {w.y, L};
-        }
-        c.d = w.d, c.a = w.a, c.partial = w.partial;
-        c.carry = w.carries, c.row = w.rows + j * L;
-        for (int64_t k = begin; k < end; ++k) {
-          const auto scan = NDIM == 1              ? scan_chunk<T, NV, Form::k1d>
-                            : s.orders[k] % 2 == 0 ? scan_chunk<T, NV, Form::k2dRows>
-                                                   : scan_chunk<T, NV, Form::k2dColumns>;
-          const auto dt = walk.line(s.dt, image, k, s.rank ? 0 : channel).rows(i, j);
-          steps<T, NV>(s, block, k, dt, c.length, w.d, nullptr);
-          c.B = walk.line(s.B, image, k).rows(i, j);
-          c.C = walk.line(s.C, image, k).rows(i, j);
-          c.D = k == 0 ? s.D(block.index, 0) : nullptr;
-          for (int64_t n = 0; n < s.states; ++n) {
-            c.first = n == 0, c.last = n == s.states - 1;
-            decays<T, NV>(s.A(block.index, k) + n * L, w.d, c.length, w.a);
-            scan(c);
-            ++c.B.data, ++c.C.data, c.carry += L, c.row += row_size;
-          }
-        }
-        if (valid < L) scatter(y.at(i, j), y.inner, w.y, L, c.length, valid);
+    for (int64_t chunk = 0; chunk < chunks.count(); ++chunk) {
+      const int64_t i = chunks.line(chunk), j = chunks.position(chunk);
+      if (NDIM == 2 && !chunks.strips && j == 0) std::memset(w.carries, 0, states * carry_size * sizeof(T));
+      if (NDIM == 2 && chunks.strips && i == 0) std::memset(w.rows, 0, states * row_size * sizeof(T));
+      ForwardChunk<T> c;
+      c.length = at_most(kChunk, walk.inner - j);
+      c.x = x.rows(i, j), c.y = y.rows(i, j);
+      if (valid < L) {
+        gather(w.x, L, c.x.data, c.x.step, c.length, valid);
+        if (begin > 0) gather(w.y, L, c.y.data, c.y.step, c.length, valid);
+        c.x = {w.x, L}, c.y = {w.y, L};
       }
+      c.d = w.d, c.a = w.a, c.partial = w.partial;
+      c.carry = w.carries + (chunks.strips ? i * L : 0), c.row = w.rows + (chunks.strips ? 0 : j * L);
+      for (int64_t k = begin; k < end; ++k) {
+        const auto scan = NDIM == 1              ? scan_chunk<T, NV, Form::k1d>
+                          : s.orders[k] % 2 == 0 ? scan_chunk<T, NV, Form::k2dRows>
+                                                 : scan_chunk<T, NV, Form::k2dColumns>;
+        const auto dt = walk.line(s.dt, image, k, s.rank ? 0 : channel).rows(i, j);
+        steps<T, NV>(s, block, k, dt, c.length, w.d, nullptr);
+        c.B = walk.line(s.B, image, k).rows(i, j);
+        c.C = walk.line(s.C, image, k).rows(i, j);
+        c.D = k == 0 ? s.D(block.index, 0) : nullptr;
+        for (int64_t n = 0; n < s.states; ++n) {
+          c.first = n == 0, c.last = n == s.states - 1;
+          decays<T, NV>(s.A(block.index, k) + n * L, w.d, c.length, w.a);
+          scan(c);
+          ++c.B.data, ++c.C.data, c.carry += carry_size, c.row += row_size;
+        }
+      }
+      if (valid < L) scatter(y.at(i, j), y.inner, w.y, L, c.length, valid);
     }
   }
 }

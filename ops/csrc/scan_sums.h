@@ -21,10 +21,10 @@ void sum_vectors(Rows<T> to, bool add, const T* vectors, int64_t length) {
   }
 }
 
-// The gradient of low-rank steps, to[t, r] = the sum over lanes of draw[t, lane] weight_t[lane, r], or where `add` its
-// present value and that sum.
+// The gradient of low-rank steps, to[t, r] = the sum over the valid lanes of draw[t, lane] weight_t[lane, r], or where
+// `add` its present value and that sum.
 template <class T, int L>
-void step_gradient(Rows<T> to, bool add, const T* draw, int64_t length, const T* weight_t, int64_t rank,
+void step_gradient(Rows<T> to, bool add, const T* draw, int64_t length, int64_t valid, const T* weight_t, int64_t rank,
                    int64_t rank_padded) {
   typedef Vec<T> V;
   constexpr int W = kWidth<T>;
@@ -34,7 +34,7 @@ void step_gradient(Rows<T> to, bool add, const T* draw, int64_t length, const T*
     for (int p = 0; p < kTile; ++p) row[p] = draw + at_most(t0 + p, length - 1) * L;
     for (int64_t r0 = 0; r0 < rank; r0 += W) {
       V sum[kTile] = {};
-      for (int l = 0; l < L; ++l) {
+      for (int64_t l = 0; l < valid; ++l) {
         const V w = load(weight_t + l * rank_padded + r0);
         VSSM_UNROLL
         for (int p = 0; p < kTile; ++p) sum[p] += w * row[p][l];

@@ -29,7 +29,7 @@ struct Line {
   T* origin;
   int64_t outer, inner;  // elements from one line to the next, and from one position of a line to the next
   VSSM_INLINE T* at(int64_t i, int64_t j) const { return origin + i * outer + j * inner; }
-  VSSM_INLINE Rows<T> rows(int64_t i, int64_t j) const { return {at(i, j), inner}; }
+  VSSM_INLINE Rows<T> rows(int64_t i, int64_t j, int64_t n = 0) const { return {at(i, j) + n, inner}; }
 };
 
 // The extent of a walk: the number of its lines, and of the positions of a line. A map of one column is walked as one
@@ -58,12 +58,8 @@ struct Walk {
   }
 };
 
-template <class T>
-int64_t longest_line(const ScanArgs<T>& s) {
-  return s.height > s.width ? s.height : s.width;
-}
-
-// A block of channels. Lanes beyond the valid ones hold zeros.
+// A block of channels. Lanes beyond the valid ones begin as zeros, but may come to hold anything, since B, C and low-rank
+// steps that are not finite meet them too: nothing may read them.
 struct Block {
   int64_t index, channel, valid;  // `channel` is its first one
 

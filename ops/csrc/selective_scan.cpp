@@ -122,32 +122,17 @@ Tensor selective_scan(Tensor x, Tensor dt, Tensor A, Tensor B, std::optional<Ten
 
 // ---- backward -------------------------------------------------------------------------------------------------------
 
-// The sum of `parts` equal parts of t, in order; t itself where there is one.
-template <class T>
-Tensor sum_parts(const Tensor& t, int64_t parts, const Shape& shape) {
-  if (parts == 1) return torch::stable::reshape(t, shape);
-  Tensor out = empty<T>(t, shape);
-  const int64_t size = out.numel();
-  const T* from = t.const_data_ptr<T>();
-  T* to = out.mutable_data_ptr<T>();
-  torch::stable::parallel_for(0, size, grain(1), [&](int64_t begin, int64_t end) {
-    std::copy(from + begin, from + end, to + begin);
-    for (int64_t part = 1; part < parts; ++part)
-      for (int64_t i = begin; i < end; ++i) to[i] += from[part * size + i];
-  });
-  return out;
-}
-
 using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class T, class... Args>
-Grads backward(const Tensor& grad_y_, const Args&... args) {
+Grads backward(const Tensor& grad_y_, const Wanted& wanted, const Args&... args) {
   const auto& kernels = kernels_for<T>();
   const Inputs<T> in(true, kernels, args...);
   const ScanArgs<T>& s = in.args;
   const int64_t K = s.num_orders, E = s.channels, N = s.states, R = s.rank, L = s.lanes, blocks = s.num_blocks();
   const Shape per_state{s.batch, s.height, s.width, K, N};
   check_shape("grad_y", grad_y_, {s.batch, s.height, s.width, E});
+  check(wanted.size() == 8, "vssm::selective_scan: wanted must have 8 flags, got ", wanted.size(), ".");
   const Tensor grad_y = last_contiguous<T>(grad_y_);
 
   // Enough tasks for many threads, few enough parts to add up; by the shape alone.
@@ -156,28 +141,24 @@ Grads backward(const Tensor& grad_y_, const Args&... args) {
   grad.image_groups = std::min(s.batch, (2 * kTasks + blocks - 1) / blocks);
   grad.channel_groups = std::min(blocks, (kTasks + grad.image_groups - 1) / grad.image_groups);
   const int64_t cells = s.batch * s.height * s.width * K, G = grad.channel_groups;
-  const Tensor dx = empty<T>(in.x, {s.batch, s.height, s.width, E});
-  const Tensor ddt = empty<T>(in.x, {R ? G * cells * R : cells * E});
-  const Tensor dB = empty<T>(in.x, {G * cells * N});
-  const Tensor dC = empty<T>(in.x, {in.C ? G * cells * N : 0});
+  grad.weight = wanted[7] && R;
+  const Tensor dx = gradient<T>(wanted[0], in.x, {s.batch, s.height, s.width, E}, grad.x);
+  const Tensor ddt = gradient<T>(wanted[1], in.x, {R ? G * cells * R : cells * E}, grad.dt);
+  const Tensor dB = gradient<T>(wanted[3], in.x, {G * cells * N}, grad.B);
+  const Tensor dC = gradient<T>(wanted[4] && in.C, in.x, {G * cells * N}, grad.C);
   const Tensor params = empty<T>(in.x, {grad.image_groups * blocks * K * grad.params_size(s)});
   grad.y = map<T>(grad_y);
-  grad.x = dx.mutable_data_ptr<T>();
-  grad.dt = ddt.mutable_data_ptr<T>();
-  grad.B = dB.mutable_data_ptr<T>();
-  grad.C = in.C ? dC.mutable_data_ptr<T>() : nullptr;
   grad.params = params.mutable_data_ptr<T>();
   const int64_t tasks = grad.image_groups * G;
-  run<T>(in.x, tasks, dx.numel() * K / tasks, kernels.scan_backward_scratch(s),
+  run<T>(in.x, tasks, in.x.numel() * K / tasks, kernels.scan_backward_scratch(s),
          [&](T* scratch, int64_t begin, int64_t end) { kernels.scan_backward(s, grad, scratch, begin, end); });
 
   // Parameters: add up the image groups, from blocks of lanes back to channels.
-  const Tensor dA = empty<T>(in.x, {K, E, N});
-  const Tensor dbias = empty<T>(in.x, in.dt_bias ? Shape{K, E} : Shape{0});
-  const Tensor dD = empty<T>(in.x, in.D ? Shape{K, E} : Shape{0});
-  const Tensor dweight = empty<T>(in.x, R ? Shape{K, E, R} : Shape{0});
-  T *A_out = dA.mutable_data_ptr<T>(), *bias_out = dbias.mutable_data_ptr<T>(), *D_out = dD.mutable_data_ptr<T>(),
-    *weight_out = dweight.mutable_data_ptr<T>();
+  T *A_out, *D_out, *bias_out, *weight_out;
+  const Tensor dA = gradient<T>(wanted[2], in.x, {K, E, N}, A_out);
+  const Tensor dD = gradient<T>(wanted[5] && in.D, in.x, {K, E}, D_out);
+  const Tensor dbias = gradient<T>(wanted[6] && in.dt_bias, in.x, {K, E}, bias_out);
+  const Tensor dweight = gradient<T>(grad.weight, in.x, {K, E, R}, weight_out);
   const int64_t size = grad.params_size(s), stride = blocks * K * size;
   torch::stable::parallel_for(0, blocks * K, grain(size * grad.image_groups), [&](int64_t begin, int64_t end) {
     std::vector<T> sum(size);
@@ -190,25 +171,26 @@ Grads backward(const Tensor& grad_y_, const Args&... args) {
       const T *bias = &sum[N * L], *skip = bias + L, *weight = skip + L;
       for (int64_t l = 0; l < valid; ++l) {
         const int64_t channel = k * E + first + l;
-        for (int64_t n = 0; n < N; ++n) A_out[channel * N + n] = sum[n * L + l];
-        if (in.dt_bias) bias_out[channel] = bias[l];
-        if (in.D) D_out[channel] = skip[l];
-        for (int64_t r = 0; r < R; ++r) weight_out[channel * R + r] = weight[r * L + l];
+        for (int64_t n = 0; A_out && n < N; ++n) A_out[channel * N + n] = sum[n * L + l];
+        if (bias_out) bias_out[channel] = bias[l];
+        if (D_out) D_out[channel] = skip[l];
+        for (int64_t r = 0; weight_out && r < R; ++r) weight_out[channel * R + r] = weight[r * L + l];
       }
     }
   });
 
   const Shape dt_shape{s.batch, s.height, s.width, K, R ? R : E};
   return {dx, sum_parts<T>(ddt, R ? G : 1, dt_shape), dA, sum_parts<T>(dB, G, per_state),
-          in.C ? sum_parts<T>(dC, G, per_state) : dC, dD, dbias, dweight};
+          sum_parts<T>(dC, G, per_state), dD, dbias, dweight};
 }
 
 Grads selective_scan_backward(Tensor grad_y, Tensor x, Tensor dt, Tensor A, Tensor B, std::optional<Tensor> C,
                               std::optional<Tensor> D, std::optional<Tensor> dt_bias, std::optional<Tensor> dt_weight,
-                              int64_t ndim, Shape orders, bool softplus) {
-  const Grads grads = x.scalar_type() == ScalarType::Double
-                          ? backward<double>(grad_y, x, dt, A, B, C, D, dt_bias, dt_weight, ndim, orders, softplus)
-                          : backward<float>(grad_y, x, dt, A, B, C, D, dt_bias, dt_weight, ndim, orders, softplus);
+                              int64_t ndim, Shape orders, bool softplus, Wanted wanted) {
+  const auto computed = [&](auto one) {
+    return backward<decltype(one)>(grad_y, wanted, x, dt, A, B, C, D, dt_bias, dt_weight, ndim, orders, softplus);
+  };
+  const Grads grads = x.scalar_type() == ScalarType::Double ? computed(1.) : computed(1.f);
   // Each in its input's type; an absent input's is empty, in grad_y's.
   const auto type = [&](const std::optional<Tensor>& input) { return (input ? *input : grad_y).scalar_type(); };
   return {cast(std::get<0>(grads), x.scalar_type()), cast(std::get<1>(grads), dt.scalar_type()),
@@ -225,7 +207,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vssm, m) {
       "Tensor? dt_weight, int ndim, int[] orders, bool softplus) -> Tensor");
   m.def(
       "selective_scan_backward(Tensor grad_y, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor? C, Tensor? D, "
-      "Tensor? dt_bias, Tensor? dt_weight, int ndim, int[] orders, bool softplus) -> "
+      "Tensor? dt_bias, Tensor? dt_weight, int ndim, int[] orders, bool softplus, bool[] wanted) -> "
       "(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor dt_bias, Tensor dt_weight)");
 }
 

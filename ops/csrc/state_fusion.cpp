@@ -71,31 +71,30 @@ Tensor state_fusion(Tensor h, Tensor weight) {
 using Grads = std::tuple<Tensor, Tensor>;
 
 template <class T>
-Grads backward(const Tensor& grad_y_, const Tensor& h, const Tensor& weight) {
+Grads backward(const Tensor& grad_y_, const Tensor& h, const Tensor& weight, const Wanted& wanted) {
   const auto& kernels = kernels_for<T>();
   const Inputs<T> in(kernels, h, weight);
   const FusionArgs<T>& s = in.args;
   const int64_t E = s.channels, L = s.lanes, blocks = s.num_blocks();
   check(grad_y_.is_cpu() && has_shape(grad_y_, {s.batch, s.height, s.width, E}),
         "vssm::state_fusion: grad_y has the wrong shape.");
+  check(wanted.size() == 2, "vssm::state_fusion: wanted must have 2 flags, got ", wanted.size(), ".");
   const Tensor grad_y = last_contiguous<T>(grad_y_);
 
   // Enough tasks for many threads, few enough parts to add up; by the shape alone.
   constexpr int64_t kTasks = 64;
   FusionGrads<T> grad{};
   grad.image_groups = std::min(s.batch, (kTasks + blocks - 1) / blocks);
-  const Tensor dh = empty<T>(in.h, {s.batch, s.height, s.width, E});
-  const Tensor parts = empty<T>(in.h, {grad.image_groups * blocks * kTaps * L});
-  const Tensor dweight = empty<T>(in.h, {3, E, 3, 3});
+  T* out;
+  const Tensor dh = gradient<T>(wanted[0], in.h, {s.batch, s.height, s.width, E}, grad.h);
+  const Tensor parts = gradient<T>(wanted[1], in.h, {grad.image_groups * blocks * kTaps * L}, grad.weight);
+  const Tensor dweight = gradient<T>(wanted[1], in.h, {3, E, 3, 3}, out);
   grad.y = map<T>(grad_y);
-  grad.h = dh.mutable_data_ptr<T>();
-  grad.weight = parts.mutable_data_ptr<T>();
   const int64_t tasks = grad.image_groups * blocks;
-  run<T>(in.h, tasks, dh.numel() / tasks, kernels.fusion_backward_scratch(s),
+  run<T>(in.h, tasks, h.numel() / tasks, kernels.fusion_backward_scratch(s),
          [&](T* scratch, int64_t begin, int64_t end) { kernels.fusion_backward(s, grad, scratch, begin, end); });
 
-  T* out = dweight.mutable_data_ptr<T>();
-  for (int tap = 0; tap < kTaps; ++tap) {
+  for (int tap = 0; wanted[1] && tap < kTaps; ++tap) {
     const auto [dilation, neighbour] = tap_at(tap);
     for (int64_t e = 0; e < E; ++e) {
       T sum = 0;
@@ -108,9 +107,9 @@ Grads backward(const Tensor& grad_y_, const Tensor& h, const Tensor& weight) {
   return {dh, dweight};
 }
 
-Grads state_fusion_backward(Tensor grad_y, Tensor h, Tensor weight) {
-  const auto [dh, dweight] =
-      h.scalar_type() == ScalarType::Double ? backward<double>(grad_y, h, weight) : backward<float>(grad_y, h, weight);
+Grads state_fusion_backward(Tensor grad_y, Tensor h, Tensor weight, Wanted wanted) {
+  const auto [dh, dweight] = h.scalar_type() == ScalarType::Double ? backward<double>(grad_y, h, weight, wanted)
+                                                                   : backward<float>(grad_y, h, weight, wanted);
   return {cast(dh, h.scalar_type()), cast(dweight, weight.scalar_type())};
 }
 
@@ -118,7 +117,7 @@ Grads state_fusion_backward(Tensor grad_y, Tensor h, Tensor weight) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vssm, m) {
   m.def("state_fusion(Tensor h, Tensor weight) -> Tensor");
-  m.def("state_fusion_backward(Tensor grad_y, Tensor h, Tensor weight) -> (Tensor h, Tensor weight)");
+  m.def("state_fusion_backward(Tensor grad_y, Tensor h, Tensor weight, bool[] wanted) -> (Tensor h, Tensor weight)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vssm, CPU, m) {

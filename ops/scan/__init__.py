@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backend import check_device, uses_reference
-from .check import check_arguments
+from .check import check_arguments, check_options
 from .flops import selective_scan_fvcore_macs
 from .op import run, run_reference
 from .reference import selective_scan_ref
@@ -57,7 +57,7 @@ def selective_scan(
         dt_bias: Bias of the step sizes, (K, E).
         dt_weight: Weight of low-rank step sizes, which the kernel expands, raw_dt = dt_weight @ dt, (K, E, R).
         ndim: Dimensions of the recurrence, 1 or 2.
-        orders: Walks to take, K = 1, 2 or 4 different ones of 0, 1, 2, 3.
+        orders: Walks to take, K = 1, 2 or 4 different ones of 0, 1, 2, 3, as a list, a tuple or a range.
         softplus: Whether the step sizes pass through softplus.
 
     Returns:
@@ -76,9 +76,10 @@ def selective_scan(
         >>> selective_scan(x, dt, A, B, C, D=torch.ones(4, 32)).shape
         torch.Size([2, 14, 14, 32])
     """
+    ndim, orders, softplus = check_options(ndim, orders, softplus)
     if not torch.jit.is_tracing():  # where sizes are tensors
         tensors = dict(x=x, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias, dt_weight=dt_weight)
-        check_arguments(tensors, ndim, orders)
+        check_arguments(tensors, len(orders))
     if uses_reference(x):
         options = dict(dt_weight=dt_weight, ndim=ndim, orders=orders, softplus=softplus)
         return run_reference(x, dt, A, B, C, D, dt_bias, **options)

@@ -1,27 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
 """What arguments the selective scan takes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 from .._check import check_shapes, check_tensors
 
 
-def check_arguments(tensors: Mapping[str, Any], ndim: int, orders: Sequence[int]) -> None:
+def check_options(ndim: Any, orders: Any, softplus: Any) -> tuple[int, list[int], bool]:
+    """The options of the op as the operator takes them, whatever kind of integers came.
+
+    Raises:
+        ValueError: One of them is something else; True and False are no integers here.
+    """
+
+    def is_integer(value: Any) -> bool:
+        return isinstance(value, Integral) and not isinstance(value, bool)
+
+    if not is_integer(ndim) or ndim not in (1, 2):
+        raise ValueError(f'selective_scan: ndim must be 1 or 2, got {ndim!r}.')
+    is_orders = isinstance(orders, (list, tuple, range)) and all(map(is_integer, orders))
+    if not is_orders or len(orders) not in (1, 2, 4) or len({*orders} & {0, 1, 2, 3}) != len(orders):
+        raise ValueError(f'selective_scan: orders must be 1, 2 or 4 different ones of 0, 1, 2, 3, got {orders!r}.')
+    if not isinstance(softplus, bool):
+        raise ValueError(f'selective_scan: softplus must be True or False, got {softplus!r}.')
+    return int(ndim), [int(order) for order in orders], softplus
+
+
+def check_arguments(tensors: Mapping[str, Any], num_orders: int) -> None:
     """Raise a ValueError that names the first argument that does not fit, what was needed and what came.
 
     Args:
         tensors: All tensors of the op by their names, x first.
-        ndim: Dimensions of the recurrence.
-        orders: Walks to take.
+        num_orders: Number of walks to take.
     """
     check_tensors('selective_scan', tensors, optional=('C', 'D', 'dt_bias', 'dt_weight'))
-    if ndim not in (1, 2):
-        raise ValueError(f'selective_scan: ndim must be 1 or 2, got {ndim!r}.')
-    is_orders = isinstance(orders, (list, tuple)) and all(isinstance(order, int) for order in orders)
-    if not is_orders or len(orders) not in (1, 2, 4) or len(set(orders) & {0, 1, 2, 3}) != len(orders):
-        raise ValueError(f'selective_scan: orders must be 1, 2 or 4 different ones of 0, 1, 2, 3, got {orders!r}.')
-    num_orders = len(orders)
 
     x, A, C, D, dt_weight = (tensors[name] for name in ('x', 'A', 'C', 'D', 'dt_weight'))
     if x.dim() != 4:

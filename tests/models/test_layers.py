@@ -30,6 +30,10 @@ class Recorder(nn.Module):
         return 2 * x
 
 
+class Inherited(Recorder):
+    __module__ = 'elsewhere'
+
+
 class Grouped(nn.Module):
     """What a recorder makes of its input, in groups."""
 
@@ -40,6 +44,12 @@ class Grouped(nn.Module):
     @layers.in_groups()
     def forward(self, x):
         return self.part(x)
+
+
+@pytest.fixture(autouse=True)
+def _known(monkeypatch):
+    """These map every image alike, too."""
+    monkeypatch.setattr(layers, '_OF_IMAGES', layers._OF_IMAGES | {Grouped, Inherited, Recorder})
 
 
 @pytest.fixture
@@ -89,12 +99,16 @@ def test_groups_are_even(monkeypatch):
     assert module.part.sizes == [3, 2, 2]
 
 
+def test_what_is_not_known_gets_whole_batches(always):
+    module = Grouped().eval()
+    module.part = type('Other', (Recorder,), {})()
+    module(torch.randn(5, 2, 2, 3))
+    assert module.part.sizes == [5]
+
+
 def foreign_forward(self, x):
     self.sizes.append(len(x))
     return 2 * x
-
-
-foreign_forward.__module__ = 'elsewhere'
 
 
 def change(module, who, monkeypatch):
@@ -145,7 +159,7 @@ def test_onlookers_get_whole_batches(who, always, monkeypatch):
 def test_a_default_device_and_an_inherited_forward_are_no_onlookers(always):
     """The first is a function mode, too; the second may come from another file than its class."""
     module = Grouped().eval()
-    module.part = type('Inherited', (Recorder,), dict(__module__='elsewhere'))()
+    module.part = Inherited()
     with torch.device('cpu'):
         module(torch.randn(5, 2, 2, 3))
     assert module.part.sizes == [1] * 5
@@ -208,7 +222,10 @@ def test_a_linear_layer_is_a_convolution(shape, bias, chunks, always, assert_clo
         assert_close(a, b, 1e-5)
 
 
-@pytest.mark.parametrize('what', ('parametrised', 'pruned', 'float64', 'autocast', 'patched', 'mode', 'given'))
+@pytest.mark.parametrize(
+    'what', ('parametrised', 'pruned', 'sparse', 'float64', 'autocast', 'patched', 'mode', 'given')
+)
+@pytest.mark.filterwarnings('ignore:Sparse CSR tensor support')
 def test_what_is_not_plain_float32_is_no_convolution(what, always, monkeypatch):
     layer = layers.Linear(12, 12)
     weight = layer.weight
@@ -216,6 +233,8 @@ def test_what_is_not_plain_float32_is_no_convolution(what, always, monkeypatch):
         parametrizations.weight_norm(layer)
     elif what == 'pruned':
         prune.l1_unstructured(layer, 'bias', amount=2)
+    elif what == 'sparse':
+        layer.weight = nn.Parameter(weight.detach().to_sparse_csr())
     elif what == 'float64':
         layer.double()
     elif what == 'patched':

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The networks: sizes and costs as published, numbers as the golden files have them, and all that timm expects."""
 
+import collections
 import fnmatch
 import math
 import re
@@ -13,6 +14,7 @@ from timm.layers import create_feature_extractor, get_graph_node_names
 from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor as torchvision_feature_extractor
 
 import vssm
 from vssm.ops import state_fusion
@@ -489,6 +491,13 @@ def test_dims_may_be_one_width(name):
     assert [info['num_chs'] for info in model.feature_info] == [16, 32, 64, 128]
 
 
+@pytest.mark.parametrize('features_only', (False, True), ids=('classifier', 'features'))
+def test_batch_norm_arguments(features_only):
+    model = create('test_spatial_mamba', bn_momentum=0.03, bn_eps=1e-3, features_only=features_only)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert len(norms) == 5 + 3 and {(norm.momentum, norm.eps) for norm in norms} == {(0.03, 1e-3)}
+
+
 @every_test_model
 def test_wrong_number_of_dims(name):
     with pytest.raises(ValueError, match=r'dims.*4 depths.*\(32, 48, 64\)'):
@@ -509,6 +518,17 @@ def test_only_the_scan_tells_the_two_apart():
     x = images()
     one, two = one(x), two(x)
     assert (one - two).abs().max() > 0.01 * one.abs().max()
+
+
+@every_test_model
+def test_every_layer_is_called_once(name):
+    """Attributions that keep what a layer saw, such as DeepLift's, need one object a use."""
+    model, calls = create(name), collections.Counter()
+    layers = {n: m for n, m in model.named_modules() if not [*m.children()]}
+    for layer_name, layer in layers.items():
+        layer.register_forward_hook(lambda *_, layer_name=layer_name: calls.update([layer_name]))
+    model(images())
+    assert calls == collections.Counter(layers.keys())
 
 
 @every_test_model
@@ -593,21 +613,74 @@ def test_fx_traces_modules_of_others_that_call_our_ops(assert_close):
 
 
 @every_small_model
-def test_fx(name, assert_close):
+def test_timm_fx(name):
+    """Bit for bit: timm's tracer takes what has a shortcut for one node, and runs it as it is."""
     model = spread(create(name))
-    x = images()
     nodes, _ = get_graph_node_names(model)
     traced = create_feature_extractor(model, [nodes[-1]])
-    assert_close(traced(x)[nodes[-1]], model(x), GRAPH_TOLERANCE)
-    other = images(33, 47)  # no size is baked in
-    assert_close(traced(other)[nodes[-1]], model(other), GRAPH_TOLERANCE)
+    for x in (images(), images(33, 47)):  # no size is baked in
+        assert torch.equal(traced(x)[nodes[-1]], model(x))
+
+
+@every_small_model
+def test_plain_fx(name, assert_close):
+    """A tracer that knows nothing of timm."""
+    model = spread(create(name))
+    traced = torch.fx.symbolic_trace(model)
+    for x in (images(), images(33, 47)):
+        assert_close(traced(x), model(x), GRAPH_TOLERANCE)
+
+
+@every_small_model
+def test_plain_fx_trains(name, assert_close):
+    """Neither a parameter nor a dtype is baked in: a graph drawn in float32 has the gradients of float64."""
+    model = spread(create(name)).train()
+    traced = torch.fx.symbolic_trace(model).double()
+    x = images(dtype=torch.float64)
+    traced(x).square().mean().backward()
+    actual = {n: p.grad.clone() for n, p in traced.named_parameters()}
+    model.double().zero_grad()  # whose parameters the graph shares
+    model(x).square().mean().backward()
+    for parameter_name, p in model.named_parameters():
+        assert_close(actual.pop(parameter_name), p.grad, 1e-9, parameter_name)
+    assert not actual
+
+
+@every_small_model
+def test_torchvision_features(name, assert_close):
+    """Of stages, blocks, and what is within them."""
+    model = spread(create(name))
+    names = ['stem', 'stages.1.downsample', 'stages.2.blocks.0', 'stages.2.blocks.1', 'stages.3', 'head.norm']
+    names += ['stages.0.blocks.0.mixer', 'stages.0.blocks.0.mixer.norm', 'stages.2.blocks.1.mlp.fc1']
+    extractor = torchvision_feature_extractor(model, names)
+    expected = {}
+    for module_name in names:
+        model.get_submodule(module_name).register_forward_hook(
+            lambda module, args, y, module_name=module_name: expected.__setitem__(module_name, y)
+        )
+    for training in (False, True):
+        x = images(33, 47)
+        model.train(training)(x)
+        features = extractor.train(training)(x)
+        assert features.keys() == expected.keys()
+        for module_name, feature in features.items():
+            assert_close(feature, expected[module_name], GRAPH_TOLERANCE, module_name)
+
+
+@every_test_model
+def test_plain_fx_of_features_only(name, assert_close):
+    model = spread(create(name, features_only=True))
+    x = images(33, 47)
+    for actual, expected in zip(torch.fx.symbolic_trace(model)(x), model(x), strict=True):
+        assert_close(actual, expected, GRAPH_TOLERANCE)
 
 
 @pytest.mark.filterwarnings('ignore:.*torch.jit.*:DeprecationWarning')
+@pytest.mark.parametrize('graph', (False, True), ids=('modules', 'graph'))
 @every_small_model
-def test_torchscript(name, assert_close):
+def test_torchscript(name, graph, assert_close):
     model = spread(create(name))
-    scripted = torch.jit.script(model)
+    scripted = torch.jit.script(torch.fx.symbolic_trace(model) if graph else model)
     for x in (images(), images(33, 47)):
         assert_close(scripted(x), model(x), GRAPH_TOLERANCE)
 

@@ -192,13 +192,36 @@ void hold(const std::string& what, const Sums& expected, const F& actual) {
 }
 
 template <class T>
-void hold_bits(const std::string& what, const std::vector<std::vector<T>>& one,
-               const std::vector<std::vector<T>>& many) {
-  for (size_t i = 0; i < one.size(); ++i) {
-    if (one[i].empty() || !std::memcmp(one[i].data(), many[i].data(), one[i].size() * sizeof(T))) continue;
-    std::fprintf(stderr, "%s: result %zu depends on the number of threads\n", what.c_str(), i);
+using Results = std::vector<std::vector<T>>;
+
+// Hold results, those that are not empty, to the same bits.
+template <class T>
+void hold_bits(const std::string& what, const char* on, const Results<T>& some, const Results<T>& all) {
+  for (size_t i = 0; i < some.size(); ++i) {
+    if (some[i].empty() || !std::memcmp(some[i].data(), all[i].data(), some[i].size() * sizeof(T))) continue;
+    std::fprintf(stderr, "%s: result %zu depends on %s\n", what.c_str(), i, on);
     ++failures;
   }
+}
+
+// What a kernel gives on one thread, held to what it gives on several, and where only some gradients are wanted.
+// results(pool, wanted) has the outputs in order; of gradient i, bit i of `wanted`.
+template <class T, class F>
+Results<T> held_results(const std::string& what, Pool& pool, const F& results) {
+  constexpr unsigned kAll = ~0u;
+  const Results<T> one = results(nullptr, kAll);
+  hold_bits(what, "the number of threads", results(&pool, kAll), one);
+  for (const unsigned wanted : {0x55555555u, 0xaaaaaaaau, 0u})
+    hold_bits(what, "which gradients are wanted", results(nullptr, wanted), one);
+  return one;
+}
+
+// A gradient, and the pointer to it that a kernel takes: where it is not wanted, empty and null.
+template <class T>
+std::vector<T> gradient(bool wanted, int64_t size, T*& data) {
+  auto buffer = poisoned<T>(wanted ? size : 0);
+  data = wanted ? buffer.data() : nullptr;
+  return buffer;
 }
 
 // Element i of a tensor that comes in parts.
@@ -261,6 +284,13 @@ const ScanCase kScanCases[] = {
     {{1, 14, 540, 5}, 2, 0, 2, {2, 1}, 0},
     {{1, 37, 100, 32}, 1, 0, 2, {3}, 0},
     {{1, 61, 123, 5}, 1, 0, 2, {2}, kWithoutC | kPlainStep},
+    // Long lines of which there are few, which are walked in strips: forward, then both ways.
+    {{2, 3, 150, 5}, 2, 3, 2, {0, 1, 2, 3}, kStrided},
+    {{1, 140, 2, 17}, 1, 0, 2, {1, 2}, 0},
+    {{1, 5, 1500, 3}, 2, 2, 2, {0, 3}, kStrided},
+    {{1, 1501, 5, 3}, 1, 0, 2, {3, 1, 2, 0}, kFewGroups},
+    {{1, 1, 7500, 3}, 1, 1, 2, {2}, 0},
+    {{1, 3, 1250, 20}, 3, 0, 2, {0, 2}, kPlainStep},
 };
 
 std::string name_of(const ScanCase& c) {
@@ -445,26 +475,30 @@ void check_scan(const Kernels<T>& kernels, const ScanCase& c, int64_t lanes, Poo
   ScanGrads<T> grad{};
   const int64_t images = grad.image_groups = few ? (s.batch + 1) / 2 : s.batch;
   const int64_t groups = grad.channel_groups = few ? (blocks + 1) / 2 : blocks;
-  const int64_t size = grad.params_size(s);
 
-  auto results = [&](Pool* pool) {
-    auto y = poisoned<T>(cells * E), dx = poisoned<T>(cells * E), ddt = poisoned<T>(cells * K * (R ? groups * R : E)),
-         dB = poisoned<T>(groups * cells * K * N), dC = poisoned<T>(c.options & kWithoutC ? 0 : groups * cells * K * N),
+  auto results = [&](Pool* pool, unsigned wanted) {
+    grad.weight = R && wanted & 16;
+    const int64_t size = grad.params_size(s);
+    auto y = poisoned<T>(cells * E), dx = gradient<T>(wanted & 1, cells * E, grad.x),
+         ddt = gradient<T>(wanted & 2, cells * K * (R ? groups * R : E), grad.dt),
+         dB = gradient<T>(wanted & 4, groups * cells * K * N, grad.B),
+         dC = gradient<T>(wanted & 8 && !(c.options & kWithoutC), groups * cells * K * N, grad.C),
          params = poisoned<T>(images * blocks * K * size);
     run<T>(pool, s.batch * blocks, kernels.scan_forward_scratch(s), [&](T* scratch, int64_t begin, int64_t end) {
       kernels.scan_forward(s, y.data(), scratch, begin, end);
     });
-    grad.y = in.dy, grad.x = dx.data(), grad.dt = ddt.data(), grad.B = dB.data(), grad.params = params.data();
-    grad.C = dC.empty() ? nullptr : dC.data();
+    grad.y = in.dy, grad.params = params.data();
     run<T>(pool, images * groups, kernels.scan_backward_scratch(s), [&](T* scratch, int64_t begin, int64_t end) {
       kernels.scan_backward(s, grad, scratch, begin, end);
     });
-    return std::vector<std::vector<T>>{y, dx, ddt, dB, dC, params};
+    if (R && !grad.weight) params.clear();  // which is laid out otherwise then
+    return Results<T>{y, dx, ddt, dB, dC, params};
   };
-  const auto one = results(nullptr);
   const std::string type = sizeof(T) == 8 ? " double " : " ", width = ", " + std::to_string(L) + " lanes";
   const std::string name = kernels.name + type + name_of(c) + width;
-  hold_bits(name, one, results(&pool));
+  const auto one = held_results<T>(name, pool, results);
+  grad.weight = R;
+  const int64_t size = grad.params_size(s);
 
   const ScanSums sum = scan_reference(in);
   const auto &y = one[0], &dx = one[1], &ddt = one[2], &dB = one[3], &dC = one[4], &params = one[5];
@@ -497,7 +531,7 @@ struct FusionCase {
 const FusionCase kFusionCases[] = {
     {{1, 1, 1, 1}, 0},          {{2, 1, 9, 7}, 0},          {{2, 11, 1, 16}, kStrided}, {{3, 4, 6, 17}, kFewGroups},
     {{1, 6, 5, 33}, kStrided},  {{2, 7, 7, 96}, kStrided},  {{1, 13, 21, 31}, 0},       {{3, 12, 11, 5}, kFewGroups},
-    {{1, 21, 1010, 2}, 0},      {{1, 17, 1010, 1}, kStrided},
+    {{1, 21, 1010, 2}, 0},      {{1, 17, 1010, 1}, kStrided},   {{2, 2, 1537, 3}, kFewGroups}, {{1, 1, 513, 5}, 0},
 };
 
 std::string name_of(const FusionCase& c) {
@@ -527,20 +561,20 @@ void check_fusion(const Kernels<T>& kernels, const FusionCase& c, Pool& pool) {
   s.packed = packed.data();
   const int64_t images = c.options & kFewGroups ? (z.batch + 1) / 2 : z.batch;
 
-  auto results = [&](Pool* pool) {
-    auto y = poisoned<T>(cells * E), dh = poisoned<T>(cells * E), dweight = poisoned<T>(images * packed.size());
+  auto results = [&](Pool* pool, unsigned wanted) {
+    FusionGrads<T> grad{read_only(dy_map), nullptr, nullptr, images};
+    auto y = poisoned<T>(cells * E), dh = gradient<T>(wanted & 1, cells * E, grad.h),
+         dweight = gradient<T>(wanted & 2, images * packed.size(), grad.weight);
     run<T>(pool, z.batch * blocks, kernels.fusion_forward_scratch(s), [&](T* scratch, int64_t begin, int64_t end) {
       kernels.fusion_forward(s, y.data(), scratch, begin, end);
     });
-    const FusionGrads<T> grad{read_only(dy_map), dh.data(), dweight.data(), images};
     run<T>(pool, images * blocks, kernels.fusion_backward_scratch(s), [&](T* scratch, int64_t begin, int64_t end) {
       kernels.fusion_backward(s, grad, scratch, begin, end);
     });
-    return std::vector<std::vector<T>>{y, dh, dweight};
+    return Results<T>{y, dh, dweight};
   };
-  const auto one = results(nullptr);
   const std::string name = std::string(kernels.name) + (sizeof(T) == 8 ? " double " : " ") + name_of(c);
-  hold_bits(name, one, results(&pool));
+  const auto one = held_results<T>(name, pool, results);
 
   // The definition: each tap weighs the position that it reaches, or the border where there is none.
   Sums y(cells * E), dh(cells * E), dweight(kTaps * E);
@@ -583,20 +617,23 @@ void check_readout(const Kernels<T>& kernels, int64_t rows, int64_t E, Pool& poo
                          C.data(), D.data(), weight.data(), bias.data(), T(1e-5)};
   const int64_t tasks = std::min<int64_t>(rows, 6);
 
-  auto results = [&](Pool* pool) {
-    auto y = poisoned<T>(rows * E), dh = poisoned<T>(rows * E), dx = poisoned<T>(rows * E), dz = poisoned<T>(rows * E),
-         dC = poisoned<T>(rows), parameters = poisoned<T>(tasks * 3 * E);
+  auto results = [&](Pool* pool, unsigned wanted) {
+    ReadoutGrads<T> grad{};
+    grad.y = grad_y.data(), grad.tasks = tasks;
+    auto y = poisoned<T>(rows * E), dh = gradient<T>(wanted & 1, rows * E, grad.h),
+         dx = gradient<T>(wanted & 2, rows * E, grad.x), dz = gradient<T>(wanted & 4, rows * E, grad.z),
+         dC = gradient<T>(wanted & 8, rows, grad.C), dD = gradient<T>(wanted & 16, tasks * E, grad.D),
+         dweight = gradient<T>(wanted & 32, tasks * E, grad.weight),
+         dbias = gradient<T>(wanted & 64, tasks * E, grad.bias);
     run<T>(pool, rows, kernels.readout_scratch(s),
            [&](T* scratch, int64_t begin, int64_t end) { kernels.readout_forward(s, y.data(), scratch, begin, end); });
-    const ReadoutGrads<T> grad{grad_y.data(), dh.data(), dx.data(), dz.data(), dC.data(), parameters.data(), tasks};
     run<T>(pool, tasks, kernels.readout_scratch(s),
            [&](T* scratch, int64_t begin, int64_t end) { kernels.readout_backward(s, grad, scratch, begin, end); });
-    return std::vector<std::vector<T>>{y, dh, dx, dz, dC, parameters};
+    return Results<T>{y, dh, dx, dz, dC, dD, dweight, dbias};
   };
-  const auto one = results(nullptr);
   const std::string name = std::string(kernels.name) + (sizeof(T) == 8 ? " double" : "") + " readout " +
                            std::to_string(rows) + "x" + std::to_string(E);
-  hold_bits(name, one, results(&pool));
+  const auto one = held_results<T>(name, pool, results);
 
   Sums y(rows * E), dh(rows * E), dx(rows * E), dz(rows * E), dC(rows), dD(E), dweight(E), dbias(E);
   std::vector<double> u(E), n(E), dn(E);
@@ -632,7 +669,7 @@ void check_readout(const Kernels<T>& kernels, int64_t rows, int64_t E, Pool& poo
   const char* const kinds[] = {"D", "the weight", "the bias"};
   for (int i = 0; i < 3; ++i)
     hold<T>(name + ", gradient of " + kinds[i], *parameters[i],
-            [&](int64_t e) { return sum_parts(one[5], tasks, i * E + e); });
+            [&](int64_t e) { return sum_parts(one[5 + i], tasks, e); });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

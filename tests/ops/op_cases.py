@@ -3,6 +3,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ class Op:
     variants: dict[str, dict]  # small cases of all that the options change
     medium: dict  # a case of other sizes, with so many elements that any rounding shows
     large: dict[str, dict]  # cases that are worth several threads
+    with_channels: tuple[Callable[[int], dict], ...]  # small cases of that many channels
+    with_size: tuple[Callable[[int, int], dict], ...]  # cases of a height and a width, few channels
     optional: tuple[str, ...] = ()  # tensors that may be None
     autocast: tuple[str, ...] = ()  # tensors that autocast casts
     has_cuda: bool = True
@@ -60,13 +63,30 @@ class Op:
     def operator_backward(self):
         return getattr(torch.ops.vssm, f'{self.name}_backward').default
 
+    def called(self, way):
+        """The public function, or with the same keywords the operator, called past the function: `way` says which."""
+        if way == 'function':
+            return self.function
+        operator, names = self.operator, [argument.name for argument in self.operator._schema.arguments]
+
+        def call(**kwargs):
+            values = (kwargs[name] for name in names)
+            return operator(*(list(value) if isinstance(value, tuple) else value for value in values))
+
+        return call
+
     def values_and_grads(self, tensors, options, grad_y):
         return values_and_grads(tensors, options, grad_y, self.function)
 
 
 def arguments(tensors, options):
     """All arguments in order, as the operator takes them."""
-    return (*tensors.values(), *(list(value) if isinstance(value, tuple) else value for value in options.values()))
+    return tuple(list(value) if isinstance(value, tuple) else value for value in {**tensors, **options}.values())
+
+
+def backward_arguments(op, grad_y, tensors, options, wanted=None):
+    """All arguments in order, as the backward operator takes them; by default every gradient is wanted."""
+    return grad_y, *arguments(tensors, options), [wanted is None or name in wanted for name in op.names]
 
 
 def make_fusion(batch=2, height=3, width=4, channels=5, *, dtype=torch.float64, seed=0):
@@ -124,6 +144,13 @@ OPS = (
         },
         medium=dict(height=9, width=8, channels=19, rank=2),
         large={f'{n}d': dict(batch=3, height=20, width=21, channels=100, rank=6, ndim=n) for n in (1, 2)},
+        with_channels=tuple(
+            partial(lambda n, E: dict(batch=1, channels=E, states=n, rank=2, orders=(0, 3), ndim=n), n) for n in (1, 2)
+        ),
+        with_size=tuple(
+            partial(lambda n, H, W: dict(batch=1, height=H, width=W, channels=8, states=1, rank=1, ndim=n), n)
+            for n in (1, 2)
+        ),
         # The sizes come from x, the rank from dt_weight and the states from A.
         blamed={
             **{('x', axis): 'dt' for axis in (0, 1, 2)},
@@ -139,6 +166,8 @@ OPS = (
         variants={'map': dict(batch=1, height=7, width=4, channels=3)},
         medium=dict(batch=3, height=5, width=6, channels=8),
         large={'map': dict(batch=3, height=40, width=50, channels=24)},
+        with_channels=(lambda E: dict(batch=1, channels=E),),
+        with_size=(lambda H, W: dict(batch=1, height=H, width=W, channels=8),),
         blamed={**{('h', axis): None for axis in (0, 1, 2)}, ('h', 3): 'weight'},
     ),
     Op(
@@ -150,6 +179,8 @@ OPS = (
         variants={'map': dict(shape=(1, 2, 3, 5)), 'rows': dict(shape=(3, 9)), 'one': dict(shape=(4,))},
         medium=dict(shape=(3, 5, 6, 8)),
         large={'map': dict(shape=(3, 40, 50, 24))},
+        with_channels=(lambda E: dict(shape=(2, 3, E)),),
+        with_size=(lambda H, W: dict(shape=(1, H, W, 8)),),
         has_cuda=False,
         in_torch=False,
         blamed={('h', axis): 'x' for axis in (None, 0, 1, 2, 3)},

@@ -138,4 +138,4 @@ def test_readout_operator_refuses_what_it_could_not_read_safely(how, index):
 def test_readout_operator_refuses_a_gradient_of_another_shape():
     case = [t.detach() for t in make_case(2, 3, 5)]
     with pytest.raises(RuntimeError, match='vssm::gated_readout: grad_y has the wrong shape'):
-        torch.ops.vssm.gated_readout_backward(case[0][:1], *case, 1e-5)
+        torch.ops.vssm.gated_readout_backward(case[0][:1], *case, 1e-5, [True] * 7)

@@ -5,16 +5,19 @@ What is particular to an op is in test_selective_scan.py, test_state_fusion.py a
 """
 
 import doctest
+import itertools
+import math
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from op_cases import OPS, arguments
+from op_cases import OPS, arguments, backward_arguments
 from op_inputs import LAYOUTS, convert, lay_out, random_like
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from vssm.ops import use_reference
@@ -29,6 +32,7 @@ def over(*cases):
 every_op = pytest.mark.parametrize('op', OPS, ids=str)
 every_argument = pytest.mark.parametrize(('op', 'name'), **over(*((op, name) for op in OPS for name in op.names)))
 every_variant = pytest.mark.parametrize(('op', 'variant'), **over(*((op, name) for op in OPS for name in op.variants)))
+every_way = pytest.mark.parametrize('way', ('function', 'operator'))
 by_reference_and_kernel = pytest.mark.parametrize('reference', (False, True), ids=('kernel', 'reference'))
 in_half = pytest.mark.parametrize('half', (torch.bfloat16, torch.float16), ids=('bfloat16', 'float16'))
 
@@ -127,38 +131,182 @@ def test_without_gradients(op, mode):
     assert not y.requires_grad and torch.equal(y, expected)
 
 
+@every_variant
+def test_only_wanted_gradients_are_computed(op, variant, kernel_path):
+    """The others are empty; each is the same, whichever are wanted with it."""
+    skip_what_the_reference_computes(op, kernel_path)
+    tensors, options = op.make(**op.variants[variant], dtype=torch.float32)
+    present = [name for name, t in tensors.items() if t is not None]
+    grad_y = grad_for(tensors)
+    expected = dict(zip(op.names, op.operator_backward(*backward_arguments(op, grad_y, tensors, options)), strict=True))
+    singles = [(name,) for name in present]
+    for wanted in ((), *singles, tuple(present[::2]), tuple(present[1::2])):
+        grads = op.operator_backward(*backward_arguments(op, grad_y, tensors, options, wanted))
+        for name, grad in zip(op.names, grads, strict=True):
+            assert torch.equal(grad, expected[name] if name in wanted else torch.empty(0)), (name, wanted)
+
+
+class Wanted(TorchDispatchMode):
+    """What the backward operator is asked for."""
+
+    def __init__(self, op):
+        super().__init__()
+        self.op, self.flags = op, None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func == self.op.operator_backward:
+            self.flags = args[-1]
+        return func(*args, **(kwargs or {}))
+
+
 @every_op
-def test_second_derivative_is_refused_by_kernels_alone(op):
+def test_autograd_asks_for_what_needs_a_gradient(op):
+    tensors, options = op.make(dtype=torch.float32)
+    for needed in (op.names[:1], op.names[1:], op.names[::2]):
+        leaves = {name: t.requires_grad_(name in needed) for name, t in tensors.items()}
+        y = op.function(**leaves, **options)
+        with Wanted(op) as wanted:
+            y.sum().backward()
+        assert wanted.flags == [name in needed for name in op.names]
+
+
+# ---- derivatives that no kernel has ----------------------------------------------------------------------------------
+
+
+def refused(op, derivative):
+    return pytest.raises(NotImplementedError, match=f'{op.name}.*{derivative}.*use_reference')
+
+
+def of_first(op, way, tensors, options):
+    """The op as a function of its first tensor, and that tensor."""
+    call, (first, x) = op.called(way), next(iter(tensors.items()))
+    return lambda x: call(**{**tensors, first: x}, **options), x
+
+
+SECOND_DERIVATIVES = {
+    'grad-grad': lambda f, x: torch.func.grad(lambda x: torch.func.grad(f)(x).sum())(x),
+    'jacrev-grad': lambda f, x: torch.func.jacrev(torch.func.grad(f))(x),
+    'vjp-grad': lambda f, x: torch.func.vjp(torch.func.grad(f), x)[1](x),
+    'autograd': lambda f, x: torch.autograd.functional.hessian(f, x),
+}
+FORWARD_MODE = {
+    'jvp': lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    'jacfwd': lambda f, x: torch.func.jacfwd(f)(x),
+    'linearize': lambda f, x: torch.func.linearize(f, x),
+    'vmap-jvp': lambda f, x: torch.vmap(lambda t: torch.func.jvp(f, (x,), (t,)))(x[None]),
+    'forward-over-reverse': lambda f, x: torch.func.jvp(torch.func.grad(f), (x,), (x,)),
+    'dual': lambda f, x: dual(f, x),
+    'dual-that-needs-a-gradient': lambda f, x: dual(f, x.clone().requires_grad_()),
+}
+
+
+def dual(f, x):
+    with forward_ad.dual_level():
+        return f(forward_ad.make_dual(x, x.detach()))
+
+
+@every_way
+@every_op
+def test_second_derivative_is_refused_by_kernels_alone(op, way):
     tensors, options = op.make(**next(iter(op.variants.values())))
-    leaves = [t.requires_grad_() for t in tensors.values()]
+    call, x = of_first(op, way, tensors, options)
+    for how, differentiate in SECOND_DERIVATIVES.items():
+        with refused(op, 'second derivative'):
+            pytest.fail(f'{how} gives {differentiate(lambda x: call(x).square().sum(), x)}')
+
+
+@every_op
+def test_reference_has_second_derivatives(op):
+    tensors, options = op.make(**next(iter(op.variants.values())))
+    leaves = tuple(t.requires_grad_() for t in tensors.values())
 
     def call(*args):
         return op.function(**dict(zip(tensors, args, strict=True)), **options)
 
-    (grad,) = torch.autograd.grad(call(*leaves).square().sum(), leaves[0], create_graph=True)
-    with pytest.raises(NotImplementedError, match=f'{op.name}.*second derivative.*use_reference'):
-        grad.sum().backward()
     with use_reference():
-        assert torch.autograd.gradgradcheck(call, tuple(leaves))
+        assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
 
 
+@every_way
 @every_op
-def test_forward_mode_is_refused_by_kernels_alone(op, assert_close):
-    tensors, options = op.make()
-    first, x = next(iter(tensors.items()))
-    step = random_like(x)
+def test_forward_mode_is_refused_by_kernels_alone(op, way, assert_close):
+    tensors, options = op.make(**next(iter(op.variants.values())))
+    call, x = of_first(op, way, tensors, options)
+    for how, differentiate in FORWARD_MODE.items():
+        with refused(op, 'forward-mode derivative'):
+            pytest.fail(f'{how} gives {differentiate(lambda x: call(x).sum(), x)}')
+    with refused(op, 'forward-mode derivative'):
+        dual(lambda grad_y: op.operator_backward(*backward_arguments(op, grad_y, tensors, options)), grad_for(tensors))
+    # What has no tangent is no business of forward mode.
+    _, tangent = torch.func.jvp(lambda scale: scale * call(x).sum(), (torch.ones(()).to(x),), (torch.ones(()).to(x),))
+    assert torch.equal(tangent, call(x).sum())
+    if way == 'function':
+        step = random_like(x)
+        with use_reference():
+            _, tangent = torch.func.jvp(call, (x,), (step,))
+            assert_close(tangent, (call(x + 1e-6 * step) - call(x - 1e-6 * step)) / 2e-6, 1e-6)
 
-    def call(x):
-        return op.function(**{**tensors, first: x}, **options)
 
-    refused = pytest.raises(NotImplementedError, match=f'{op.name}.*forward-mode derivative.*use_reference')
-    with refused:
-        torch.func.jvp(call, (x,), (step,))
-    with refused, forward_ad.dual_level():
-        call(forward_ad.make_dual(x, step))
-    with use_reference():
-        _, tangent = torch.func.jvp(call, (x,), (step,))
-        assert_close(tangent, (call(x + 1e-6 * step) - call(x - 1e-6 * step)) / 2e-6, 1e-6)
+# ---- numbers that are not finite -------------------------------------------------------------------------------------
+
+CHANNELS = [pytest.param(n, marks=() if n == 17 else pytest.mark.slow) for n in range(1, 41)]
+
+
+@pytest.mark.parametrize('channels', CHANNELS)
+@every_op
+def test_what_is_not_finite_spreads_no_further_than_in_the_reference(op, channels, cpu_path):
+    """Where the last vector of channels is not full, nothing may read what the kernel computes beyond them; nor what it
+    computes beyond the map."""
+    values = (math.inf, -math.inf, math.nan) if channels == 17 else (math.nan if channels % 2 else math.inf,)
+    for case in op.with_channels:
+        tensors, options = op.make(**case(channels), dtype=torch.float32)
+        tensors['grad_y'] = grad_for(tensors)
+        for name, value in itertools.product(tensors, values):
+            spoilt = {**tensors, name: tensors[name].clone()}
+            spoilt[name].view(-1)[spoilt[name].numel() // 2] = value
+            grad_y = spoilt.pop('grad_y')
+            with use_reference():
+                expected, expected_grads = op.values_and_grads(spoilt, options, grad_y)
+            y, grads = op.values_and_grads(spoilt, options, grad_y)
+            assert not (expected.isfinite() & ~y.isfinite()).any(), (name, value)
+            for other, grad in grads.items():
+                more = expected_grads[other].isfinite() & ~grad.isfinite()
+                assert not more.any(), f'{value} in {name}: {int(more.sum())} more of the gradient of {other}'
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def allocated(call):
+    """Bytes that a call allocates on the CPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    return sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
+
+
+LONG_MAPS = [
+    pytest.param(height, width, id=f'{height}x{width}', marks=() if height < 16 else pytest.mark.slow)
+    for height, width in ((4, 5_000), (1, 20_000), (16, 1_250), (5_000, 4), (20_000, 1))
+]
+
+
+@pytest.mark.parametrize(('height', 'width'), LONG_MAPS)
+@every_op
+def test_long_maps_need_no_more_memory_than_square_ones(op, height, width):
+    for case in op.with_size:
+        needed = []
+        for size in ((125, 160), (height, width)):
+            tensors, options = op.make(**case(*size), dtype=torch.float32)
+            arguments_back = backward_arguments(op, grad_for(tensors), tensors, options)
+            needed += [
+                allocated(lambda tensors=tensors, options=options: op.operator(*arguments(tensors, options))),
+                allocated(lambda args=arguments_back: op.operator_backward(*args)),
+            ]
+        for square, long in zip(needed[:2], needed[2:], strict=True):
+            assert long <= square + (1 << 19)
+
+
+# ---- bits ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16), ids=('float32', 'bfloat16'))
@@ -196,7 +344,7 @@ def test_opcheck(op, variant, dtype, device_kernels):
     leaves = {n: None if t is None else t.clone().requires_grad_() for n, t in tensors.items()}
     torch.library.opcheck(op.operator, arguments(leaves, options))
     grad_y = grad_for(tensors)
-    torch.library.opcheck(op.operator_backward, (grad_y, *arguments(tensors, options)))
+    torch.library.opcheck(op.operator_backward, backward_arguments(op, grad_y, tensors, options))
 
 
 def entries(t, count=3):
@@ -204,15 +352,16 @@ def entries(t, count=3):
     return torch.stack([t * (1 - 0.3 * i) for i in range(count)])
 
 
+@every_way
 @every_op
-def test_vmap_over_any_tensors(op):
+def test_vmap_over_any_tensors(op, way):
     """Over each tensor alone, over all maps, over all tensors, and along an axis that is not the first."""
     tensors, options = op.make(dtype=torch.float32)
     for mapped in (*((name,) for name in tensors), op.maps, tuple(tensors)):
         stacked = {name: entries(tensors[name]) for name in mapped}
 
         def call(values, tensors=tensors):
-            return op.function(**{**tensors, **values}, **options)
+            return op.called(way)(**{**tensors, **values}, **options)
 
         expected = torch.stack([call({n: t[i] for n, t in stacked.items()}) for i in range(3)])
         assert torch.equal(torch.vmap(call)(stacked), expected), mapped
@@ -220,8 +369,9 @@ def test_vmap_over_any_tensors(op):
         assert torch.equal(torch.vmap(call, in_dims=-1)(last), expected), mapped
 
 
+@every_way
 @every_op
-def test_gradients_of_each_image(op):
+def test_gradients_of_each_image(op, way):
     """torch.func.grad, alone and under vmap, gives what autograd gives."""
     tensors, options = op.make(dtype=torch.float32)
     grad_y = grad_for(tensors)
@@ -229,7 +379,7 @@ def test_gradients_of_each_image(op):
     parameters = {name: t for name, t in tensors.items() if name not in op.maps}
 
     def loss(parameters, maps):
-        return (op.function(**parameters, **maps, **options) * grad_y).sum()
+        return (op.called(way)(**parameters, **maps, **options) * grad_y).sum()
 
     grads = torch.vmap(torch.func.grad(loss, argnums=(0, 1)), in_dims=(None, 0))(parameters, images)
     for i in range(3):
@@ -247,6 +397,58 @@ def test_compiles_whole_for_any_size(op, fresh_dynamo, assert_close):
     for sizes in ({}, op.medium):
         tensors, options = op.make(**sizes, dtype=torch.float32)
         assert_close(call(**tensors, **options), op.function(**tensors, **options), 1e-6)
+
+
+TRANSFORMS = {
+    'grad': lambda f: torch.func.grad(lambda x: f(x).square().sum()),
+    'vjp': lambda f: lambda x: torch.func.vjp(f, x)[1](x)[0],
+    'vmap': lambda f: lambda x: torch.vmap(f)(torch.stack([x, 2 * x])),
+    'vmap-grad': lambda f: lambda x: torch.vmap(torch.func.grad(lambda x: f(x).sum()))(torch.stack([x, 2 * x])),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('transform', TRANSFORMS)
+@every_way
+@every_op
+def test_transforms_compile_whole(op, way, transform, fresh_dynamo, assert_close):
+    call, x = of_first(op, way, *op.make(dtype=torch.float32))
+    transformed = TRANSFORMS[transform](call)
+    assert_close(torch.compile(transformed, backend='aot_eager', fullgraph=True)(x), transformed(x), 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('autocast', (False, True), ids=('', 'autocast'))
+@pytest.mark.parametrize('inside', (False, True), ids=('around', 'inside'))
+@every_op
+def test_reference_compiles_whole(op, inside, autocast, fresh_dynamo, assert_close):
+    call, x = of_first(op, 'function', *op.make(dtype=torch.float32))
+
+    def with_reference(x):
+        with use_reference():
+            return call(x)
+
+    with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        expected = with_reference(x)
+        compiled = torch.compile(with_reference if inside else call, backend='aot_eager', fullgraph=True)
+        with use_reference(not inside):
+            assert_close(compiled(x), expected, 1e-6)
+        x = x.clone().requires_grad_()
+        with use_reference(not inside):
+            compiled(x).sum().backward()
+        assert_close(x.grad, *torch.autograd.grad(with_reference(x).sum(), x), 1e-6)
+
+
+@pytest.mark.slow
+@by_reference_and_kernel
+@every_op
+def test_strict_export(op, reference, assert_close):
+    tensors, options = op.make(dtype=torch.float32)
+    with use_reference(reference):
+        program = torch.export.export(Calls(op, list(tensors), options), tuple(tensors.values()), strict=True)
+    assert (f'vssm.{op.name}' in str(program.graph)) != reference
+    y = program.module()(*tensors.values())
+    assert_close(y, op.function(**tensors, **options), 2e-6)
 
 
 class Calls(torch.nn.Module):
@@ -269,6 +471,17 @@ def test_decomposition_leaves_no_operator_of_ours(op, assert_close):
     assert 'vssm' not in str(decomposed.graph)
     y = decomposed.module()(*tensors.values())
     assert_close(y, op.function(**tensors, **options), 2e-6)
+
+
+@every_op
+def test_operators_take_meta_tensors(op):
+    tensors, options = op.make(dtype=torch.float32)
+    y, grads = op.values_and_grads(
+        {name: t.to('meta') for name, t in tensors.items()}, options, grad_for(tensors).to('meta')
+    )
+    assert y.is_meta
+    for name, grad in grads.items():
+        assert grad.is_meta and grad.shape == tensors[name].shape, name
 
 
 @by_reference_and_kernel
@@ -506,6 +719,43 @@ def test_tensors_on_two_devices(op, name):
     first, second, *_ = tensors
     blamed, place, other = (name, 'cpu', 'meta') if name != first else (second, 'meta', 'cpu')
     assert_refused(op, tensors, options, f'{blamed} must be on the device of {first}, {place}, got {other}')
+
+
+@every_argument
+def test_operators_refuse_two_devices(op, name):
+    """PyTorch hands a mix with meta tensors to the rule for those, whose result is memory that nobody has set."""
+    tensors, options = op.make(dtype=torch.float32)
+    grad_y = grad_for(tensors)
+    first, second, *_ = tensors
+    tensors[name] = tensors[name].to('meta')
+    blamed = second if name == first else name
+    for run in (lambda t: t, torch.Tensor.requires_grad_):
+        with pytest.raises(ValueError, match=f'^{op.name}: {blamed} must be on the device of {first}, '):
+            op.operator(*arguments({n: run(t) for n, t in tensors.items()}, options))
+    with pytest.raises(ValueError, match=f'^{op.name}: {name} must be on the device of grad_y, cpu, got meta'):
+        op.operator_backward(*backward_arguments(op, grad_y, tensors, options))
+    with pytest.raises(ValueError, match=f'^{op.name}: {blamed} must be on the device of {first}, '):
+        torch.vmap(lambda x: op.operator(*arguments({**tensors, name: x}, options)))(tensors[name][None])
+
+
+@every_op
+def test_backward_operator_refuses_a_gradient_on_another_device(op):
+    tensors, options = op.make(dtype=torch.float32)
+    first = next(iter(tensors))
+    with pytest.raises(ValueError, match=f'^{op.name}: {first} must be on the device of grad_y, meta, got cpu'):
+        op.operator_backward(*backward_arguments(op, grad_for(tensors).to('meta'), tensors, options))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
+@every_argument
+def test_operators_refuse_a_mix_of_cpu_and_cuda(op, name):
+    tensors, options = op.make(dtype=torch.float32)
+    grad_y = grad_for(tensors)
+    tensors[name] = tensors[name].cuda()
+    with pytest.raises(ValueError, match=f'^{op.name}: .* must be on the device of'):
+        op.operator(*arguments(tensors, options))
+    with pytest.raises(ValueError, match=f'^{op.name}: {name} must be on the device of grad_y, cpu, got cuda:0'):
+        op.operator_backward(*backward_arguments(op, grad_y, tensors, options))
 
 
 @pytest.mark.parametrize('value', ([[1.0]], 1.0, None), ids=('list', 'float', 'None'))

@@ -10,6 +10,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -337,6 +338,47 @@ def test_several_inputs_of_a_scan_may_need_a_gradient(wanted):
         assert torch.equal(leaf.grad, expected[name]), name
 
 
+def two_positions(step, B=(1.0, 1.0)):
+    """One walk over two positions of one channel, all ones but for the step sizes and B."""
+    one = torch.ones(1, 1, 2, 1, 1, dtype=torch.float64)
+    B = torch.tensor(B, dtype=torch.float64).view_as(one)
+    x, parameter = one[..., 0], one[0, 0, 0]
+    tensors = dict(dict.fromkeys(NAMES), x=x, dt=step * one, A=-one[0, 0, :1], B=B, C=one, D=parameter[:1])
+    return tensors, dict(ndim=2, orders=(0,), softplus=False)
+
+
+def spread_out(bias, **sizes):
+    tensors, options = make_case(**sizes)
+    return {**tensors, 'dt_bias': torch.full_like(tensors['dt_bias'], bias)}, options
+
+
+LARGE_DECAYS = {
+    'step-10': two_positions(10.0),
+    'step-18': two_positions(18.0),
+    'step-18-without-input': two_positions(18.0, B=(1.0, 0.0)),
+    'bias-100': spread_out(100.0, rank=2),
+    'bias-100-1d': spread_out(100.0, ndim=1, orders=(2,)),
+}
+
+
+@pytest.mark.parametrize('case', LARGE_DECAYS.values(), ids=LARGE_DECAYS)
+def test_gradients_of_large_decays(case, backend):
+    """Element by element for A: where a decay leaves next to nothing, so does every gradient that flows through it."""
+    tensors, options = case
+    tensors = convert(tensors, backend.dtype)
+    grad_y = torch.ones_like(tensors['x'])
+    _, expected, terms = oracle(tensors, options, grad_y)
+    _, grads = values_and_grads(tensors, options, grad_y)
+    if tensors['x'].numel() == 2 and tensors['B'].all():  # the state of the first position, and its decay
+        step = tensors['dt'][0, 0, 0].item()
+        assert grads['A'].item() == pytest.approx(step * step * math.exp(-step), rel=1e-5)
+    for name, wanted in expected.items():
+        # A decay is exp of a product, whose rounding it multiplies; below 1e-38 float32 has no numbers.
+        scale = terms[name] if name in SUMMED else wanted.abs().max()
+        difference = (grads[name].double() - wanted).abs()
+        assert (difference <= 2e-5 * scale + 1e-30).all(), f'{name}: {grads[name]}, expected {wanted}'
+
+
 def test_scan_reference_gives_every_input_a_gradient():
     """On one position, too, where no decay has anything to act on."""
     tensors, options = make_case(1, 1, 1, 3, rank=2)
@@ -511,17 +553,44 @@ def test_what_needs_C(case, got):
 
 
 @pytest.mark.parametrize(
-    'orders', ((), (0, 1, 2), (0, 0), (0, 1, 2, 2), (4,), (-1,), (0, 1, 2, 3, 0), (0, 5), (0.0,), 0, '0'), ids=repr
+    'orders',
+    (
+        *((), (0, 1, 2), (0, 0), (0, 1, 2, 2), (4,), (-1,), (0, 1, 2, 3, 0), (0, 5), (0.0,), 0, '0', {0, 1}),
+        *((True, False), (False,), (np.bool_(True),), (0, np.int64(0)), range(3), range(1, 5), None),
+    ),
+    ids=repr,
 )
 def test_bad_orders(orders):
     tensors, options = bad_case()
     assert_refused(tensors, {**options, 'orders': orders}, 'orders must be', f'got {orders!r}')
 
 
-@pytest.mark.parametrize('ndim', (0, 3, '2', None))
+@pytest.mark.parametrize('ndim', (0, 3, '2', None, 2.0, True, np.float32(1), np.int64(3)), ids=repr)
 def test_bad_ndim(ndim):
     tensors, options = bad_case()
     assert_refused(tensors, {**options, 'ndim': ndim}, 'ndim must be 1 or 2', f'got {ndim!r}')
+
+
+@pytest.mark.parametrize('softplus', ('no', 1, 0, None, np.bool_(True)), ids=repr)
+def test_bad_softplus(softplus):
+    tensors, options = bad_case()
+    assert_refused(tensors, {**options, 'softplus': softplus}, 'softplus must be True or False', f'got {softplus!r}')
+
+
+@pytest.mark.parametrize(
+    ('ndim', 'orders'),
+    (
+        *((np.int64(1), (0, 1, 2, 3)), (2, range(4)), (1, range(3, -1, -1)), (2, [np.int32(2), 0])),
+        (np.uint8(2), tuple(np.arange(4))),
+    ),
+    ids=repr,
+)
+def test_integers_of_any_kind(ndim, orders):
+    tensors, options = bad_case(orders=tuple(map(int, orders)), ndim=int(ndim))
+    for reference in (False, True):
+        with use_reference(reference):
+            y = selective_scan(**tensors, **{**options, 'ndim': ndim, 'orders': orders})
+            assert torch.equal(y, selective_scan(**tensors, **options))
 
 
 def test_scan_operator_refuses_states_without_C():

@@ -152,4 +152,4 @@ def test_fusion_operator_refuses_what_it_could_not_read_safely():
     with pytest.raises(RuntimeError, match='vssm::state_fusion: bad arguments'):
         torch.ops.vssm.state_fusion(h, weight[:2])
     with pytest.raises(RuntimeError, match='vssm::state_fusion: grad_y has the wrong shape'):
-        torch.ops.vssm.state_fusion_backward(grad[:1], h, weight)
+        torch.ops.vssm.state_fusion_backward(grad[:1], h, weight, [True] * 2)

@@ -71,7 +71,7 @@ def host_options(tile: Any = None, bands: int = 1, wide: bool = False) -> Any:
 
     options: dict[str, Any] = dict(choose_bands=lambda *_: bands)
     if tile is not None:
-        options['TILES'] = {1 << 62: (tile,)}
+        options["TILES"] = {ndim: {1 << 62: (tile,)} for ndim in (1, 2)}
     if wide:
         options['WIDE_FROM'] = 0
     return mock.patch.multiple(launch, **options)

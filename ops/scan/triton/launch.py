@@ -9,10 +9,14 @@ import triton
 from torch import Tensor
 
 from ...backend import check_precision
-from .backward import _scan_backward
+from .backward_1d import _scan_backward_1d
+from .backward_2d import _scan_backward_2d
 from .bands import _stitch, choose_bands
-from .forward import _scan_forward
+from .forward_1d import _scan_forward_1d
+from .forward_2d import _scan_forward_2d
 from .tiles import BLOCK_E, TILES, WIDE_FROM, autotuned, chosen, kind_of, processors, resources
+
+PAIRS = ((0, 1), (2, 3), (0, 1, 2, 3))  # orders that come two by two from one corner
 
 
 class _Scan:
@@ -54,15 +58,15 @@ class _Scan:
         self.A = A.to(torch.float32).contiguous()
         self.parameters = [x if t is None else t for t in (D, dt_bias, weight)]
 
+        self.ndim = ndim
+        self.pairs = ndim == 2 and self.has_C and tuple(orders) in PAIRS
         self.blocks = triton.cdiv(channels, BLOCK_E)
         self.bands = choose_bands(batch * self.blocks, height, width, ndim, processors(x.device))
         self.grid = (batch * self.bands * self.blocks,)
         self.edge = max(height, width) if ndim == 2 else 1  # columns that hand a state on to the next band
-        self.left = self.buffer(batch * self.bands, self.edge, channels)
-        self.carry = self.buffer(2, batch * self.bands, self.edge, channels) if self.bands > 1 else self.left
         line = max(height, width) if ndim == 2 else height * width
-        kind = kind_of(batch * self.blocks, processors(x.device), line, self.rank)
-        self.tiles = next(tiles for length, tiles in TILES.items() if line <= length)
+        kind = kind_of(batch * self.blocks, processors(x.device), line)
+        self.tiles = next(tiles for length, tiles in TILES[ndim].items() if line <= length)
         reach = max((t.shape[1] - 1) * t.stride(1) + (t.shape[2] - 1) * t.stride(2) for t in (x, self.dt, B))
         self.sizes = dict(
             dt_image=self.dt.stride(0),
@@ -79,16 +83,14 @@ class _Scan:
             rank=self.rank,
             states=self.N,
             orders=sum(order << 2 * k for k, order in enumerate(orders)),
-            walks=self.walks,
             bands=self.bands,
             edge=self.edge,
-            half=batch * self.bands * self.edge * channels,
             kind=kind,
         )
         self.options = dict(
-            NDIM=ndim,
             SOFTPLUS=softplus,
-            LOW_RANK=dt_weight is not None,
+            RANK=max(16, triton.next_power_of_2(self.rank)) if self.rank else 0,  # which tensor cores can take
+            HALVES=self.dt.dtype == torch.bfloat16,
             HAS_BIAS=dt_bias is not None,
             HAS_D=D is not None,
             WIDE=reach + channels >= WIDE_FROM,
@@ -96,15 +98,27 @@ class _Scan:
             BLOCK_E=BLOCK_E,
         )
 
-    def buffer(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=self.x.device)
+    def buffer(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.x.device)
 
-    def launch(self, kernel: triton.JITFunction, *tensors: Tensor, **options: Any) -> None:
-        """Run a kernel over the whole grid; where walks are cut into bands, twice, first for the bands' summaries."""
+    def launch(self, kernel: triton.JITFunction, tensors: Sequence[Tensor], orders: int = 1, **options: Any) -> None:
+        """Run a kernel over the whole grid; where walks are cut into bands, twice, first for the bands' summaries.
+
+        Args:
+            kernel: Kernel to run.
+            tensors: Tensors of the call; edges of strips and bands are added.
+            orders: Number of orders that a walk goes at once.
+            **options: Further arguments of the kernel.
+        """
+        batch, _, _, channels = self.shape
+        parts = orders * batch * self.bands
+        edges = [self.buffer(parts, self.edge, channels)] if self.ndim == 2 else []
+        edges.append(self.buffer(2, parts, self.edge, channels) if self.bands > 1 else self.A)
+        half = parts * self.edge * channels
 
         def once(summary: bool, has_carry: bool) -> None:
-            arguments = (*tensors, self.left, self.carry)
-            keywords = dict(self.sizes, **self.options, **options, SUMMARY=summary, HAS_CARRY=has_carry)
+            arguments = (*tensors, *edges)
+            keywords = dict(self.sizes, half=half, **self.options, **options, SUMMARY=summary, HAS_CARRY=has_carry)
             tile = self.tiles[0]
             if self.x.is_cuda and not torch.are_deterministic_algorithms_enabled():
                 flags = (value for name, value in keywords.items() if name.isupper())
@@ -112,31 +126,60 @@ class _Scan:
                 if key not in chosen and not torch.cuda.is_current_stream_capturing():
                     tuner = autotuned(kernel, self.tiles)
                     tuner[self.grid](*arguments, **keywords)
-                    chosen[key] = tuner.best_config.kwargs['J'], tuner.best_config.kwargs['S']
+                    best = tuner.best_config
+                    chosen[key] = best.kwargs['J'], best.kwargs['S'], best.maxnreg
                     return
                 tile = chosen.get(key, tile)
-            J, S = tile
-            kernel[self.grid](*arguments, **keywords, J=J, S=S, **resources(S))
+            kernel[self.grid](*arguments, **keywords, J=tile[0], S=tile[1], **resources(tile))
 
         if self.bands == 1:
             return once(False, False)
         once(True, False)
-        size = self.edge * self.shape[3]
-        grid = (triton.cdiv(size, 128), self.shape[0])
-        _stitch[grid](self.carry, self.sizes['half'], self.bands, size, BLOCK=128, num_warps=4)
+        size = self.edge * channels
+        _stitch[triton.cdiv(size, 128), orders * batch](edges[-1], half, self.bands, size, BLOCK=128, num_warps=4)
         once(False, True)
 
-    def forward(self, walk: int, walks: int, has_C: bool, sums: Tensor, y: Tensor) -> None:
+    def inputs(self) -> tuple[Tensor, ...]:
         D, bias, weight = self.parameters
-        tensors = (self.x, self.dt, self.A, self.B, self.C, D, bias, weight, sums, y)
-        self.launch(_scan_forward, *tensors, walk=walk, walks_here=walks, HAS_C=has_C)
+        return self.x, self.dt, self.A, self.B, self.C, D, bias, weight
 
-    def backward(
-        self, walk: int, grad_y: Tensor, h: Tensor, sums: Tensor, dx: Tensor, draw: Tensor, *parts: Tensor
-    ) -> None:
-        D, bias, weight = self.parameters
-        tensors = (grad_y, self.x, self.dt, self.A, self.B, self.C, D, bias, weight, h, sums, dx, draw, *parts)
-        self.launch(_scan_backward, *tensors, walk=walk, draw_orders=draw.shape[3], HAS_C=self.has_C)
+    def forward(self) -> Tensor:
+        """Scan all walks."""
+        y = torch.empty(self.shape, dtype=self.x.dtype, device=self.x.device)
+        orders = 2 if self.pairs else 1
+        walks = self.walks // orders
+        sums = y if self.x.dtype == torch.float32 or walks == 1 else self.buffer(*self.shape)
+        kernel, pair = _scan_forward_1d, {}
+        if self.ndim == 2:
+            kernel, pair = _scan_forward_2d, dict(PAIR=self.pairs)
+        here = walks if self.bands == 1 else 1
+        for walk in range(0, walks, here):
+            self.launch(
+                kernel,
+                (*self.inputs(), sums, y),
+                orders,
+                walk=walk,
+                walks=walks,
+                walks_here=here,
+                HAS_C=self.has_C,
+                TERMS=False,
+                **pair,
+            )
+        return y
+
+    def terms(self, walk: int) -> list[Tensor]:
+        """What the backward pass of a walk reads: a times the state of the line, and of the place, before."""
+        terms = [self.buffer(*self.shape) for _ in range(self.ndim)]
+        kernel, pair = (_scan_forward_1d, {}) if self.ndim == 1 else (_scan_forward_2d, dict(PAIR=False))
+        keywords = dict(walk=walk, walks=self.walks, walks_here=1, HAS_C=False, TERMS=True, **pair)
+        self.launch(kernel, (*self.inputs(), terms[-1], terms[0]), **keywords)
+        return terms
+
+    def backward(self, walk: int, grad_y: Tensor, sums: Tensor, dx: Tensor, draw: Tensor, *parts: Tensor) -> None:
+        """Follow a walk backwards."""
+        kernel = _scan_backward_1d if self.ndim == 1 else _scan_backward_2d
+        tensors = (grad_y, *self.inputs(), *self.terms(walk), sums, dx, draw, *parts)
+        self.launch(kernel, tensors, walk=walk, walks=self.walks, draw_orders=draw.shape[3], HAS_C=self.has_C)
 
 
 def selective_scan_triton(
@@ -155,13 +198,7 @@ def selective_scan_triton(
     """The operator `vssm::selective_scan` on CUDA, with the same arguments; float64 is left to the reference."""
     check_precision('selective_scan', x)
     with torch.cuda.device_of(x):
-        scan = _Scan(x, dt, A, B, C, D, dt_bias, dt_weight, ndim, orders, softplus)
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        sums = y if x.dtype == torch.float32 or scan.walks == 1 else scan.buffer(*x.shape)
-        step = scan.walks if scan.bands == 1 else 1
-        for walk in range(0, scan.walks, step):
-            scan.forward(walk, step, scan.has_C, sums, y)
-    return y
+        return _Scan(x, dt, A, B, C, D, dt_bias, dt_weight, ndim, orders, softplus).forward()
 
 
 def selective_scan_triton_backward(
@@ -177,6 +214,7 @@ def selective_scan_triton_backward(
     ndim: int,
     orders: Sequence[int],
     softplus: bool,
+    wanted: Sequence[bool] = (True,) * 8,
 ) -> tuple[Tensor, ...]:
     """The operator `vssm::selective_scan_backward` on CUDA, with the same arguments; float64 is the reference's."""
     check_precision('selective_scan', x)
@@ -188,25 +226,30 @@ def selective_scan_triton_backward(
         grad_y = grad_y.contiguous()
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         sums = dx if x.dtype == torch.float32 or scan.walks == 1 else scan.buffer(*x.shape)
-        draw = scan.buffer(*cells, 1 if rank else K, channels)
-        ddt = scan.buffer(*cells, K, rank) if rank else draw
+        # Gradients of low-rank steps are products: of bfloat16 where these are in it, unless states add up in them.
+        exact = weight is None or N > 1 or dt.dtype != torch.bfloat16
+        product = torch.float32 if exact else torch.bfloat16
+        precise: dict[str, Any] = dict(out_dtype=torch.float32) if x.is_cuda else {}
+        draw = scan.buffer(*cells, 1 if rank else K, channels, dtype=product)
+        ddt = scan.buffer(*cells, K, rank, dtype=product) if rank else draw
         dweight = scan.buffer(K, channels, rank)
-        dB, dC = scan.buffer(*cells, K, N), scan.buffer(*cells, K, N)
+        dBC = scan.buffer(*cells, K, N, 2)
         dparams = scan.buffer(batch * scan.bands, K, N, 3, channels)
-        h, by_block = scan.buffer(*x.shape), scan.buffer(scan.blocks, *cells, 2)
+        by_block = scan.buffer(scan.blocks, *cells, 2)
         for walk in range(scan.walks):
             k, n = walk // N, walk % N
-            scan.forward(walk, 1, False, h, h)
-            scan.backward(walk, grad_y, h, sums, dx, draw, by_block, dparams)
-            dB[..., k, n], dC[..., k, n] = by_block.sum(0).unbind(-1)
+            scan.backward(walk, grad_y, sums, dx, draw, by_block, dparams)
+            torch.sum(by_block, 0, out=dBC[..., k, n, :])
             if weight is not None and n == N - 1:
-                low = scan.dt[..., k, :].to(torch.float32).flatten(0, 2)  # [B H W, R]
-                flat = draw.flatten(0, 3)  # [B H W, E]
-                ddt[..., k, :] = (flat @ weight[k]).unflatten(0, cells)
-                dweight[k] = flat.T @ low
+                flat, low = draw.flatten(0, 3), scan.dt[..., k, :].to(product).flatten(0, 2)  # [B H W, E], [B H W, R]
+                if wanted[1]:
+                    ddt[..., k, :] = (flat @ weight[k].to(product)).unflatten(0, cells)
+                if wanted[7]:
+                    dweight[k] = torch.mm(flat.T, low, **precise)
         dA, dbias, dD = dparams.sum(0).unbind(2)  # [K, N, E] each
-        dA, dD = dA.transpose(1, 2).clone(memory_format=torch.contiguous_format), dD[:, 0].clone()
-        grads = (dx, ddt, dA, dB, dC, dD, dbias.sum(1), dweight)
+        dA, dD = dA.transpose(1, 2).contiguous(), dD[:, 0]
+        grads = (dx, ddt, dA, *dBC.unbind(-1), dD, dbias.sum(1), dweight)
         return tuple(
-            grad_y.new_empty(0) if t is None else grad.to(t.dtype) for t, grad in zip(inputs, grads, strict=True)
+            grad.to(t.dtype).contiguous() if t is not None and is_wanted else grad_y.new_empty(0)
+            for t, grad, is_wanted in zip(inputs, grads, wanted, strict=True)
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recurrence along one line of a tile: a chain in every warp, and the warps stitched."""
+"""Recurrences along the places of a tile, a chain in every warp and in 1-D the warps stitched; sums over channels."""
 
 import triton
 import triton.language as tl
@@ -18,26 +18,74 @@ def _compose_entering(a1, b1, p1, q1, a2, b2, p2, q2):
 
 
 @triton.jit
+def _later(j1, v1, j2, v2):
+    """Of two values that of the greater place."""
+    return tl.maximum(j1, j2), tl.where(j2 > j1, v2, v1)
+
+
+@triton.jit
+def _last_place(values, J: tl.constexpr):
+    """The values of every warp's last place, [S, J, E] -> [S, E]."""
+    place = tl.arange(0, J)[None, :, None] + tl.zeros_like(values).to(tl.int32)
+    return tl.reduce((place, values), 1, _later)[1]
+
+
+@triton.jit
+def _chain(a, b, entering, J: tl.constexpr):
+    """h = a h_before + b along the places of each warp, `entering`, [S, E], before the first; a and b are [S, J, E]."""
+    first = tl.arange(0, J)[None, :, None] == 0
+    return tl.associative_scan((a, tl.where(first, b + a * entering[:, None, :], b)), 1, _compose)[1]
+
+
+@triton.jit
+def _chain_and_before(a, b, entering, J: tl.constexpr):
+    """As `_chain`; and the states before each place, [S, J, E]."""
+    first = tl.arange(0, J)[None, :, None] == 0
+    entering = entering[:, None, :]
+    one = tl.zeros_like(a) + 1.0
+    b, before = tl.where(first, b + a * entering, b), tl.where(first, entering, 0.0 * one)
+    _, h, _, before = tl.associative_scan((a, b, one, before), 1, _compose_entering)
+    return h, before
+
+
+@triton.jit
+def _next_warp(first, last, S: tl.constexpr, BLOCK_E: tl.constexpr):
+    """What enters every warp: `first` the first of them, and what `last` says of its neighbour the others, [S, E]."""
+    if S == 1:
+        return first
+    s = tl.arange(0, S)[:, None]
+    neighbour = tl.gather(last, tl.maximum(s - 1, 0) + tl.zeros([S, BLOCK_E], tl.int32), 0)
+    return tl.where(s == 0, first, neighbour)
+
+
+@triton.jit
 def _scan_line(a, b, carry, J: tl.constexpr, S: tl.constexpr, BLOCK_E: tl.constexpr):
     """h = a h_before + b along a line, the state `carry`, [E], entering it.
 
     Place j of warp s stands at [s, j] of a and b, [S, J, E]. Returns the states and the states before each place,
     [S, J, E]; the last state and the product of all a, [E].
     """
-    j = tl.arange(0, J)[None, :, None]
     # What every warp makes of the state that enters it, and from that the state that does.
     decay, state = tl.associative_scan((a, b), 1, _compose)
-    decay = tl.sum(tl.where(j == J - 1, decay, 0.0), 1)  # [S, E]
-    state = tl.sum(tl.where(j == J - 1, state, 0.0), 1)
+    decay, state = _last_place(decay, J), _last_place(state, J)  # [S, E]
     one, zero = tl.full([S, BLOCK_E], 1.0, tl.float32), tl.zeros([S, BLOCK_E], tl.float32)
     decay, state, p, q = tl.associative_scan((decay, state, one, zero), 0, _compose_entering)
-    entering = (p * carry[None, :] + q)[:, None, :]
     is_last = tl.arange(0, S)[:, None] == S - 1
     product = tl.sum(tl.where(is_last, decay, 0.0), 0)
     leaving = tl.sum(tl.where(is_last, decay * carry[None, :] + state, 0.0), 0)
+    h, before = _chain_and_before(a, b, p * carry[None, :] + q, J)
+    return h, before, leaving, product
 
-    b = tl.where(j == 0, b + a * entering, b)
-    one = tl.full([S, J, BLOCK_E], 1.0, tl.float32)
-    before = tl.where(j == 0, entering, 0.0 * one)
-    _, state, _, before = tl.associative_scan((a, b, one, before), 1, _compose_entering)
-    return state, before, leaving, product
+
+@triton.jit
+def _sum_channels(first, second, HALVES: tl.constexpr, S: tl.constexpr, J: tl.constexpr, BLOCK_E: tl.constexpr):
+    """The sums over channels of two tiles, [S, J, E], in the first two columns of [S J, 16].
+
+    They are a product on the tensor cores with a matrix of ones and zeros: adding lane to lane would take five steps a
+    place and tile. With HALVES what is added is rounded to bfloat16, as the sums will be.
+    """
+    both = tl.reshape(tl.join(first, second), (S * J, 2 * BLOCK_E))
+    ones = tl.where(tl.arange(0, 2 * BLOCK_E)[:, None] % 2 == tl.arange(0, 16)[None, :], 1.0, 0.0)
+    if HALVES:
+        return tl.dot(both.to(tl.bfloat16), ones.to(tl.bfloat16))
+    return tl.dot(both, ones, input_precision='tf32x3')

@@ -26,39 +26,67 @@ def _softplus(v):
 
 
 @triton.jit
-def _load_steps(
-    like,
-    dt_ptr,
+def _load_weight(ptr, e, is_channel, channels, rank, RANK: tl.constexpr, HALVES: tl.constexpr):
+    """The weights of low-rank steps, (R, E) in memory, padded to RANK rows.
+
+    With HALVES, for steps in bfloat16, each row stands twice, [2 RANK, E]: rounded to bfloat16, and what that left.
+    Together they hold 16 bits of a weight, and the products with them are exact in float32.
+    """
+    r = tl.arange(0, 2 * RANK if HALVES else RANK)
+    row = r // 2 if HALVES else r
+    weight = tl.load(ptr + row[:, None] * channels + e[None, :], (row < rank)[:, None] & is_channel[None, :], 0.0)
+    if HALVES:
+        rounded = weight.to(tl.bfloat16)
+        rest = (weight - rounded.to(tl.float32)).to(tl.bfloat16)
+        weight = tl.where((r % 2 == 0)[:, None], rounded, rest)
+    return weight
+
+
+@triton.jit
+def _load_raw(
+    ptr,
     at,
-    weight_ptr,
-    bias,
+    weight,
+    is_place,
     e,
     is_channel,
-    is_place,
-    channels,
     rank,
-    SOFTPLUS: tl.constexpr,
-    LOW_RANK: tl.constexpr,
-    J: tl.constexpr,
+    RANK: tl.constexpr,
+    HALVES: tl.constexpr,
     S: tl.constexpr,
+    J: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """The step sizes of a tile, 0 where there is no place, and their derivative, [S, J, E].
+    """The step sizes of a tile before bias and softplus, [S, J, E]; low-rank ones are a product on the tensor cores.
 
-    like: A tile as it was loaded; sums begin with it, less itself, so that the compiler lays them out as it.
-    at: Where the step sizes of the places lie, [S, J].
-    weight_ptr: The weights of low-rank steps, (R, E).
+    at: Where the step sizes of the places lie, [S J].
+    is_place: Whether there is such a place, [S J].
+    weight: What `_load_weight` has loaded; without low-rank steps, RANK = 0, anything.
     """
-    if LOW_RANK:
-        raw = bias[None, None, :] + (like - like)
-        for r in tl.range(0, rank, loop_unroll_factor=4):
-            low = tl.load(dt_ptr + at + r).to(tl.float32)
-            weight = tl.load(weight_ptr + r * channels + e, mask=is_channel, other=0.0)
-            raw = raw + low[:, :, None] * weight[None, None, :]
+    if RANK == 0:
+        at, is_place = tl.reshape(at, (S, J)), tl.reshape(is_place, (S, J))
+        mask = is_place[:, :, None] & is_channel[None, None, :]
+        raw = tl.load(ptr + at[:, :, None] + e[None, None, :], mask, 0.0).to(tl.float32)
     else:
-        raw = tl.load(dt_ptr + at[:, :, None] + e[None, None, :], mask=is_channel[None, None, :], other=0.0)
-        raw = raw.to(tl.float32) + bias[None, None, :]
-    step, slope = raw, 1.0
+        r = tl.arange(0, RANK)
+        low = tl.load(ptr + at[:, None] + r[None, :], is_place[:, None] & (r < rank)[None, :], 0.0)  # [S J, R]
+        if HALVES:
+            raw = tl.dot(tl.reshape(tl.join(low, low), (S * J, 2 * RANK)), weight)
+        else:
+            raw = tl.dot(low.to(tl.float32), weight, input_precision='tf32x3')
+        raw = tl.reshape(raw, (S, J, BLOCK_E))
+    return raw
+
+
+@triton.jit
+def _steps(raw, bias, like, SOFTPLUS: tl.constexpr):
+    """The step sizes of a tile from `raw`, and their derivative, [S, J, E].
+
+    like: A tile as it was loaded. A zero is made of it and added, so that the compiler lays out all that follows as it,
+        and moves nothing but `raw` from where the product has left it.
+    """
+    raw = (bias[None, None, :] + tl.minimum(tl.abs(like), 0.0)) + raw
+    slope = tl.zeros_like(raw) + 1.0
     if SOFTPLUS:
-        step, slope = _softplus(raw)
-    return tl.where(is_place[:, :, None], step, 0.0), slope
+        raw, slope = _softplus(raw)
+    return raw, slope

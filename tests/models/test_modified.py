@@ -1,0 +1,573 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A network that someone changed, or looks into, computes what it computes without shortcuts.
+
+Every kind of change comes to every inner module of every model. Then two runs are held against each other, by each
+output, gradient and statistic and by what onlookers saw: one with the shortcuts, whose thresholds are so low that even
+these small maps exceed them, and one without.
+"""
+
+import contextlib
+import functools
+import itertools
+
+import pytest
+import timm
+import torch
+from timm.layers import DropPath
+from timm.layers.grn import GlobalResponseNorm
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.modules import module as nn_module
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from vssm.models import layers
+
+SMALL = timm.list_models('test_*', module=['vmamba', 'spatial_mamba'])
+TINY = timm.list_models('*_tiny', module=['vmamba', 'spatial_mamba'])
+RUNS = tuple(itertools.product((5, 2, 1), ('evaluation', 'gradients', 'training')))  # gradients are those of evaluation
+
+STATEFUL = (nn.BatchNorm2d, nn.Dropout, DropPath)  # what evaluation changes
+
+
+# ---- one run, and two of them ----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def make_model(name):
+    """A small model with one block in each of two stages, a larger one with one in each of its own."""
+    torch.manual_seed(1)
+    size = dict(depths=(1, 1), dims=(16, 64)) if name in SMALL else dict(depths=(1, 1, 1, 1))
+    model = timm.create_model(name, num_classes=3, drop_path_rate=0.3, drop_rate=0.2, **size)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.std() == 0:
+                parameter += 0.1 * torch.randn_like(parameter)  # ones and zeros would hide errors
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 0.1  # or the statistics of a few values would make much of rounding
+        elif isinstance(module, nn.ReLU):
+            module.inplace = False  # for hooks of the backward, which PyTorch refuses before an operation in place
+    return model
+
+
+@pytest.fixture(autouse=True)
+def _low_thresholds(monkeypatch, one_thread):
+    monkeypatch.setattr(layers, '_GROUP_BYTES', None)  # `run` sets it
+    monkeypatch.setattr(layers, '_CONV_ROWS', 0)
+
+
+@contextlib.contextmanager
+def without_shortcuts():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, '_is_eager_on_cpu', lambda *tensors: False)
+        yield
+
+
+def run(model, batch, mode, log, onlooker):
+    """The results of a run by name, and what onlookers wrote into the log meanwhile."""
+    height, width = 2 ** (len(model.feature_info) + 1), 2 ** (len(model.feature_info) + 2)  # the last map is 1x2
+    floats = min(f['num_chs'] * height * width // f['reduction'] ** 2 for f in model.feature_info)
+    layers._GROUP_BYTES = (
+        1.95 * 4 * floats
+    )  # the MLP cuts the narrowest map of one image into three, in training into two
+    torch.manual_seed(2)
+    log.clear()
+    buffers = {key: value.clone() for key, value in model.named_buffers()}
+    x = torch.randn(batch, 3, height, width, requires_grad=mode != 'evaluation')
+    with torch.set_grad_enabled(mode != 'evaluation'), onlooker(log):
+        y = model(x)
+    found = {'y': y.detach()}
+    if mode != 'evaluation':
+        model.zero_grad()
+        y.square().sum().backward()
+        found |= {f'gradient of {key}': p.grad for key, p in (('images', x), *model.named_parameters())}
+    for key, value in model.named_buffers():
+        found[key] = value.clone()
+        value.copy_(buffers[key])
+    return found, list(log)
+
+
+def differences(found, expected, kinks):
+    """The names of the results of which an element differs by more than rounding."""
+    if found.keys() != expected.keys():
+        return sorted(found.keys() ^ expected.keys())
+    least = 1e-3 * max((value.abs().max() for value in expected.values() if value is not None), default=0)
+    return [key for key in expected if not is_close(key, found[key], expected[key], kinks, least)]
+
+
+def is_close(key, a, b, kinks, least):
+    if a is None or b is None or torch.equal(a, b):
+        return (a is None) == (b is None)
+    if key.endswith('conv3.bias'):
+        return True  # a batch norm takes it away again: in training its gradient is rounding
+    tolerance = 2e-2 if kinks and key.startswith('gradient') else 2e-5
+    return a.shape == b.shape and bool((a - b).abs().max() <= tolerance * max(b.abs().max(), least))
+
+
+def outcome(*args):
+    try:
+        return run(*args)
+    except RuntimeError as error:  # PyTorch's own, such as that of a backward hook before an operation in place
+        return {}, [str(error)]
+
+
+def compare(what, model, batch, mode, log, onlooker=contextlib.nullcontext):
+    """Run a model with and without shortcuts: results must be the same, and what onlookers saw, which is returned."""
+    with without_shortcuts():
+        expected, expected_log = outcome(model, batch, mode, log, onlooker)
+    found, found_log = outcome(model, batch, mode, log, onlooker)
+    kinks = any(isinstance(m, nn.ReLU) for m in model.modules())  # where rounding may choose the side
+    different = differences(found, expected, kinks)
+    assert not different, f'{what}, {mode} of {batch}: {different[:4]} differ'
+    if found_log != expected_log:  # an assertion would show both at length
+        at = next((i for i, (a, b) in enumerate(zip(found_log, expected_log, strict=False)) if a != b), -1)
+        pytest.fail(f'{what}, {mode} of {batch}: saw {found_log[at]} in place of {expected_log[at]}')
+    return found_log
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """The names of the shortcuts that were taken."""
+    names = set()
+
+    def note(function, name):
+        def noted(*args):
+            names.add(name(*args))
+            return function(*args)
+
+        monkeypatch.setattr(layers, function.__name__, noted)
+
+    note(layers._take_groups, lambda method, module, groups: f'{method.__module__}.{method.__qualname__}')
+    note(layers._convolve, lambda layer, x, chunks: f'{chunks} convolutions')
+    note(layers.gated_readout, lambda *args: 'readout')
+    return names
+
+
+# ---- changes of one module -------------------------------------------------------------------------------------------
+
+
+def mix(y, log):
+    """Something else than y, to which every image contributes; the log sees what came."""
+    log.append(tuple(y.shape))
+    return y + y.sin() / 2 + y.mean(0, keepdim=True) / 4
+
+
+def mix_all(ys, log):
+    return tuple(y if y is None else mix(y, log) for y in ys)
+
+
+def mixing(forward, log):
+    return functools.wraps(forward)(lambda *args, **kwargs: mix(forward(*args, **kwargs), log))
+
+
+class Mixed(nn.Module):
+    def __init__(self, inner, log):
+        super().__init__()
+        self.inner, self.log = inner, log
+
+    def forward(self, *args):
+        return mix(self.inner(*args), self.log)
+
+
+def swapped(parent, name, module, log):
+    setattr(parent, name, Mixed(module, log))
+
+
+def of_a_subclass(parent, name, module, log):
+    kind = type(module)
+    members = dict(forward=mixing(kind.forward, log), __module__=kind.__module__)
+    module.__class__ = type(kind.__name__, (kind,), members)
+
+
+def with_a_forward_of_its_own(parent, name, module, log):
+    module.forward = mixing(module.forward, log)
+
+
+def hooked(parent, name, module, log):
+    module.register_forward_pre_hook(lambda module, args: (mix(args[0], log), *args[1:]))
+    module.register_forward_hook(lambda module, args, y: mix(y, log))
+
+
+def hooked_backward(parent, name, module, log):
+    module.register_full_backward_hook(lambda module, dx, dy: mix_all(dx, log))
+    module.register_full_backward_pre_hook(lambda module, dy: mix_all(dy, log))
+
+
+def own_parameters(module):
+    return {key: p for key, p in module._parameters.items() if p is not None}
+
+
+class Scaled(nn.Module):
+    def __init__(self, log):
+        super().__init__()
+        self.log = log
+
+    def forward(self, x):
+        self.log.append(tuple(x.shape))
+        return 1.2 * x + 0.1
+
+
+def parametrised(parent, name, module, log):
+    for key in own_parameters(module):
+        parametrize.register_parametrization(module, key, Scaled(log))
+
+
+def weight_normed(parent, name, module, log):
+    parametrizations.weight_norm(module)
+
+
+def spectral_normed(parent, name, module, log):
+    parametrizations.spectral_norm(module)
+
+
+def pruned(parent, name, module, log):
+    prune.random_unstructured(module, 'weight', amount=0.5)
+
+
+class Watched(torch.Tensor):
+    """A tensor with which functions compute something else, as those of quantisation are."""
+
+    log: list = []
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            y = function(*args, **(kwargs or {}))
+        name = getattr(function, '__name__', '')
+        return mix(y, cls.log) if name in ('batch_norm', 'conv2d', 'layer_norm', 'linear') else y
+
+
+def of_other_tensors(parent, name, module, log):
+    Watched.log = log
+    for key, p in own_parameters(module).items():
+        module._parameters[key] = p.detach().as_subclass(Watched).requires_grad_()
+
+
+def offloaded(parent, name, module, log):
+    """As accelerate does it: the parameters of the module are nowhere but while it is called."""
+    forward, parameters = module.forward, own_parameters(module)
+    nowhere = {key: nn.Parameter(p.detach().to('meta')) for key, p in parameters.items()}
+
+    @functools.wraps(forward)
+    def fetch(*args):
+        log.append(tuple(args[0].shape))
+        module._parameters.update(parameters)
+        y = forward(*args)
+        module._parameters.update(nowhere)
+        return y
+
+    module._parameters.update(nowhere)
+    module.forward = fetch
+
+
+def frozen(parent, name, module, log):
+    module.requires_grad_(False)
+
+
+class LoRA(nn.Module):
+    def __init__(self, base, log):
+        super().__init__()
+        self.base, self.log = base, log
+        self.down, self.up = nn.Linear(base.in_features, 2, bias=False), nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x):
+        self.log.append(tuple(x.shape))
+        return self.base(x) + self.up(self.down(x))
+
+
+def wrapped_in_lora(parent, name, module, log):
+    setattr(parent, name, LoRA(module, log))
+
+
+def in_the_other_mode(parent, name, module, log):
+    """It learns, or draws random numbers, while the whole does not; or the other way round."""
+    module.train(not module.training)
+
+
+def without_running_statistics(parent, name, module, log):
+    module.running_mean = module.running_var = module.num_batches_tracked = None
+    module.track_running_stats = False
+
+
+def anything(module):
+    return True
+
+
+def has_parameters(module):
+    return bool(own_parameters(module))
+
+
+def has_a_matrix(module):
+    return isinstance(module, (nn.Conv2d, nn.Linear))
+
+
+def is_linear(module):
+    return isinstance(module, nn.Linear)
+
+
+def is_batch_norm(module):
+    return isinstance(module, nn.BatchNorm2d)
+
+
+def tells_modes_apart(module):
+    return any(isinstance(m, (nn.BatchNorm2d, nn.Dropout, DropPath)) for m in module.modules())
+
+
+CHANGES = {  # each with what it is for, and whether the log must see it in every mode
+    swapped: (anything, True),
+    of_a_subclass: (anything, True),
+    with_a_forward_of_its_own: (anything, True),
+    hooked: (anything, True),
+    hooked_backward: (anything, False),
+    parametrised: (has_parameters, True),
+    weight_normed: (has_a_matrix, False),
+    spectral_normed: (has_a_matrix, False),
+    pruned: (has_a_matrix, False),
+    of_other_tensors: (has_parameters, False),
+    offloaded: (has_parameters, True),
+    frozen: (has_parameters, False),
+    wrapped_in_lora: (is_linear, True),
+    in_the_other_mode: (tells_modes_apart, False),
+    without_running_statistics: (is_batch_norm, False),
+}
+
+
+@contextlib.contextmanager
+def restored(model):
+    """Give back to each module, in the end, what it is and has now."""
+    before = [
+        (module, type(module), {k: v.copy() if isinstance(v, dict) else v for k, v in vars(module).items()})
+        for module in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for module, kind, members in before:
+            module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(members)
+
+
+class Page:
+    """What one writes into the log, under a name."""
+
+    def __init__(self, log, name):
+        self.log, self.name = log, name
+
+    def append(self, entry):
+        self.log.append((self.name, entry))
+
+
+def regions(model):
+    """The inner modules by name, in lists of which no shortcut takes in two: each stage, and what is around them."""
+    names = [name for name, _ in model.named_modules()][1:]
+    by_region = {}
+    for name in names:
+        by_region.setdefault(name.split('.')[1] if name.startswith('stages.') else '', []).append(name)
+    return by_region.values()
+
+
+@pytest.mark.parametrize('change', CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize('name', (*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in TINY)))
+def test_every_change_of_every_module_is_honoured(name, change):
+    """One of each region at a time. The runs take turns: of layers of a kind there are many, which see them all."""
+    model = make_model(name)
+    concerns, is_seen = CHANGES[change]
+    concerned = ([name for name in names if concerns(model.get_submodule(name))] for names in regions(model))
+    runs = itertools.cycle(RUNS)
+    for row in itertools.zip_longest(*concerned):
+        modules = {name: model.get_submodule(name) for name in row if name}
+        parents = {name: model.get_submodule(name.rpartition('.')[0]) for name in modules}
+        batch, mode = next(runs)
+        with restored(model):
+            model.train(mode == 'training').requires_grad_()
+            log = []
+            for name, module in modules.items():
+                change(parents[name], name.rpartition('.')[2], module, Page(log, name))
+            seen = compare(f'{change.__name__} {list(modules)}', model, batch, mode, log)
+        assert not is_seen or {name for name, _ in seen} == modules.keys()
+
+
+# ---- parts that are none of ours -------------------------------------------------------------------------------------
+
+
+class BatchNormOfTokens(nn.BatchNorm1d):
+    def forward(self, x):
+        return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+
+PARTS = {  # for the first stage, whose map is 2x4; C is the width of what they take
+    'mlp.norm': (
+        lambda C: GlobalResponseNorm(C, channels_last=True),
+        lambda C: nn.BatchNorm2d(2),
+        lambda C: nn.LayerNorm((4, C)),
+        BatchNormOfTokens,
+    ),
+    'mlp.fc1': (lambda C: nn.Sequential(layers.Linear(C, 4 * C), nn.Softmax(1)),),
+    'mlp.act': (lambda C: nn.Softmax(0), lambda C: nn.BatchNorm2d(2)),
+    'mlp.drop1': (lambda C: nn.Dropout(0.5), lambda C: DropPath(0.5)),
+    'mixer.norm': (
+        lambda C: nn.LayerNorm((4, C)),
+        lambda C: nn.LayerNorm(C, bias=False),
+        lambda C: nn.LayerNorm(C, elementwise_affine=False),
+        BatchNormOfTokens,
+    ),
+    'mixer.act': (lambda C: nn.Softmax(1), lambda C: nn.Sequential(nn.SiLU(), nn.Dropout(0.5))),
+    'norm1': (lambda C: nn.BatchNorm2d(2), BatchNormOfTokens),
+}
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_another_part_is_honoured(name):
+    model = make_model(name)
+    inputs = {}
+    with restored(model):
+        for part in PARTS:
+            module = model.get_submodule(f'stages.0.blocks.0.{part}')
+            module.register_forward_pre_hook(lambda module, args, part=part: inputs.update({part: args[0]}))
+        run(model.eval(), 1, 'evaluation', [], contextlib.nullcontext)
+    for part, makes in PARTS.items():
+        for make, (batch, mode) in itertools.product(makes, ((5, 'evaluation'), (2, 'training'))):
+            with restored(model):
+                model.set_submodule(f'stages.0.blocks.0.{part}', make(inputs[part].shape[-1]))
+                compare(part, model.train(mode == 'training'), batch, mode, [])
+
+
+# ---- changes of everything -------------------------------------------------------------------------------------------
+
+FUNCTIONS = ('batch_norm', 'conv2d', 'dropout', 'gelu', 'layer_norm', 'linear', 'relu', 'silu')
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_a_patched_function_is_honoured(name, monkeypatch):
+    model = make_model(name)
+    for function, (batch, mode) in itertools.product(FUNCTIONS, RUNS[:3]):
+        with monkeypatch.context() as patch:
+            patch.setattr(F, function, mixing(getattr(F, function), log := []))
+            seen = compare(function, model.train(mode == 'training'), batch, mode, log)
+        assert seen or (function in ('batch_norm', 'relu') and 'spatial' not in name), function
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_a_patched_class_is_honoured(name, monkeypatch):
+    """Bases too: our linear layers and MLPs are PyTorch's and timm's."""
+    model = make_model(name)
+    kinds = {c for m in model.modules() for c in type(m).__mro__ if 'forward' in vars(c) and c is not nn.Module}
+    for kind in sorted(kinds, key=str):
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, 'forward', mixing(kind.forward, log := []))
+            seen = compare(kind.__name__, model.eval(), 5, 'gradients', log)
+        assert len(seen) >= sum(isinstance(m, kind) and not isinstance(m, layers.Blocks) for m in model.modules()), kind
+
+
+@contextlib.contextmanager
+def patched_call(log):
+    call = nn.Module.__call__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Module, '__call__', lambda self, x: log.append((type(self), tuple(x.shape))) or call(self, x))
+        yield
+
+
+@contextlib.contextmanager
+def hooks_of_all_modules(log):
+    def note(module, args, *_):
+        log.append((type(module), tuple(args[0].shape)))
+
+    with contextlib.ExitStack() as stack:
+        for register in (
+            nn_module.register_module_forward_pre_hook,
+            nn_module.register_module_forward_hook,
+            nn_module.register_module_full_backward_hook,
+        ):
+            stack.callback(register(note).remove)
+        yield
+
+
+class Functions(TorchFunctionMode):
+    def __init__(self, log):
+        super().__init__()
+        self.log = log
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.log.append(getattr(function, '__name__', str(function)))
+        return function(*args, **(kwargs or {}))
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self, log):
+        super().__init__()
+        self.log = log
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.log.append((str(operator), [tuple(a.shape) for a in args if isinstance(a, torch.Tensor)]))
+        return operator(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def flop_counter(log):
+    with FlopCounterMode(display=False) as counter:
+        yield
+    log.extend((module, sorted(map(str, counts.items()))) for module, counts in counter.get_flop_counts().items())
+
+
+def elsewhere(log):
+    """What the backward needs is kept elsewhere, and comes as another tensor."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().numpy().copy(), torch.from_numpy)
+
+
+ONLOOKERS = (patched_call, hooks_of_all_modules, Functions, Operators, flop_counter, elsewhere)
+
+
+@pytest.mark.parametrize('onlooker', ONLOOKERS, ids=lambda onlooker: onlooker.__name__)
+@pytest.mark.parametrize('name', SMALL)
+def test_onlookers_see_every_layer_and_whole_batches(name, onlooker):
+    model = make_model(name)
+    for batch, mode in RUNS:
+        seen = compare(onlooker.__name__, model.train(mode == 'training'), batch, mode, [], onlooker)
+        if onlooker in (patched_call, hooks_of_all_modules):
+            assert {kind for kind, _ in seen} == {type(m) for m in model.modules()}
+            assert {shape[0] for _, shape in seen} == {batch}
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_parameters_that_are_given_are_honoured(name):
+    model = make_model(name)
+    given = {key: 1.1 * p.detach() for key, p in model.named_parameters()}
+    for batch, mode in RUNS:
+        model.train(mode == 'training')
+        with restored(model), torch.nn.utils.stateless._reparametrize_module(model, given):
+            compare('given parameters', model, batch, mode, [])
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_parameters_elsewhere_are_an_error(name):
+    """But those of PyTorch's own layers, which mistake a CPU and the meta device for one."""
+    model = make_model(name).eval()
+    for module in model.modules():
+        for key in () if isinstance(module, (nn.Conv2d, nn.Linear)) else own_parameters(module):
+            with restored(model), pytest.raises((RuntimeError, ValueError), match=r'device|meta'):
+                module._parameters[key] = nn.Parameter(module._parameters[key].detach().to('meta'))
+                run(model, 5, 'evaluation', [], contextlib.nullcontext)
+
+
+# ---- and what nobody changed -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('name', (*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in TINY)))
+def test_an_untouched_model_takes_every_shortcut(name, taken):
+    model = make_model(name)
+    module = type(model).__module__
+    always = {'vssm.models.layers.Mlp.forward', '1 convolutions'}
+    in_evaluation = {f'{module}.Stem.forward', 'vssm.models.layers.Blocks.forward'}
+    if 'spatial' in name:
+        always |= {f'{module}.Downsample.convolve', '2 convolutions', 'readout'}
+    for batch, mode in RUNS:
+        taken.clear()
+        compare('untouched', model.train(mode == 'training'), batch, mode, [])
+        expected = always if mode == 'training' else always | in_evaluation
+        if batch == 1:  # an image is not cut
+            expected = expected - in_evaluation - {f'{module}.Downsample.convolve'}
+        assert taken == expected, (batch, mode)
