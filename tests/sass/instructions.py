@@ -5,6 +5,7 @@ Each entry of the table takes an instruction and returns what executes it. `deco
 of operations; an instruction that neither knows raises an error that names it.
 """
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -60,9 +61,9 @@ def form(instruction: Instruction, *kinds: str) -> tuple[Operand, ...]:
 # ---- special registers and constants ---------------------------------------------------------------------------------
 
 
-@instruction('NOP YIELD MEMBAR FENCE DEPBAR', 'ALL CTA GPU SC VIEW ASYNC S LE')
+@instruction('NOP YIELD MEMBAR FENCE DEPBAR WARPGROUP', 'ALL CTA GPU SC VIEW ASYNC S LE ARRIVE DEPBAR')
 def nothing(instruction: Instruction) -> Execute:
-    """What orders accesses, or waits for them: here they are done in order and at once."""
+    """What orders accesses, or waits for them or for products: here they are done in order and at once."""
     return lambda warps, mask: None
 
 
@@ -93,16 +94,19 @@ def load_constant(instruction: Instruction) -> Execute:
 # ---- predicates as bits, and other lanes -----------------------------------------------------------------------------
 
 
-@instruction('P2R')
+@instruction('P2R UP2UR')
 def predicates_to_register(instruction: Instruction) -> Execute:
-    target, _, source, bits = form(instruction, 'register', 'name', 'register', 'integer')
+    target, file, source, bits = form(instruction, 'register', 'name', 'register', 'integer')
+    if file.text != ('UPR' if target.uniform else 'PR'):
+        raise UnknownInstruction(f'a source {file.text}')
     read, write, keep = reader(source, 'u'), writer(target, 'u'), U32(~bits.value & 0xFFFFFFFF)
     numbers = [i for i in range(7) if bits.value >> i & 1]
 
     def execute(warps: 'Warps', mask: Mask) -> None:
+        predicates = warps.uniform_predicates if target.uniform else warps.predicates
         result = read(warps) & keep
         for i in numbers:
-            result = result | warps.predicates[i].astype(U32) << U32(i)
+            result = result | predicates[i].astype(U32) << U32(i)
         write(warps, result, mask)
 
     return execute
@@ -194,7 +198,7 @@ def take(row: np.ndarray, source: np.ndarray) -> np.ndarray:
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
-SIZES = {'U16': 2, '64': 8, '128': 16}  # bytes by modifier
+SIZES = {'U16': 2, 'S16': 2, '64': 8, '128': 16}  # bytes by modifier
 HINTS = 'E EF EL LU NA'  # of generic addresses and of caches
 
 
@@ -218,17 +222,19 @@ def size_of(instruction: Instruction) -> int:
     return next((size for modifier, size in SIZES.items() if modifier in instruction.modifiers), 4)
 
 
-@instruction('LDG LDS LDL', f'U16 64 128 CONSTANT {HINTS}')
+@instruction('LDG LDS LDL', f'U16 S16 64 128 CONSTANT {HINTS}')
 def load(instruction: Instruction) -> Execute:
     target, place = form(instruction, 'register', 'memory')
     address, size, space = address_reader(place), size_of(instruction), instruction.name[-1]
-    constant = 'CONSTANT' in instruction.modifiers
+    constant, signed = 'CONSTANT' in instruction.modifiers, 'S16' in instruction.modifiers
     text = str(instruction)
 
     def execute(warps: 'Warps', mask: Mask) -> None:
         active = warps.lanes(mask)
         memory, at = warps.locate(space, address(warps), active)
         words = memory.load(at, size, warps.access(active, text, constant))
+        if signed:
+            words = words.astype(np.int16).astype(np.int32).view(U32)
         if target.index != 255:
             for i, word in enumerate(words):
                 warps.registers[target.index + i][active] = word
@@ -236,7 +242,7 @@ def load(instruction: Instruction) -> Execute:
     return execute
 
 
-@instruction('STG STS STL', f'U16 64 128 {HINTS}')
+@instruction('STG STS STL', f'U16 S16 64 128 {HINTS}')
 def store(instruction: Instruction) -> Execute:
     place, source = form(instruction, 'memory', 'register')
     address, size, space = address_reader(place), size_of(instruction), instruction.name[-1]
@@ -334,6 +340,18 @@ def halves_of(registers: np.ndarray, first: int, count: int, to_float: Callable)
     return both.reshape(*words.shape[:2], 8, 8).astype(np.float64)
 
 
+def tf32(registers: np.ndarray, first: int, count: int) -> np.ndarray:
+    """Numbers of 8x4 pieces, one in each lane, without the bits that a product drops: (count, warps, 8, 4)."""
+    words = registers[first : first + count] & U32(0xFFFFE000)
+    return words.view(np.float32).reshape(count, -1, 8, 4).astype(np.float64)
+
+
+def rows_of(registers: np.ndarray, first: int, to_float: Callable | None) -> np.ndarray:
+    """The left matrix of a product from four registers, upper and lower pieces first: (warps, 16, k)."""
+    left = halves_of(registers, first, 4, to_float) if to_float else tf32(registers, first, 4)
+    return np.concatenate([np.concatenate(left[[0, 2]], -1), np.concatenate(left[[1, 3]], -1)], -2)
+
+
 @instruction('HMMA', '16816 1688 F32 BF16 TF32')
 def multiply_matrices(instruction: Instruction) -> Execute:
     """d = a b + c: exact products, added in float64 and rounded once, where the chip rounds each sum of a few."""
@@ -344,32 +362,124 @@ def multiply_matrices(instruction: Instruction) -> Execute:
         raise UnknownInstruction('matrices of another shape or type')
     to_float = bfloat_to_float if 'BF16' in rest else half_to_float
 
-    def tf32(registers: np.ndarray, first: int, count: int) -> np.ndarray:
-        """Numbers of 8x4 pieces, one in each lane, without the bits that the product drops."""
-        words = registers[first : first + count] & U32(0xFFFFE000)
-        return words.view(np.float32).reshape(count, -1, 8, 4).astype(np.float64)
-
     def execute(warps: 'Warps', mask: Mask) -> None:
         part = whole_warps(warps, mask, instruction)
         R = warps.registers
-        if shape == '1688':
-            left, right = tf32(R, a, 4), tf32(R, b, 2)
-        else:
-            left, right = halves_of(R, a, 4, to_float), halves_of(R, b, 2, to_float)
-        # Pieces of a are (rows, k), upper and lower ones first; those of b hold for each column its k.
-        A = np.concatenate([np.concatenate(left[[0, 2]], -1), np.concatenate(left[[1, 3]], -1)], -2)
+        A = rows_of(R, a, None if shape == '1688' else to_float)
+        right = tf32(R, b, 2) if shape == '1688' else halves_of(R, b, 2, to_float)
         B = np.concatenate(right, -1)  # [warps, 8 columns, k]
-        before = np.zeros((4, *R.shape[1:]), np.float32) if c == 255 else R[c : c + 4].view(np.float32)
-        C = np.concatenate([_join(before[:2]), _join(before[2:])], 1)  # [warps, 16, 8]
-        result = (A @ B.swapaxes(1, 2) + C).astype(np.float32)
-        lanes = np.broadcast_to(part[:, None], R.shape[1:])
-        for i in range(4):
-            numbers = np.ascontiguousarray(result[:, 8 * (i // 2) : 8 * (i // 2) + 8, i % 2 :: 2])
-            put(R[d + i], numbers.reshape(-1, 32).view(U32), lanes)
+        multiply_rows(R, d, A, B, c, part)
 
     return execute
+
+
+def multiply_rows(R: np.ndarray, d: int, A: np.ndarray, B: np.ndarray, c: int | None, part: np.ndarray) -> None:
+    """d = A B + c in the registers of the warps that take part.
+
+    Args:
+        R: The registers.
+        d: First register of the result, of which each 8 columns take four.
+        A: Left matrices, (warps, 16, k).
+        B: Right matrices, a row for each column of the result: (warps, columns, k).
+        c: First register of what is added; None or RZ for nothing.
+        part: Warps that take part.
+    """
+    lanes = np.broadcast_to(part[:, None], R.shape[1:])
+    for n in range(0, B.shape[1], 8):
+        result = A @ B[:, n : n + 8].swapaxes(1, 2)
+        if c is not None and c != 255:
+            before = R[c + n // 2 : c + n // 2 + 4].view(np.float32)
+            result = result + np.concatenate([_join(before[:2]), _join(before[2:])], 1)  # [warps, 16, 8]
+        result = result.astype(np.float32)
+        for i in range(4):
+            numbers = np.ascontiguousarray(result[:, 8 * (i // 2) : 8 * (i // 2) + 8, i % 2 :: 2])
+            put(R[d + n // 2 + i], numbers.reshape(-1, 32).view(U32), lanes)
 
 
 def _join(pair: np.ndarray) -> np.ndarray:
     """Two registers, (2, warps, 32), as the numbers of a piece, (warps, 8, 8)."""
     return np.stack(list(pair), -1).reshape(-1, 8, 8).astype(np.float64)
+
+
+# ---- matrices in shared memory ---------------------------------------------------------------------------------------
+# Four warps multiply 64 rows, each of them 16, by one matrix in shared memory, where descriptors in uniform registers
+# tell how a matrix lies: in pieces of 16 bytes, as in tables with rows of 32, 64 or 128 bytes. Eight rows follow one
+# another, the next eight are a stride further, and what is too long for a row is in another table. Bits of the row's
+# number, from bit 7 of the address on, are added without carry to the number of the piece in its row.
+
+WIDTHS = {3: 32, 2: 64, 1: 128}  # bytes of a row, by the last two bits of a descriptor
+SHIFTS = (0, 16, 32)  # of where it begins, how far its next table is, and how far its next eight rows
+DESCRIPTORS = re.compile(r'gdesc\[UR(\d+)\](\.tnspB)?$')
+SHAPES = {f'64x{columns}x{k}': (columns, k) for columns in range(8, 257, 8) for k in (8, 16)}
+
+
+def piece_addresses(descriptor: np.ndarray, row: np.ndarray, count: int, instruction: str) -> np.ndarray:
+    """Where the first pieces of 16 bytes of some rows, (warps, rows), lie: (warps, rows, count)."""
+    start, lead, stride = ((descriptor >> np.uint64(i) & np.uint64(0x3FFF)).astype(I64)[..., None] << 4 for i in SHIFTS)
+    modes = np.unique(descriptor >> np.uint64(49)).tolist()
+    width = WIDTHS.get(modes[0] >> 13)
+    if len(modes) > 1 or width is None or modes[0] & 0x1FFF:  # tables that do not begin with a row 0; reserved bits
+        raise UnknownInstruction(f'{instruction}: a matrix that lies in another way')
+    row, byte = row[..., None], 16 * np.arange(count)
+    address = start + row // 8 * stride + row % 8 * width + byte // width * lead + byte % width
+    return address ^ (address >> 3 & width - 16)
+
+
+def shared_matrix(register: int, instruction: Instruction) -> Callable:
+    """What reads rows of so many pieces of a matrix with a descriptor, as words: (warps, rows, 4 count)."""
+    text = str(instruction)
+
+    def read(warps: 'Warps', part: np.ndarray, row: np.ndarray, count: int) -> np.ndarray:
+        pieces = piece_addresses(warps.pair(True, register), row, count, text)
+        rows, pieces = pieces.shape[1], pieces.reshape(len(part), -1)
+        active = np.broadcast_to(part[:, None], (len(part), 32))
+        access = warps.access(active, text)
+        words = np.zeros((*pieces.shape, 4), U32)
+        for first in range(0, pieces.shape[1], 32):  # as though each lane read one
+            lanes = np.minimum(np.arange(first, first + 32), pieces.shape[1] - 1)
+            memory, at = warps.locate('S', pieces[:, lanes], active)
+            words[np.ix_(part, lanes)] = memory.load(at, 16, access).T.reshape(-1, 32, 4)
+        return words.reshape(len(part), rows, -1)
+
+    return read
+
+
+@instruction('HGMMA', f'F32 TF32 BF16 {" ".join(SHAPES)}')
+def multiply_shared(instruction: Instruction) -> Execute:
+    """d = a b + d, or a b alone where a predicate says so; exact as in `multiply_matrices`.
+
+    b is in shared memory, by rows for each column or, turned, for each k; a is too, or in registers. The chip computes
+    while the warps go on, up to WARPGROUP.DEPBAR; here it is done at once.
+    """
+    d, *lefts, place, c = instruction.operands[: 4 if instruction.operands[1].kind == 'register' else 3]
+    rest = [operand.text for operand in instruction.operands[3 + len(lefts) :]]
+    shape, _, *kind = instruction.modifiers
+    (columns, k), found, adds = SHAPES[shape], DESCRIPTORS.match(place.text), '!UPT' not in rest
+    known = (d.kind, c.kind, c.index) == ('register', 'register', d.index if adds else 255)
+    if not (found and known and rest in ([], ['gsb0'], ['!UPT'], ['!UPT', 'gsb0'])):
+        raise UnknownInstruction('other operands')
+    turned, first = bool(found[2]), int(found[1])
+    if instruction.modifiers[1] != 'F32' or k != (8 if kind == ['TF32'] else 16) or (turned and k == 8):
+        raise UnknownInstruction('matrices of another shape or type')
+    to_float = None if k == 8 else bfloat_to_float if kind else half_to_float
+    left, right = shared_matrix(first, instruction), shared_matrix(first + 2, instruction)
+
+    def numbers(words: np.ndarray) -> np.ndarray:
+        if to_float is None:
+            return (words & U32(0xFFFFE000)).view(np.float32).astype(np.float64)
+        both = np.stack([to_float(words), to_float(words >> U32(16))], -1)
+        return both.reshape(*words.shape[:2], -1).astype(np.float64)
+
+    def execute(warps: 'Warps', mask: Mask) -> None:
+        part = whole_warps(warps, mask, instruction)
+        if turned:
+            B = numbers(right(warps, part, np.arange(16)[None], columns // 8)).swapaxes(1, 2)
+        else:
+            B = numbers(right(warps, part, np.arange(columns)[None], 2))
+        if lefts:
+            A = rows_of(warps.registers, lefts[0].index, to_float)
+        else:
+            A = numbers(left(warps, part, 16 * (warps.warp % 4) + np.arange(16), 2))
+        multiply_rows(warps.registers, d.index, A, B, d.index if adds else None, part)
+
+    return execute

@@ -392,6 +392,16 @@ def pack_bfloats(modifiers, high, low):
     return float_to_bfloat(high) << U32(16) | float_to_bfloat(low)
 
 
+@operation('F2F.F16.F32', 'u = f')
+def to_half(modifiers, a):
+    return float_to_half(a)
+
+
+@operation('F2F.BF16.F32', 'u = f')
+def to_bfloat(modifiers, a):
+    return float_to_bfloat(a)
+
+
 @operation('I2F', 'f = i', 'RP')
 @operation('I2FP.F32.S32', 'f = i')
 def from_signed(modifiers, a):

@@ -231,9 +231,9 @@ def test_minimum_and_comparisons_know_nan_and_zero():
 @pytest.mark.parametrize('name', ('F16', 'BF16'))
 def test_packing_rounds_as_torch(name, draw_floats):
     a, b = draw_floats(), draw_floats()[::-1].copy()
-    registers, _ = run_one(f'F2FP.{name}.F32.PACK_AB R8, R2, R3', {2: a, 3: b})
+    registers, _ = run_one(f'F2FP.{name}.F32.PACK_AB R8, R2, R3\nF2F.{name}.F32 R9, R2', {2: a, 3: b})
     dtype = torch.float16 if name == 'F16' else torch.bfloat16
-    for half, source in ((registers[8] >> 16, a), (registers[8] & 0xFFFF, b)):
+    for half, source in ((registers[8] >> 16, a), (registers[8] & 0xFFFF, b), (registers[9], a)):
         expected = torch.from_numpy(floats_of(source).copy()).to(dtype)
         actual = torch.from_numpy(half.astype(np.uint16).view(np.int16)).view(dtype)
         assert torch.equal(actual.nan_to_num(7.0), expected.nan_to_num(7.0))
@@ -314,13 +314,14 @@ def test_shuffles():
 
 def test_votes_and_uniform_registers():
     some = np.arange(32) == 5
-    text = 'VOTEU.ANY UP0, P0\nVOTE.ALL P1, P0\nUMOV UR4, 0x7\n@UP0 UIADD3 UR4, UR4, 0x1, URZ\nMOV R8, UR4'
+    text = 'VOTEU.ANY UP0, P0\nVOTE.ALL P1, P0\nUMOV UR4, 0x7\n@UP0 UIADD3 UR4, UR4, 0x1, URZ\nMOV R8, UR4\n'
+    text += 'UP2UR UR5, UPR, UR4, 0x3\nMOV R9, UR5'
     instructions = assemble(text)
     launch = Launch(Kernel('test', (*instructions, *assemble('EXIT'))), (1, 1, 1), 1, 0, Memory(0, str), 0, {})
     warps = Warps(launch, np.arange(1))
     warps.predicates[0] = some
     warps.run()
-    assert (warps.registers[8] == 8).all() and not warps.predicates[1].any()
+    assert (warps.registers[8] == 8).all() and (warps.registers[9] == 9).all() and not warps.predicates[1].any()
 
 
 # ---- programs --------------------------------------------------------------------------------------------------------
@@ -350,6 +351,23 @@ THREAD = """
     LOP3.LUT R7, R0, 0x3f, RZ, 0x3c, !PT
     LEA R7, R7, 0x400, 0x2              // in shared memory that of a thread of the other warp
 """
+
+
+def test_halves_of_words_are_kept_with_their_sign():
+    text = """
+        IMAD.WIDE R4, R0, 0x8, R2
+        LDC R1, c[0x0][0x28]
+        VIADD R1, R1, -0x10
+        MOV R8, 0x1fffe
+        STL.S16 [R1], R8
+        LDL.S16 R10, [R1]
+        LDL.U16 R11, [R1]
+        STG.E.64 desc[UR4][R4.64], R10
+        EXIT
+    """
+    result = unwritten(32, 2)
+    launch = run_program(THREAD + text, {'y': result}, warps=1)
+    assert not launch.faults and (result == torch.tensor([-2, 0xFFFE])).all()
 
 
 def unwritten(*shape):
@@ -569,6 +587,10 @@ UNKNOWN = [
     'BRA.DIV 0x10',
     'LDS R1, [R2.X4]',
     'HMMA.16816.F16 R4, R8, R12, R4',
+    'HGMMA.64x16x16.F32 R8, gdesc[UR4].tnspA, RZ, !UPT',
+    'HGMMA.64x16x16.F16 R8, gdesc[UR4], RZ, !UPT',
+    'HGMMA.64x16x16.F32 R8, gdesc[UR4], R16',
+    'P2R R8, UPR, RZ, 0x7',
     'ATOMG.E.ADD R1, desc[UR4][R2.64], R3',
 ]
 
@@ -585,6 +607,13 @@ def test_an_unknown_constant_is_named():
         run_program('LDC R1, c[0x3][0x8]\nEXIT')
 
 
+@pytest.mark.parametrize('mode', (0, 2 << 30 | 1 << 17), ids=('other pieces', 'amid a table'))
+def test_a_matrix_that_lies_in_another_way_is_named(mode):
+    text = f'UMOV UR6, 0x40\nUMOV UR7, {mode:#x}\nHGMMA.64x8x16.F32 R8, R4, gdesc[UR4], RZ, !UPT'
+    with pytest.raises(UnknownInstruction, match='HGMMA.*another way'):
+        run_program(text + '\nEXIT', warps=4, shared=2048)
+
+
 # ---- compiled by Triton ----------------------------------------------------------------------------------------------
 
 
@@ -599,6 +628,6 @@ def test_planted_faults_are_found(name, emulated):
 @pytest.mark.triton
 @pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16, torch.float16), ids=str)
 def test_products_of_matrices(dtype, emulated):
-    for rows, warps in ((16, 1), (32, 4)):
+    for rows, warps in ((16, 1), (32, 4), (64, 4), (128, 8)):  # the last two by four warps together
         error = emulated(cases.product_error, rows, warps, dtype)
         assert error < (2e-3 if dtype == torch.float32 else 1e-6)
