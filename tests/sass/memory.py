@@ -49,8 +49,17 @@ class Access:
 
     def of(self, lanes: np.ndarray) -> 'Access':
         if self.since is None:
-            return replace(self, tag=self.tag[lanes])
+            return Access(self.instruction, self.tag[lanes], constant=self.constant)
         return replace(self, tag=self.tag[lanes], since=self.since[lanes], barrier=self.barrier[lanes])
+
+    def each(self, units: int) -> 'Access':
+        """As it is for every one of so many units of an access, in the order of `units_of`."""
+        return self if units == 1 else self.of(np.tile(np.arange(len(self.tag)), units))
+
+
+def units_of(address: Lanes, size: int) -> np.ndarray:
+    """The units of an access: the first of every lane, then the second of every lane, and so on."""
+    return ((address >> 1) + np.arange(size // UNIT)[:, None]).ravel()
 
 
 def tags(program: np.ndarray, epoch: np.ndarray, warp: np.ndarray) -> np.ndarray:
@@ -111,11 +120,9 @@ class Memory:
         result = np.full((max(size // 4, 1), len(address)), POISON_WORD, np.uint32)
         if not good.all():
             address, access = address[good], access.of(good)
-        at = address >> 1
-        for i in range(size // UNIT):
-            self._read_unit(at + i, access)
+        self._read_units(units_of(address, size), access.each(size // UNIT))
         if size == UNIT:
-            result[0, good] = self.units[at]
+            result[0, good] = self.units[address >> 1]
         else:
             for i in range(size // 4):
                 result[i, good] = self.words[(address >> 2) + i]
@@ -126,19 +133,16 @@ class Memory:
         good = self._good(address, size, access.instruction)
         if not good.all():
             address, values, access = address[good], values[:, good], access.of(good)
-        at = address >> 1
-        for i in range(size // UNIT):
-            value = (values[i // 2] >> np.uint32(16 * (i % 2))).astype(np.uint16)
-            self._write_unit(at + i, value, access)
+        halves = np.stack([values, values >> np.uint32(16)], 1).astype(np.uint16).reshape(2 * len(values), len(address))
+        count = size // UNIT
+        self._write_units(units_of(address, size), halves[:count].ravel(), access.each(count))
 
     def _good(self, address: Lanes, size: int, instruction: str) -> np.ndarray:
         """Where an access is aligned and inside of what is allocated."""
         at = address >> 1
         inside = (address >= 0) & (at < len(self.units))
         at = np.where(inside, at, len(self.units))  # where nothing is allocated, nor beyond it
-        inside = self.allocated[at]
-        for i in range(1, size // UNIT):
-            inside &= self.allocated[at + i]
+        inside = self.allocated[at + np.arange(size // UNIT)[:, None]].all(0)
         aligned = address & (size - 1) == 0
         good = aligned & inside
         if not good.all():
@@ -146,7 +150,7 @@ class Memory:
             self._fault('address outside', ~inside, address >> 1, instruction)
         return good
 
-    def _read_unit(self, at: Lanes, access: Access) -> None:
+    def _read_units(self, at: Lanes, access: Access) -> None:
         tag, instruction = access.tag, access.instruction
         written = self.initialised[at]
         if not written.all():
@@ -168,7 +172,7 @@ class Memory:
             mark = np.where(same_program, mark | SEVERAL_WARPS, mark | SEVERAL_PROGRAMS)
             self.reader[at[lost]] = mark[lost]
 
-    def _write_unit(self, at: Lanes, value: Lanes, access: Access) -> None:
+    def _write_units(self, at: Lanes, value: Lanes, access: Access) -> None:
         self._compare(self.writer[at], 'written', 'written', at, access, self.units[at] == value)
         self._compare(self.reader[at], 'written', 'read', at, access)
         self.writer[at], self.units[at], self.initialised[at] = access.tag, value, True
