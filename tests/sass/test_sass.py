@@ -17,48 +17,57 @@ from vssm.ops.scan.triton.tiles import TILES  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.triton]
 
-DEFAULTS = [group[0] for group in TILES.values()]
-ALL_TILES = list(dict.fromkeys(tile for group in TILES.values() for tile in group))
+PAIR, SINGLE = (0, 1), (0, 2)  # orders of which two go at a time in 2-D, and one
+HALF = (torch.bfloat16, torch.float16)
+# Tiles by dimensions: all of them, and the default of each length of lines.
+OWN_TILES = [
+    (ndim, tile)
+    for ndim, groups in TILES.items()
+    for tile in dict.fromkeys(tile for group in groups.values() for tile in group)
+]
+DEFAULTS = [(ndim, tile) for ndim, groups in TILES.items() for tile in dict.fromkeys(g[0] for g in groups.values())]
+LARGEST = max(OWN_TILES, key=lambda own: own[1][0] * own[1][1])  # which alone has products by four warps together
+LONG_DEFAULTS = dict(DEFAULTS)  # those for the longest lines
 
 
-def name_of(tile):
-    return 'x'.join(map(str, tile))
+def name_of(ndim, tile):
+    return f'{ndim}d-tile-{tile[0]}x{tile[1]}'
 
 
 def two_strips(tile):
-    """Three lines of a strip and a part of one; in 1-D one line of several."""
+    """Two lines of a strip and a part of one; in 1-D one line of several."""
     strip = tile[0] * tile[1]
-    return dict(height=3, width=strip + strip // 4 + 1)
+    return dict(height=2, width=strip + strip // 4 + 1)
 
 
 def case(**changes):
-    usual = dict(batch=1, height=3, width=5, channels=40, states=1, rank=3, orders=(0, 2), dtype=torch.float32)
+    usual = dict(batch=1, height=3, width=5, channels=40, states=1, rank=3, orders=SINGLE, dtype=torch.float32)
     return {**usual, **changes}
 
 
-SMALL = DEFAULTS[0]
+def tile_case(ndim, tile, **changes):
+    return dict(tile=tile), case(ndim=ndim, **{**two_strips(tile), 'orders': PAIR if ndim == 2 else SINGLE, **changes})
+
+
 SCANS = {  # what the host code is made to choose, and the inputs
+    **{name_of(*own): tile_case(*own) for own in OWN_TILES if own != LARGEST},
     **{
-        f'tile-{name_of(tile)}-{ndim}d': (dict(tile=tile), case(ndim=ndim, **two_strips(tile)))
-        for tile in ALL_TILES
-        for ndim in (1, 2)
+        f'{str(dtype)[6:]}-{name_of(*LARGEST)}': tile_case(*LARGEST, dtype=dtype, width=40)  # amid a strip and a warp
+        for dtype in (torch.float32, *HALF)
+    },
+    f'strips-{name_of(*LARGEST)}': tile_case(*LARGEST, orders=(0,)),
+    **{f'single-{name_of(*own)}': tile_case(*own, orders=(3,)) for own in DEFAULTS if own[0] == 2},
+    **{
+        f'{str(dtype)[6:]}-{name_of(*own)}': tile_case(*own, dtype=dtype)
+        for dtype in HALF
+        for own in LONG_DEFAULTS.items()
     },
     **{
-        f'{str(dtype)[6:]}-tile-{name_of(tile)}-{ndim}d': (
-            dict(tile=tile),
-            case(ndim=ndim, dtype=dtype, **two_strips(tile)),
-        )
-        for dtype in (torch.bfloat16, torch.float16)
-        for tile, ndim in {(SMALL, 1), *((tile, 2) for tile in DEFAULTS)}
+        f'bands-{name_of(*own)}': (dict(tile=own[1], bands=3), tile_case(*own, height=7, orders=(0,))[1])
+        for own in LONG_DEFAULTS.items()
     },
-    **{
-        f'bands-tile-{name_of(tile)}-{ndim}d': (
-            dict(tile=tile, bands=3),
-            case(ndim=ndim, height=7, width=two_strips(tile)['width'], orders=(0,)),
-        )
-        for tile in DEFAULTS
-        for ndim in (1, 2)
-    },
+    # A square: of lines that are shorter than the others, `_stitch` also reads what lies beyond them and says nothing.
+    'bands-pair': (dict(bands=2), case(height=9, width=9, orders=PAIR)),
     'bands-of-columns-bfloat16': (
         dict(bands=2),
         case(batch=2, height=9, width=4, orders=(3, 1), dtype=torch.bfloat16),
@@ -68,6 +77,7 @@ SCANS = {  # what the host code is made to choose, and the inputs
         {},
         case(ndim=1, height=4, width=3, orders=(0, 1, 2, 3), channels=64, dtype=torch.bfloat16),
     ),
+    'large-steps': ({}, case(large_steps=True, orders=(1,))),
     'one-place': ({}, case(height=1, width=1, channels=3)),
     'three-states-rank-17': ({}, case(states=3, rank=17, orders=(1, 2))),
     'full-steps': ({}, case(rank=None, orders=(1, 3))),
@@ -101,19 +111,15 @@ def few_lines(tile):
     return dict(height=2, width=tile[0] * tile[1] + 1)
 
 
-BARRIERS = {
+SMALLEST = {ndim: min((t for n, t in DEFAULTS if n == ndim and t[1] > 1), key=lambda t: t[1]) for ndim in TILES}
+BARRIERS = {  # with the fewest warps, but several
     **{
-        f'{ndim}d-tile-{name_of(tile)}': ('scan', dict(tile=tile), case(ndim=ndim, **few_lines(tile)))
-        for tile in DEFAULTS
-        for ndim in (1, 2)
-    },
-    **{
-        f'{ndim}d-bands': (
+        f'bands-{name_of(ndim, tile)}': (
             'scan',
-            dict(tile=SMALL, bands=2),
-            case(ndim=ndim, **{**few_lines(SMALL), 'height': 4}, orders=(0,)),
+            dict(tile=tile, bands=2),
+            case(ndim=ndim, **{**few_lines(tile), 'height': 4}, orders=(0,)),
         )
-        for ndim in (1, 2)
+        for ndim, tile in SMALLEST.items()
     },
     'fusion': ('fusion', {}, dict(shape=(1, 3, 5, 40), dtype=torch.float32)),
 }
