@@ -254,6 +254,8 @@ def store(instruction: Instruction) -> Execute:
         memory, at = warps.locate(space, address(warps), active)
         values = np.stack([warps.registers[row][active] for row in rows])
         memory.store(at, values, size, warps.access(active, text))
+        if space == 'L' and size == 2:  # a half is put aside, and read with the other, poison, which nothing then uses
+            memory.initialised[at[at >= 0] >> 1 | 1] = True
 
     return execute
 
