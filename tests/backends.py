@@ -204,7 +204,7 @@ def pytest_collection_modifyitems(config, items):
         cases = IMPLIED_IF_INTERPRETED.get(item.originalname)
         if cases and re.search(rf'\b({cases})\b', item.name):
             implied.add(item)
-        elif item.originalname in SLOW_IF_INTERPRETED or re.search('more-bands|strips-in-bands', item.name):
+        elif item.originalname in SLOW_IF_INTERPRETED or re.search('more-bands|strips-in-bands|bias-100', item.name):
             item.add_marker(pytest.mark.slow)
     config.hook.pytest_deselected(items=list(implied))
     items[:] = [item for item in items if item not in implied]
