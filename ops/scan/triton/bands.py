@@ -14,7 +14,7 @@ import triton.language as tl
 def _stitch(carry_ptr, half, bands, size, BLOCK: tl.constexpr):
     """Turn the states that leave the bands into those that enter them, in place.
 
-    Columns beyond the end of a shorter line hold no meaning and are never read.
+    Columns beyond the end of a shorter line hold no meaning; what is made of them here is never used.
 
     carry_ptr: (2, batch, bands, size), first the products of a over a band, then the states that leave it.
     half: Elements of one of the two.
