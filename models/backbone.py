@@ -2,7 +2,7 @@
 """What the backbones share: the pyramid of stem, stages and head with the methods that timm expects of it, and the way
 from an entrypoint to a model.
 
-Feature maps are channels-last, (batch, height, width, channels).
+Feature maps are channels-last, (batch, height, width, channels), but for networks whose `output_fmt` is 'NCHW'.
 """
 
 import re
@@ -32,34 +32,41 @@ __all__ = [
 
 
 class Stage(nn.Module):
-    """Downsample, then blocks.
+    """Downsample, blocks, and a norm where the network has one.
 
     Args:
         downsample: Map to this stage's resolution and width.
         blocks: Blocks of this width.
+        norm: Norm of what the blocks give, which the next stage takes, too.
     """
 
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], norm: nn.Module | None = None) -> None:
         super().__init__()
         self.grad_checkpointing = False
         self.downsample = downsample
         self.blocks = Blocks(*blocks)
+        self.norm = nn.Identity() if norm is None else norm
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
+        return self.norm(self.mix(self.downsample(x)))
+
+    def mix(self, x: Tensor) -> Tensor:
+        """The blocks, one after the other."""
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.blocks, x)
         return self.blocks(x)
 
 
 class NormPoolHead(nn.Module):
-    """Classifier: layer norm of every token, pooling, linear.
+    """Classifier: norm, pooling, linear.
 
     Args:
         dim: Width of the feature map.
         num_classes: Number of classes; 0 leaves the pooled features.
         pool_type: Pooling by timm's name, '' for none.
         drop_rate: Dropout before the classifier.
+        norm_layer: Constructor of the norm.
+        input_fmt: Layout of the feature map, 'NHWC' or 'NCHW'.
     """
 
     def __init__(
@@ -68,14 +75,17 @@ class NormPoolHead(nn.Module):
         num_classes: int,
         pool_type: str = 'avg',
         drop_rate: float = 0.0,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+        input_fmt: str = 'NHWC',
         device=None,
         dtype=None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.in_features = dim
-        self.norm: nn.Module = nn.LayerNorm(dim, **dd)
-        self.global_pool, self.fc = create_classifier(dim, num_classes, pool_type, input_fmt='NHWC', **dd)
+        self.input_fmt = input_fmt
+        self.norm: nn.Module = norm_layer(dim, **dd)
+        self.global_pool, self.fc = create_classifier(dim, num_classes, pool_type, input_fmt=input_fmt, **dd)
         self.num_features = dim * self.global_pool.feat_mult()  # after pooling
         self.drop = nn.Dropout(drop_rate)
 
@@ -83,7 +93,7 @@ class NormPoolHead(nn.Module):
         if pool_type is None:
             pool_type = self.global_pool.pool_type
         self.global_pool, self.fc = create_classifier(
-            self.in_features, num_classes, pool_type, input_fmt='NHWC', device=device, dtype=dtype
+            self.in_features, num_classes, pool_type, input_fmt=self.input_fmt, device=device, dtype=dtype
         )
         self.num_features = self.in_features * self.global_pool.feat_mult()
         self.global_pool.train(self.training)
@@ -91,7 +101,7 @@ class NormPoolHead(nn.Module):
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.norm(x)
-        x = self.global_pool(x)  # [B, H, W, C] -> [B, C], unless the pooling is off
+        x = self.global_pool(x)  # a map -> [B, C], unless the pooling is off
         x = self.drop(x)
         return x if pre_logits else self.fc(x)
 
@@ -100,12 +110,12 @@ class Backbone(nn.Module):
     """A pyramid of stages at 1/4, 1/8, 1/16, ... of the image's resolution, odd sizes rounded up.
 
     Args:
-        stem: Images, (batch, in_chans, H, W), to tokens, (batch, H/4, W/4, dims[0]).
-        stages: Stages, which map tokens to those of the next width.
+        stem: Images, (batch, in_chans, H, W), to a map of width dims[0] at a quarter of their resolution.
+        stages: Stages, which map to a width and resolution each.
+        head: What makes scores of the last stage's map; its layout is the network's `output_fmt`.
         dims: Width of each stage.
         in_chans: Number of channels of the image.
         num_classes: Number of classes of the head; 0 leaves the pooled features.
-        global_pool: Pooling of the head, '' for none.
         drop_rate: Dropout before the classifier.
     """
 
@@ -115,13 +125,11 @@ class Backbone(nn.Module):
         self,
         stem: nn.Module,
         stages: Sequence[Stage],
+        head: NormPoolHead,
         dims: Sequence[int],
         in_chans: int,
         num_classes: int,
-        global_pool: str,
         drop_rate: float,
-        device=None,
-        dtype=None,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
@@ -131,12 +139,12 @@ class Backbone(nn.Module):
         self.feature_info = [dict(num_chs=dim, reduction=4 * 2**i, module=f'stages.{i}') for i, dim in enumerate(dims)]
         self.stem = stem
         self.stages = nn.Sequential(*stages)
-        self.head = NormPoolHead(dims[-1], num_classes, global_pool, drop_rate, device=device, dtype=dtype)
+        self.head = head
         self.head_hidden_size = self.head.num_features
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set:
-        return {'stages.*.mixer.A_log', 'stages.*.mixer.D', 'stages.*.mixer.dt_bias'}
+        return {'*.A_log', '*.D', '*.dt_bias'}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -147,6 +155,7 @@ class Backbone(nn.Module):
             else [
                 (r'^stages\.(\d+)\.downsample', (0,)),
                 (r'^stages\.(\d+)\.blocks\.(\d+)', None),
+                (r'^stages\.(\d+)\.norm', (99998,)),
                 (r'^head\.norm', (99999,)),
             ],
         )
@@ -162,7 +171,7 @@ class Backbone(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         self.num_classes = num_classes
-        weight = self.get_parameter('stem.conv1.weight')
+        weight = next(self.stem.parameters())
         self.head.reset(num_classes, global_pool, device=weight.device, dtype=weight.dtype)
         self.head_hidden_size = self.head.num_features
 
@@ -196,8 +205,9 @@ class Backbone(nn.Module):
             x = stage(x)
             if i in take_indices:
                 intermediate = self.head.norm(x) if norm and i == last_index else x
-                if output_fmt == 'NCHW':
-                    intermediate = intermediate.permute(0, 3, 1, 2).contiguous()  # [B, H, W, C] -> [B, C, H, W]
+                if output_fmt != self.output_fmt:
+                    order = (0, 3, 1, 2) if output_fmt == 'NCHW' else (0, 2, 3, 1)
+                    intermediate = intermediate.permute(order).contiguous()
                 intermediates.append(intermediate)
             if stop_early and i == max_index:
                 break
@@ -226,11 +236,11 @@ class Backbone(nn.Module):
         return take_indices
 
     def forward_stem(self, x: Tensor) -> Tensor:
-        """Images, (batch, in_chans, H, W) -> tokens, (batch, H/4, W/4, C)."""
+        """Images, (batch, in_chans, H, W) -> map at a quarter of their resolution."""
         return self.stem(x)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images, (batch, in_chans, H, W) -> feature map before the head, (batch, H/32, W/32, C)."""
+        """Images, (batch, in_chans, H, W) -> feature map before the head, at 1/32 of their resolution."""
         return self.stages(self.stem(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

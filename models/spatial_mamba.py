@@ -17,7 +17,7 @@ from timm.models import generate_default_cfgs, named_apply, register_model, regi
 from torch import Tensor, nn
 
 from . import ssm
-from .backbone import Backbone, Stage, build_backbone, init_linear, register_aliases, stage_dims
+from .backbone import Backbone, NormPoolHead, Stage, build_backbone, init_linear, register_aliases, stage_dims
 from .layers import Linear, Mlp, in_chunks, in_groups, in_one_pass
 from .weights.rename import rename_checkpoint
 
@@ -236,7 +236,8 @@ class SpatialMamba(Backbone):
             downsample = Downsample(dims[i - 1], dim, **bn_args, **dd) if i > 0 else nn.Identity()
             blocks = [Block(dim, mlp_ratio=mlp_ratio, drop_path=rate, **dd) for rate in drop_path[i]]
             stages.append(Stage(downsample, blocks))
-        super().__init__(stem, stages, dims, in_chans, num_classes, global_pool, drop_rate, **dd)
+        head = NormPoolHead(dims[-1], num_classes, global_pool, drop_rate, **dd)
+        super().__init__(stem, stages, head, dims, in_chans, num_classes, drop_rate)
         named_apply(init_linear, self)
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:

@@ -15,7 +15,7 @@ from .rename import rename_fn
 __all__ = ['identify', 'list_models', 'misfits']
 
 # The constructor's arguments that names and shapes of tensors tell, or that change neither.
-SHAPE_ARGS = {'in_chans', 'num_classes', 'depths', 'dims', 'd_state', 'ssm_ratio', 'mlp_ratio', 'device', 'dtype'}
+SHAPE_ARGS = set('in_chans num_classes depths dims d_state ssm_ratio mlp_ratio gate patches device dtype'.split())
 
 
 def list_models() -> list[str]:
@@ -81,6 +81,7 @@ def constructor_args(state_dict: dict[str, Tensor]) -> dict[str, Any]:
         # Widths were rounded down, so that the largest quotient gives them all again.
         return max(state_dict[f'{prefix}{name}'].shape[dim] / width for prefix, width in zip(first, dims, strict=True))
 
+    inner = state_dict[f'{first[0]}mixer.out_proj.weight'].shape[1]
     args: dict[str, Any] = dict(
         in_chans=state_dict['stem.conv1.weight'].shape[1],
         num_classes=state_dict['head.fc.weight'].shape[0] if 'head.fc.weight' in state_dict else 0,
@@ -88,7 +89,9 @@ def constructor_args(state_dict: dict[str, Tensor]) -> dict[str, Any]:
         dims=dims,
         d_state=state_dict[f'{first[0]}mixer.A_log'].numel() // state_dict[f'{first[0]}mixer.D'].numel(),
         ssm_ratio=ratio('mixer.out_proj.weight', 1),
-        mlp_ratio=ratio('mlp.fc1.weight', 0),
+        mlp_ratio=ratio('mlp.fc1.weight', 0) if f'{first[0]}mlp.fc1.weight' in state_dict else 0.0,
+        gate=state_dict[f'{first[0]}mixer.in_proj.weight'].shape[0] > inner,
+        patches=any(name.endswith('.downsample.reduction.weight') for name in state_dict),
     )
     if 'head.norm.weight' not in state_dict:  # the backbone of a detector or segmentor
         args['features_only'] = True
@@ -127,7 +130,6 @@ def identify(state_dict: dict[str, Tensor], model: str | None = None) -> tuple[s
             f'checkpoint must hold {model or "one of our networks"}, got {len(state_dict)} tensors of which no name is '
             f'known: {_shorten(list(state_dict))}.'
         )
-    _refuse_vanilla(renamed)
     if len(renamed) > 16 * len(own):  # a network of as many blocks as there are names would be built
         raise ValueError(f'checkpoint must hold one of our networks, got {len(state_dict)} tensors.')
     try:
@@ -143,16 +145,3 @@ def identify(state_dict: dict[str, Tensor], model: str | None = None) -> tuple[s
     args = {key: value for key, value in args.items() if key in takes and value != defaults.get(key)}
     twins = [name for name in candidates if name != nearest and _sizes(registered(name).state_dict()) == _sizes(own)]
     return nearest, args, twins
-
-
-def _refuse_vanilla(state_dict: dict[str, Tensor]) -> None:
-    """Refuse the first VMamba, whose block has a gate, with words that name it."""
-    block = 'stages.0.blocks.0.mixer.'
-    gate, out = state_dict.get(f'{block}in_proj.weight'), state_dict.get(f'{block}out_proj.weight')
-    if gate is None or out is None or any('fusion' in name for name in state_dict):  # Spatial-Mamba's gate
-        return
-    if gate.shape[:1].numel() == 2 * out.shape[-1:].numel():
-        raise ValueError(
-            'checkpoint must hold one of our networks, got a Vanilla VMamba: its block, with a gate, is older than '
-            'those of this package.'
-        )

@@ -10,7 +10,7 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-__all__ = ['rename_checkpoint', 'rename_fn', 'strip_prefixes']
+__all__ = ['rename_checkpoint', 'rename_fn', 'strip_prefixes', 'unwrapped']
 
 # Rules for the mixers, which all families share; each family has further ones, which apply first.
 _MIXER_RENAMES = (
@@ -43,11 +43,7 @@ def rename_checkpoint(
     Raises:
         ValueError: A tensor of the scan has another number of elements than the model's.
     """
-    for wrapper in ('state_dict_ema', 'model_ema', 'state_dict', 'model'):  # averaged weights first, as timm takes them
-        if wrapper in state_dict:
-            state_dict = state_dict[wrapper]
-            break
-
+    state_dict = unwrapped(state_dict)
     own = model.state_dict()
     if state_dict.keys() <= own.keys():
         return state_dict
@@ -71,6 +67,14 @@ def rename_checkpoint(
             value = value.reshape(own[ours].shape)
         out[ours] = value
     return out
+
+
+def unwrapped(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The tensors themselves, of a file that keeps them under a key: averaged ones first, as timm takes them."""
+    for key in ('state_dict_ema', 'model_ema', 'state_dict', 'model'):
+        if key in state_dict:
+            return state_dict[key]
+    return state_dict
 
 
 def rename_fn(model: str) -> Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]:
