@@ -686,8 +686,8 @@ def test_training_goes_on_from_published_weights(classification, tmp_path, golde
     assert weights['head.weight'].shape == (2, 24)  # of other classes: the network's own
 
 
-@pytest.mark.parametrize('argv', [['train', 'wsi/classification'], ['wsi-check', 'labels.csv', '.']], ids=' '.join)
-def test_the_missing_extra_of_slides_is_named(argv, classification):
+def test_the_missing_extra_of_slides_is_named(classification):
+    argv = ['train', 'wsi/classification']  # which meets it in the middle of building its data
     code = f'import sys; sys.modules["h5py"] = None; from vssm.tools.main import main; sys.exit(main({argv}))'
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=classification)
     assert (
