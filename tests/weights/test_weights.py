@@ -32,9 +32,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from vssm.models.weights import cached_path, convert, identify, list_models, read_checkpoint, strip_prefixes
+from vssm.models.weights.archive import _STORAGES
 from vssm.models.weights.convert import _fit
 from vssm.models.weights.identify import registered
-from vssm.models.weights.read import _STORAGES, pass_cfg_nodes
+from vssm.models.weights.read import pass_cfg_nodes
 from vssm.tools.main import main
 
 TEST_MODELS = ('test_vmamba', 'test_vmamba2d', 'test_spatial_mamba')
