@@ -16,7 +16,7 @@ from torch import Tensor
 from ..files import printable
 from ..weights.archive import Refused, Stored, open_archive
 from ..weights.checksum import read_safetensors
-from ..weights.read import is_safetensors, refusing
+from ..weights.read import check_names, is_safetensors, refusing
 
 __all__ = ['read_content', 'read_entries']
 
@@ -65,6 +65,7 @@ def _known() -> dict[str, Any]:
 
     return {
         '_codecs.encode': encode,
+        'builtins.bytes': lambda: b'',  # as which nothing else is written
         'builtins.complex': complex,
         'builtins.frozenset': frozenset,
         'builtins.set': set,
@@ -126,6 +127,8 @@ class _Plain:
     def _dict(self, value: dict[Any, Any], where: str) -> dict[Any, Any]:
         made: dict[Any, Any] = OrderedDict() if isinstance(value, OrderedDict) else {}
         for key, item in dict.items(value):  # its own methods could be anything
+            if isinstance(key, str) and not key.isprintable():
+                raise Refused(f'one with the key {printable(key[:40])!r}')
             made[self(key, f'a key of {where}')] = self(item, f'{where}.{key}' if where else str(key))
         versions = getattr(value, '_metadata', None)  # of the modules, which load_state_dict reads
         if isinstance(versions, dict):
@@ -173,6 +176,7 @@ def read_entries(path: Path, device: str | torch.device = 'cpu') -> tuple[Any, l
     with refusing(path):
         if is_safetensors(path):
             tensors, _ = read_safetensors(path)
+            check_names(tensors)
             return dict(state_dict={name: value.to(device) for name, value in tensors.items()}, meta={}), []
         with open(path, 'rb') as file:
             content, load, _ = open_archive(file, _known())

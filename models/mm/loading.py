@@ -58,14 +58,15 @@ def load_whole(model: nn.Module, source: str | Path, start: bool = False) -> Non
 
 
 def _changed_heads(tensors: dict[str, Tensor], own: dict[str, Tensor], kept: tuple[str, ...]) -> list[str]:
-    """Names of heads' tensors that differ in one size, as by the number of classes, unless they are most of all."""
+    """Names of heads' tensors whose first size differs, as by the number of classes, unless they are most of all."""
     changed = [
         name
         for name, value in tensors.items()
         if name in own
         and not name.startswith(kept)
+        and value.shape != own[name].shape
         and value.ndim == own[name].ndim
-        and sum(theirs != ours for theirs, ours in zip(value.shape, own[name].shape, strict=True)) == 1
+        and value.shape[1:] == own[name].shape[1:]
     ]
     if 2 * sum(own[name].numel() for name in changed) > sum(value.numel() for value in own.values()):
         return []  # the strict load refuses the file

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -24,7 +25,7 @@ from ..weights.archive import open_archive
 from ..weights.checksum import read_safetensors
 from ..weights.read import is_safetensors, refusing
 
-__all__ = ['local_file', 'log_changes', 'naming', 'read_weights']
+__all__ = ['has_folder', 'local_file', 'log_changes', 'naming', 'read_weights']
 
 
 def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -101,6 +102,21 @@ def local_file(source: str | Path) -> Iterator[Path]:
                 ) from error
         with naming(source):
             yield path
+
+
+def has_folder(path: str, backend_args: dict[str, Any] | None = None) -> bool:
+    """Whether a folder of data is there, as its backend says; one that cannot say, as over HTTP, is believed.
+
+    Args:
+        path: A folder, perhaps with the prefix of a backend that is registered with mmengine.fileio.
+        backend_args: The data set's keyword arguments of the backend.
+    """
+    try:
+        return fileio.isdir(path, backend_args=backend_args)
+    except (AttributeError, NotImplementedError):
+        return True
+    except KeyError:  # no backend has that prefix
+        return False
 
 
 def _look_up(source: str) -> str:

@@ -70,7 +70,9 @@ def adapt_input(state_dict: dict[str, Tensor], network: nn.Module) -> str:
     notes = []
     for name in [f'{conv}.weight' for conv in ([convs] if isinstance(convs, str) else convs)]:
         value, ours = state_dict.get(name), own.get(name)
-        if value is None or ours is None or value.ndim != 4 or ours.ndim != 4 or value.shape[1] != 3 != ours.shape[1]:
+        if value is None or ours is None or value.ndim != 4 or value.shape[1] != 3:
+            continue
+        if ours.ndim != 4 or ours.shape[1] == 3:
             continue
         state_dict[name] = adapt_input_conv(ours.shape[1], value)
         notes.append(f'{name} was fitted from 3 channels to {ours.shape[1]}')
@@ -84,7 +86,7 @@ def shorten(names: Sequence[str], limit: int = 20) -> str:
 
 def _is_like(value: Tensor, ours: Tensor) -> bool:
     if _kind(ours) == 'integers' and value.is_floating_point():  # as some convert counters
-        return value.is_meta or bool((value == value.round()).all())
+        return value.is_meta or bool((value.double() == value.double().round()).all())
     return _kind(value) == _kind(ours)
 
 

@@ -14,7 +14,15 @@ from ..files import printable
 from .archive import Refused, Stored, open_archive
 from .checksum import read_safetensors
 
-__all__ = ['WEIGHTS', 'is_safetensors', 'pass_cfg_nodes', 'read_checkpoint', 'read_structure', 'refusing']
+__all__ = [
+    'WEIGHTS',
+    'check_names',
+    'is_safetensors',
+    'pass_cfg_nodes',
+    'read_checkpoint',
+    'read_structure',
+    'refusing',
+]
 
 WEIGHTS = ('auto', 'model', 'model_ema')
 NEEDED = 'must be a .safetensors file, or a .pth file as torch.save writes it'
@@ -86,10 +94,12 @@ def read_checkpoint(path: str | Path, which: str = 'auto') -> tuple[dict[str, Te
     if is_safetensors(path):
         with refusing(path):
             tensors, metadata = read_safetensors(path)
+            check_names(tensors)
         metadata = {'weights': 'model', **metadata}
-        _check_names(path, tensors)
+        if metadata['weights'] not in WEIGHTS[1:]:
+            raise ValueError(f'checkpoint {path} must note model or model_ema as its weights, got other metadata.')
         if which not in ('auto', metadata['weights']):
-            raise ValueError(f'checkpoint {path} must hold {which}, got {printable(metadata["weights"])}.')
+            raise ValueError(f'checkpoint {path} must hold {which}, got {metadata["weights"]}.')
         return tensors, metadata
 
     with open(path, 'rb') as file:
@@ -97,10 +107,11 @@ def read_checkpoint(path: str | Path, which: str = 'auto') -> tuple[dict[str, Te
             checkpoint, load, _ = open_archive(file)
         weights, kind = _choose(path, checkpoint, which)
         weights = dict(dict.items(weights))
-        _check_names(path, weights)
-        for name, value in weights.items():
-            if not isinstance(value, Stored):
-                raise ValueError(f'checkpoint {path} must map names to tensors, got {name}: {type(value).__name__}.')
+        with refusing(path, 'must map names to tensors'):
+            check_names(weights)
+            for name, value in weights.items():
+                if not isinstance(value, Stored):
+                    raise Refused(f'{name}: {type(value).__name__}')
         with refusing(path):
             tensors = {name: load(value) for name, value in weights.items()}
             _check_sharing(tensors)
@@ -118,13 +129,13 @@ def read_structure(path: str | Path) -> Any:
         return open_archive(file)[0]
 
 
-def _check_names(path: Path, weights: dict[Any, Any]) -> None:
+def check_names(weights: dict[Any, Any]) -> None:
+    """Refuse what no tensor is called: control characters would reach a terminal."""
     for name in weights:
         if not isinstance(name, str):  # whose text, which may be endless, is not shown
-            raise ValueError(f'checkpoint {path} must map names to tensors, got a key of {type(name).__name__}.')
+            raise Refused(f'a key of {type(name).__name__}')
         if not name.isprintable() or len(name) > 1000:
-            shown = printable(name[:40])
-            raise ValueError(f'checkpoint {path} must map names to tensors, got {shown!r}, which is no name.')
+            raise Refused(f'{printable(name[:40])!r}, which is no name')
 
 
 def _check_sharing(tensors: dict[str, Tensor]) -> None:
