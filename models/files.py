@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ['leftovers', 'printable', 'replacing']
+__all__ = ['leftovers', 'printable', 'reason', 'replacing']
 
 
 @contextmanager
@@ -50,3 +50,11 @@ def leftovers(folder: str | os.PathLike) -> list[Path]:
 def printable(text: str) -> str:
     """Text from a file, fit for a terminal or a log: control characters, which could command either, are spelt out."""
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+
+
+def reason(error: Exception) -> str:
+    """The text of an error that a reader of files raised, without PyTorch's advice to run what a file holds."""
+    text = str(error)
+    if 'weights_only' in text:
+        return "the file holds what is not read without running it, and is refused; 'vssm convert' reads weights alone"
+    return '\n'.join(map(printable, text.split('\n')))

@@ -12,7 +12,7 @@ from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..files import leftovers
+from ..files import leftovers, reason
 from ..weights import misfits
 from .classification import NamedModel, load_weights
 from .hooks import averaged
@@ -132,7 +132,7 @@ class ResumableRunner(Runner):
             with without_pretrained(unwrap(self.model), self._load_from is not None):
                 super()._init_model_weights()
         except (FileNotFoundError, RuntimeError, ValueError) as error:
-            raise RunError(f'the weights to start from cannot be had: {error}') from error
+            raise RunError(f'the weights to start from cannot be had: {reason(error)}') from error
 
     def load_or_resume(self) -> None:
         if self._has_loaded:
