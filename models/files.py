@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing files: as a whole, or not at all."""
+"""Files: written as a whole or not at all; and how what they say is shown."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ['leftovers', 'replacing']
+__all__ = ['leftovers', 'printable', 'reason', 'replacing']
 
 
 @contextmanager
@@ -45,3 +45,16 @@ def replacing(path: str | os.PathLike, like: str | os.PathLike | None = None) ->
 def leftovers(folder: str | os.PathLike) -> list[Path]:
     """The temporary files of `replacing` in a folder, whose writers are at work or were killed."""
     return [path for path in Path(folder).iterdir() if re.fullmatch(r'\..+\.[0-9a-f]{16}\.tmp', path.name)]
+
+
+def printable(text: str) -> str:
+    """Text from a file, fit for a terminal or a log: control characters, which could command either, are spelt out."""
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+
+
+def reason(error: Exception) -> str:
+    """The text of an error that a reader of files raised, without PyTorch's advice to run what a file holds."""
+    text = str(error)
+    if 'weights_only' in text:
+        return "the file holds what is not read without running it, and is refused; 'vssm convert' reads weights alone"
+    return '\n'.join(map(printable, text.split('\n')))

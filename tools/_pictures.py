@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional as TF
 
+from ..models.files import reason
 from ..models.weights import convert, list_models
 from ._common import UsageError, write_file
 from ._models import find_timm_model
@@ -84,7 +85,7 @@ def build_models(args: argparse.Namespace) -> Iterator[tuple[Any, str, str]]:
             else:
                 model, weights = timm.create_model(name), f'random, seed {args.seed}'
         except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-            raise UsageError(str(error).partition('\n')[0]) from error
+            raise UsageError(reason(error).partition('\n')[0]) from error
         if getattr(model, 'in_chans', 3) != 3:
             raise UsageError(f'NAME must be a network for images of 3 channels, got {name} with {path} for another.')
         yield model.eval(), name, weights

@@ -7,11 +7,13 @@ This is the only folder of the models that needs mmengine. A config imports it:
 * `classification`, `features`, `wsi`: networks as models of mmengine, with losses and metrics.
 * `data`, `wsi_data`: data sets and samplers.
 * `optim`, `hooks`, `progress`: what happens in and around an iteration.
-* `runner`, `resume`, `saved`: the Runner, its checkpoints, and how they are read.
+* `runner`, `resume`, `saved`: the Runner, and its checkpoints.
+* `sources`, `content`, `loading`: files by whatever name, what they hold, and how it gets into a model.
 * `mmcv_ext`: a stand-in for mmcv's compiled operators.
 
-To import it changes three things for the whole process: classes are registered with mmengine, `import mmcv._ext` finds
-the stand-in wherever it finds nothing else, and PyTorch's weights-only reader takes mmengine's training checkpoints.
+To import it changes four things for the whole process: classes are registered with mmengine, `import mmcv._ext` finds
+the stand-in wherever it finds nothing else, mmengine loads checkpoints by our reader, which runs no code of theirs, and
+PyTorch's weights-only reader takes mmengine's training checkpoints.
 """
 
 from . import mmcv_ext
@@ -32,6 +34,7 @@ from .hooks import (  # noqa: E402
     UnreadableImagesHook,
     save_for_timm,
 )
+from .loading import install  # noqa: E402
 from .optim import BFloat16OptimWrapper, TimmOptimWrapperConstructor  # noqa: E402
 from .progress import ProgressHook, progress_bar  # noqa: E402
 from .runner import TimmRunner  # noqa: E402
@@ -39,6 +42,7 @@ from .saved import allow_histories, numbered_checkpoints, read_run  # noqa: E402
 from .utils import RunError  # noqa: E402
 
 allow_histories()
+install()
 
 __all__ = [
     'Accuracy',

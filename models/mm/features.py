@@ -13,10 +13,12 @@ from mmengine.registry import MODELS
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from ..weights import list_models, misfits, read_checkpoint, rename_fn, strip_prefixes
-from .utils import check_init
+from ..files import printable
+from ..weights import adapt_input, list_models, misfits, rename_fn, strip_prefixes
+from .sources import log_changes, naming, read_weights
+from .utils import check_init, init_file
 
-__all__ = ['Float32RoIExtractor', 'TimmFeatures']
+__all__ = ['Float32RoIExtractor', 'TimmFeatures', 'take_other_names']
 
 
 @MODELS.register_module()
@@ -35,7 +37,7 @@ class TimmFeatures(BaseModule):
         norm_eval: Whether batch norms keep their statistics.
         with_cp: Whether gradient checkpointing is on.
         pretrained: Whether to start from timm's pretrained weights.
-        init_cfg: Config of a file to start from, dict(type='Pretrained', checkpoint=FILE), see `read_checkpoint`.
+        init_cfg: Config of a file to start from, dict(type='Pretrained', checkpoint=FILE), see `local_file`.
         model_args: Further keyword arguments of `timm.create_model`, such as drop_path_rate.
 
     Raises:
@@ -51,7 +53,7 @@ class TimmFeatures(BaseModule):
         norm_eval: bool = False,
         with_cp: bool = False,
         pretrained: bool = False,
-        init_cfg: dict[str, Any] | None = None,
+        init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
         **model_args: Any,
     ) -> None:
         super().__init__(init_cfg)
@@ -71,7 +73,7 @@ class TimmFeatures(BaseModule):
         for module in self._frozen():
             module.requires_grad_(False)
         self.model.model.set_grad_checkpointing(with_cp)
-        self.register_load_state_dict_pre_hook(_take_other_names)
+        self.register_load_state_dict_pre_hook(take_other_names)
 
     def _features(self, pretrained: bool = False) -> Any:
         # timm's getter gives (batch, C, H, W) for every model, and keeps the names of its tensors.
@@ -118,13 +120,15 @@ class TimmFeatures(BaseModule):
         if self.pretrained:
             self.model.load_state_dict(self._features(pretrained=True).state_dict())
         elif self.init_cfg is not None:
-            self._load(self.init_cfg['checkpoint'])
+            self._load(init_file(self.init_cfg))
 
     def _load(self, path: str | Path) -> None:
-        tensors, metadata = read_checkpoint(path)
+        tensors, metadata = read_weights(path)
         if metadata.get('model', self.architecture) != self.architecture:
-            raise ValueError(f'checkpoint {path} must hold {self.architecture}, got {metadata["model"]}.')
-        tensors = self.rename(strip_prefixes(tensors)[0])
+            raise ValueError(f'checkpoint {path} must hold {self.architecture}, got {printable(metadata["model"])}.')
+        with naming(path):
+            tensors = dict(self.rename(strip_prefixes(tensors)[0]))
+        log_changes(path, adapt_input(tensors, self.model.model), (), {}, {})
         own = {name.removeprefix(_INNER): value for name, value in self.state_dict().items()}
         with torch.device('meta'):
             whole: Any = self._create()
@@ -155,15 +159,30 @@ class TimmFeatures(BaseModule):
 _INNER = 'model.model.'  # the prefix of the network in a TimmFeatures, below timm's getter
 
 
-def _take_other_names(
-    backbone: TimmFeatures, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
-) -> None:
-    """Change the names of a backbone to ours, in place, so that a published detector loads as a whole."""
+def take_other_names(
+    backbone: TimmFeatures, state_dict: dict[str, Tensor], prefix: str, *args: Any, adapt: bool = False, **kwargs: Any
+) -> str:
+    """Change the names of a backbone to ours, in place, so that a published detector loads as a whole.
+
+    Args:
+        backbone: The backbone.
+        state_dict: Names and tensors of the detector.
+        prefix: Prefix of the names of the backbone.
+        args: Further arguments of PyTorch's hooks.
+        adapt: Whether weights for images of three channels are fitted to those of the backbone.
+        kwargs: Further arguments of PyTorch's hooks.
+
+    Returns:
+        What was fitted, in words; '' if nothing was.
+    """
     tensors = {}
     for name in [name for name in state_dict if name.startswith(prefix)]:
         tensors[name.removeprefix(prefix).removeprefix(_INNER)] = state_dict.pop(name)
-    for name, value in backbone.rename(tensors).items():
+    tensors = dict(backbone.rename(tensors))
+    fitted = adapt_input(tensors, backbone.model.model) if adapt else ''
+    for name, value in tensors.items():
         state_dict[f'{prefix}{"" if name.startswith("outnorm") else _INNER}{name}'] = value
+    return fitted
 
 
 @MODELS.register_module()

@@ -11,11 +11,10 @@ from mmengine.dist import all_reduce, get_rank, is_main_process
 from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ...version import __version__
-from ..weights import read_checkpoint
+from ..weights import read_checkpoint, write_safetensors
 from .classification import NamedModel
 from .utils import RunError, check_finite, mix_seeds, replacing, seed_everything, share_buffers, unwrap
 
@@ -248,6 +247,5 @@ def save_for_timm(
         epoch=str(epoch),
         vssm=__version__,
     )
-    tensors = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        write_safetensors(temporary, state_dict, metadata)

@@ -12,10 +12,11 @@ from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..files import leftovers
-from ..weights import misfits, read_checkpoint
+from ..files import leftovers, reason
+from ..weights import misfits
 from .classification import NamedModel, load_weights
 from .hooks import averaged
+from .loading import load_whole, without_pretrained
 from .saved import numbered_checkpoints, read_run
 from .utils import RunError, check_finite, replacing, share_buffers, unwrap
 
@@ -26,7 +27,7 @@ class ResumableRunner(Runner):
     """mmengine's Runner, with checkpoints that are whole or not there, and with exact resumption.
 
     A resumed run continues from the last checkpoint that can be read, with its seed, optimizer, schedule, averages and
-    position in the data, and comes to the same losses as an unbroken one. Files are read with `weights_only`.
+    position in the data, and comes to the same losses as an unbroken one. No code in a file is run.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -128,9 +129,10 @@ class ResumableRunner(Runner):
         if self._resumed is not None:  # its checkpoint has the weights
             return
         try:
-            super()._init_model_weights()
+            with without_pretrained(unwrap(self.model), self._load_from is not None):
+                super()._init_model_weights()
         except (FileNotFoundError, RuntimeError, ValueError) as error:
-            raise RunError(f'the weights to start from cannot be had: {error}') from error
+            raise RunError(f'the weights to start from cannot be had: {reason(error)}') from error
 
     def load_or_resume(self) -> None:
         if self._has_loaded:
@@ -163,7 +165,9 @@ class ResumableRunner(Runner):
         return f'last good checkpoint: {self._last_checkpoint}'
 
     def load_checkpoint(self, filename: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Load weights that fit exactly, from any file that `read_checkpoint` reads; or the whole state to resume from.
+        """Load weights, from any file that `local_file` takes; or the whole state to resume from.
+
+        Weights that a training starts from may be those of a model for other classes, all others must fit exactly.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -178,10 +182,8 @@ class ResumableRunner(Runner):
             self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
             model.load_state_dict(checkpoint['state_dict'])
         else:
-            if isinstance(model, NamedModel):
-                load_weights(model, filename)
-            else:
-                _load_exactly(model, filename)
+            load = load_weights if isinstance(model, NamedModel) else load_whole
+            load(model, filename, start=isinstance(self._train_loop, BaseLoop))
             checkpoint = dict(state_dict=model.state_dict())
             self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
         self._has_loaded = True
@@ -206,16 +208,3 @@ class ResumableRunner(Runner):
             with replacing(path) as temporary:
                 super().save_checkpoint(out_dir, temporary.name, *args, **kwargs)
         self._last_checkpoint = path
-
-
-def _load_exactly(model: nn.Module, path: str | Path) -> None:
-    """Load the weights of a whole detector or segmentor, and name the first that do not fit."""
-    tensors, _ = read_checkpoint(path)
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        problems = [line.strip() for line in str(error).splitlines()[1:]]
-        more = f' and {len(problems) - 3} more' if len(problems) > 3 else ''
-        raise ValueError(
-            f'checkpoint {path} must hold the weights of this model, got {" ".join(problems[:3])}{more}.'
-        ) from error

@@ -24,6 +24,7 @@ from .classification import NamedModel
 from .data import GuardedDataset
 from .progress import console
 from .resume import ResumableRunner
+from .sources import has_folder
 from .utils import RunError, unwrap
 
 __all__ = ['TimmRunner']
@@ -135,7 +136,7 @@ class TimmRunner(ResumableRunner):
         cfg = copy.deepcopy(dataloader)
         cfg['dataset'] = {**self.cfg.get('dataset', {}), **cfg['dataset']}
         root = cfg['dataset'].get('data_root')
-        if root and not Path(root).is_dir():
+        if root and not has_folder(root, cfg['dataset'].get('backend_args')):
             raise RunError(f'data_root must be a folder, got {root}, which does not exist; --data-root names another.')
         skip = training and self.cfg.get('unreadable') == 'skip'
         cfg['dataset'] = dict(type='GuardedDataset', dataset=cfg['dataset'], skip=skip)

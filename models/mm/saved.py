@@ -10,6 +10,10 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 from numpy._core import multiarray
+from torch import Tensor
+
+from ..weights import unfit_numbers
+from .content import read_content
 
 __all__ = ['allow_histories', 'numbered_checkpoints', 'read_run']
 
@@ -37,22 +41,35 @@ def allow_histories() -> None:
 def read_run(path: str | Path) -> dict[str, Any]:
     """The training checkpoint that `save_checkpoint` of this or of mmengine's Runner wrote.
 
+    Nothing that the file brings along is run or imported, and all that it holds is checked by its checksums.
+
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, is no training checkpoint, or would run code.
+        ValueError: The file is damaged, is no training checkpoint, would run code, or has weights that are not finite.
     """
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         raise FileNotFoundError(f'checkpoint {path} does not exist.')
-    try:
-        run = torch.load(path, map_location='cpu', weights_only=True)
-        missing = [key for key in ('meta', 'state_dict', 'message_hub', 'optimizer') if key not in run]
-        missing += [f'meta.{key}' for key in ('epoch', 'iter', 'seed') if key not in run.get('meta', ())]
-    except Exception as error:  # of many kinds, as a file may be damaged anywhere
-        raise ValueError(f'checkpoint {path} cannot be read: {str(error).splitlines()[0]}') from error
+    run = read_content(path)
+    if not isinstance(run, dict) or not isinstance(run.get('meta', {}), dict):
+        raise ValueError(f'checkpoint {path} must be one of a training, got one without entries.')
+    missing = [key for key in ('meta', 'state_dict', 'message_hub', 'optimizer') if key not in run]
+    missing += [f'meta.{key}' for key in ('epoch', 'iter', 'seed') if key not in run.get('meta', ())]
     if missing:
         raise ValueError(f'checkpoint {path} must be one of a training, with {", ".join(missing)}.')
+    _check_weights(path, run)
     run['meta'].pop('config', None)  # Python that older Runners noted, which mmengine would run
     return run
+
+
+def _check_weights(path: Path, run: dict[str, Any]) -> None:
+    weights, averaged = run['state_dict'], run.get('ema_state_dict', {})
+    for key, tensors in dict(state_dict=weights, ema_state_dict=averaged).items():
+        if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+            raise ValueError(f'checkpoint {path} must be one of a training, got one whose {key} are no tensors.')
+    problems = unfit_numbers(averaged, {f'module.{name}': value for name, value in weights.items()})
+    if problems:
+        raise ValueError(f'checkpoint {path} must hold averages like its weights as ema_state_dict, got {problems}.')
 
 
 def numbered_checkpoints(work_dir: str | Path) -> list[Path]:

@@ -21,6 +21,7 @@ __all__ = [
     'RunError',
     'check_finite',
     'check_init',
+    'init_file',
     'mix_seeds',
     'replacing',
     'seed_everything',
@@ -56,23 +57,33 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def check_init(name: str, pretrained: bool, init_cfg: dict[str, Any] | None) -> None:
+def check_init(name: str, pretrained: bool, init_cfg: dict[str, Any] | list[dict[str, Any]] | None) -> None:
     """Refuse weights that a model cannot start from.
 
     Args:
         name: Name of the model, for the error.
         pretrained: Whether it starts from timm's pretrained weights.
-        init_cfg: Config of the file that it starts from.
+        init_cfg: Config of the file that it starts from, perhaps in a list.
 
     Raises:
         ValueError: init_cfg or pretrained is of another form, or both are given.
     """
-    if init_cfg is not None and (init_cfg.get('type') != 'Pretrained' or 'checkpoint' not in init_cfg):
-        raise ValueError(f"{name}: init_cfg must be dict(type='Pretrained', checkpoint=FILE), got {init_cfg}.")
+    cfgs = init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg]
+    if init_cfg is not None and not (
+        len(cfgs) == 1 and isinstance(cfgs[0], dict) and cfgs[0].get('type') == 'Pretrained' and 'checkpoint' in cfgs[0]
+    ):
+        raise ValueError(
+            f"{name}: init_cfg must be dict(type='Pretrained', checkpoint=FILE) or a list of one, got {init_cfg}."
+        )
     if not isinstance(pretrained, bool) or pretrained and init_cfg is not None:
         raise ValueError(
             f'{name}: pretrained must be True or False, and False where init_cfg names a file, got {pretrained!r}.'
         )
+
+
+def init_file(init_cfg: dict[str, Any] | list[dict[str, Any]]) -> str:
+    """The file that an init_cfg names which `check_init` let pass."""
+    return (init_cfg if isinstance(init_cfg, dict) else init_cfg[0])['checkpoint']
 
 
 @contextmanager
