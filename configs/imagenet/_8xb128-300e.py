@@ -50,7 +50,10 @@ test_evaluator = val_evaluator
 
 optim_wrapper = dict(
     type='BFloat16OptimWrapper',
-    constructor='TimmOptimWrapperConstructor',  # norms, biases, decay rates and skips do not decay
+    constructor='TimmOptimWrapperConstructor',
+    # As the authors: beside vectors and biases the skips, one vector there, do not decay, but the decay rates do, and
+    # VMamba's biases of the step size. With None, timm's rule, these do not either.
+    paramwise_cfg=dict(no_decay=['*.D']),
     optimizer=dict(type='adamw', lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05),
     clip_grad=dict(max_norm=5.0),
 )
@@ -68,7 +71,9 @@ default_hooks = dict(
     checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=3),
 )
 custom_hooks = [
-    dict(type='EMAHook', momentum=1e-4),  # 1 - 0.9999; the average is evaluated, and written for timm
+    dict(
+        type='EMAHook', ema_type='StateAverage', momentum=1e-4
+    ),  # 1 - 0.9999; the average is evaluated, and written for timm
     dict(type='SafetensorsHook'),
 ]
 randomness = dict(seed=0)

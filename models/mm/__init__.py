@@ -35,7 +35,7 @@ from .hooks import (  # noqa: E402
     save_for_timm,
 )
 from .loading import install  # noqa: E402
-from .optim import BFloat16OptimWrapper, TimmOptimWrapperConstructor  # noqa: E402
+from .optim import BFloat16OptimWrapper, StateAverage, TimmOptimWrapperConstructor  # noqa: E402
 from .progress import ProgressHook, progress_bar  # noqa: E402
 from .runner import TimmRunner  # noqa: E402
 from .saved import allow_histories, numbered_checkpoints, read_run  # noqa: E402
@@ -64,6 +64,7 @@ __all__ = [
     'SeedHook',
     'SharedBuffersHook',
     'SeededSampler',
+    'StateAverage',
     'TimmFeatures',
     'TimmOptimWrapperConstructor',
     'TimmRunner',

@@ -82,11 +82,16 @@ class ResumableRunner(Runner):
         return model
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
-        """Averages follow the steps of the optimizer, not the batches whose gradients are accumulated."""
+        """Averages follow the steps of the optimizer, not the batches whose gradients are accumulated.
+
+        They are of the statistics of batch norms too, which mmengine's would copy: those of the last weights do not fit
+        the averaged ones.
+        """
         optim_wrapper = super().build_optim_wrapper(optim_wrapper)
         for hook in self.hooks:
             if isinstance(hook, EMAHook):
                 hook.ema_cfg.setdefault('interval', getattr(optim_wrapper, '_accumulative_counts', 1))
+                hook.ema_cfg.setdefault('update_buffers', True)
         return optim_wrapper
 
     def _remove_leftovers(self) -> None:

@@ -25,7 +25,7 @@ from .data import GuardedDataset
 from .progress import console
 from .resume import ResumableRunner
 from .sources import has_folder
-from .utils import RunError, unwrap
+from .utils import RunError, check_interface, unwrap
 
 __all__ = ['TimmRunner']
 
@@ -59,6 +59,7 @@ class TimmRunner(ResumableRunner):
         if self.distributed and not is_distributed() and self.device == 'cpu':
             if self.launcher != 'pytorch':
                 raise RunError(f"on a CPU, launcher must be 'pytorch' (torchrun), got {self.launcher!r}.")
+            check_interface()
             torch.distributed.init_process_group('gloo')  # mmengine would look for GPUs
         super().setup_env(env_cfg)
         if 'num_threads' in self.cfg:

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small tools that several files of this folder share."""
 
+import ipaddress
+import os
 import random
 import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +24,7 @@ __all__ = [
     'RunError',
     'check_finite',
     'check_init',
+    'check_interface',
     'init_file',
     'mix_seeds',
     'replacing',
@@ -84,6 +88,34 @@ def check_init(name: str, pretrained: bool, init_cfg: dict[str, Any] | list[dict
 def init_file(init_cfg: dict[str, Any] | list[dict[str, Any]]) -> str:
     """The file that an init_cfg names which `check_init` let pass."""
     return (init_cfg if isinstance(init_cfg, dict) else init_cfg[0])['checkpoint']
+
+
+def check_interface() -> None:
+    """Refuse to wait for other machines at an address that they cannot reach, as gloo would do for half an hour.
+
+    Raises:
+        RunError: The processes are on several machines, and the name of this one leads to no address for the others.
+    """
+    if os.environ.get('LOCAL_WORLD_SIZE') == os.environ.get('WORLD_SIZE') or 'GLOO_SOCKET_IFNAME' in os.environ:
+        return
+    name = socket.gethostname()
+    try:
+        found = socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM)
+    except socket.gaierror:
+        found = []
+    for family, *_, address in found:
+        with socket.socket(family) as listener:
+            try:
+                listener.bind(address)
+            except OSError:  # an address of another machine
+                continue
+        if not ipaddress.ip_address(address[0]).is_loopback:
+            return
+        break
+    raise RunError(
+        f'GLOO_SOCKET_IFNAME must name the network interface that the other machines reach, as {name}, the name of '
+        'this one, leads to no address of that kind.'
+    )
 
 
 @contextmanager
