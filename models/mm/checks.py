@@ -73,7 +73,7 @@ _REASONS = (
     (
         r'DataLoader worker .*(killed by signal|exited unexpectedly)',
         'a process that loads data was ended from outside ({said}), as systems do where memory or /dev/shm is short: '
-        'fewer of them, num_workers of the dataloader, need less.',
+        'fewer of them need less, by num_workers of the dataloader.',
     ),
     (
         r'Expected more than 1 value per channel',

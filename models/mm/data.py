@@ -306,7 +306,12 @@ class GuardedDataset(Dataset):
 
     def __init__(self, dataset: Dataset | dict[str, Any], skip: bool = False) -> None:
         if isinstance(dataset, dict):
-            dataset = DATASETS.build(dataset)
+            try:
+                dataset = DATASETS.build(dataset)
+            except ValueError as error:
+                if 'at least one array' not in str(error):  # with which mmengine fails to pack no samples
+                    raise
+                dataset = DATASETS.build(dict(dataset, serialize_data=False))
             if hasattr(dataset, 'full_init'):
                 dataset.full_init()
         self.dataset: Any = dataset
