@@ -159,84 +159,133 @@ def own_data(made_once):
     return made_once('own_data', make)
 
 
-@pytest.fixture
-def small_run(small_config, own_data, tmp_path):
-    """small_run(task, **options): the runner of a shipped config, small, on data of one's own."""
+ROOTS = dict(coco='cells', ade20k='fields')
 
-    def small_run(task, **options):
+
+@pytest.fixture(scope='module')
+def small(small_config, own_data):
+    """small(task, **options): a shipped config, small, on data of one's own."""
+
+    def small(task, **options):
         name, changes = small_config(task, 'test_vmamba')
         cfg = Config.fromfile(find_config(name))
         cfg.merge_from_dict(changes)
-        folder = own_data / dict(coco='cells', ade20k='fields')[task]
         for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
             loader.update(num_workers=0, persistent_workers=False)
-            loader.dataset.data_root = f'{folder}/'
+            loader.dataset.update(data_root=f'{own_data / ROOTS[task]}/', serialize_data=False)
             if task == 'ade20k':
                 loader.dataset.update(type='BaseSegDataset', reduce_zero_label=True, metainfo=dict(classes=FIELDS))
             else:
                 loader.dataset.metainfo = dict(classes=CELLS)
-        if task == 'coco':
-            cfg.val_evaluator.ann_file = f'{folder}/annotations/instances_val2017.json'
         cfg.merge_from_dict(options)
-        cfg.work_dir = str(tmp_path)
-        cfg.experiment_name = uuid.uuid4().hex  # mmengine hands out loggers and histories by it
-        return RUNNERS.build(cfg)
+        init_default_scope(cfg.default_scope)
+        return cfg
 
-    return small_run
+    return small
 
 
-def refuses(runner, *said):
+@pytest.fixture(scope='module')
+def models(small):
+    """A detector and a segmentor for as many classes as in the papers."""
+    with torch.device('meta'):
+        return {task: MODELS.build(small(task).model) for task in ROOTS}
+
+
+def stops(runner):
     with pytest.raises(mm.RunError) as caught:
         runner.train()
-    assert runner.iter == 0
-    for part in said:
-        assert part in str(caught.value), str(caught.value)
+    assert isinstance(runner._train_loop, dict), 'the loop was built'
+    return str(caught.value)
 
 
-def test_a_detector_for_other_classes(small_run):
-    counts = {'model.roi_head.bbox_head.num_classes': 3, 'model.roi_head.mask_head.num_classes': 3}
-    coco = {'train_dataloader.dataset.metainfo': dict(classes=mmdet.datasets.CocoDataset.METAINFO['classes'])}
-    refuses(
-        small_run('coco', **coco),
+@pytest.mark.parametrize('task', ROOTS)
+def test_a_run_with_other_classes_stops_before_its_first_iteration(task, small, tmp_path):
+    cfg = small(task)
+    if task == 'coco':  # whose classes leave no image with a box
+        del cfg.train_dataloader.dataset['metainfo'], cfg.train_dataloader.dataset['serialize_data']
+    cfg.work_dir, cfg.experiment_name = str(tmp_path), uuid.uuid4().hex
+    said = dict(
+        coco='in their order there (cell, nucleus, debris), got person, bicycle,',
+        ade20k='model.decode_head.num_classes, model.auxiliary_head.num_classes must be 5, the number of classes',
+    )
+    assert said[task] in stops(RUNNERS.build(cfg))
+
+
+def test_a_detector_for_other_classes(small, models):
+    dataset, heads = small('coco').train_dataloader.dataset, models['coco'].roi_head
+
+    def said(classes, count=80):
+        heads.bbox_head.num_classes = heads.mask_head.num_classes = count
+        guarded = mm.GuardedDataset(dict(dataset, metainfo=dict(classes=classes)))
+        try:
+            checks.check_classes(guarded, models['coco'])
+        except mm.RunError as error:
+            return str(error)
+        return None
+
+    assert said(CELLS, 3) is None
+    for part in (
         'metainfo.classes must be names of categories in ',
-        'instances_train2017.json, in their order there (cell, nucleus, debris), got person, bicycle,',
+        'instances_train2017.json, in their order there (cell, nucleus, debris), got person, bicycle, car, motorcycle',
         "metainfo=dict(classes=('cell', 'nucleus', 'debris')) in the dataset of every dataloader",
-        'model.roi_head.bbox_head.num_classes, model.roi_head.mask_head.num_classes to their number, 3',
-    )
-    refuses(
-        small_run('coco'),
+        'model.roi_head.bbox_head.num_classes, model.roi_head.mask_head.num_classes to their number, 3.',
+    ):
+        assert part in said(mmdet.datasets.CocoDataset.METAINFO['classes'])
+    assert said(CELLS) == (
         'model.roi_head.bbox_head.num_classes, model.roi_head.mask_head.num_classes must be 3, the number of classes '
-        'in the data (cell, nucleus, debris)',
-        '--cfg-options model.roi_head.bbox_head.num_classes=3 model.roi_head.mask_head.num_classes=3',
+        'in the data (cell, nucleus, debris), got roi_head.bbox_head.num_classes 80, roi_head.mask_head.num_classes 80'
+        ': --cfg-options model.roi_head.bbox_head.num_classes=3 model.roi_head.mask_head.num_classes=3'
     )
-    swapped = {'train_dataloader.dataset.metainfo': dict(classes=('nucleus', 'cell', 'debris'))}
-    refuses(small_run('coco', **counts, **swapped), 'in their order there (cell, nucleus, debris), got nucleus, cell')
-    text = {'train_dataloader.dataset.metainfo': dict(classes='cell')}
-    refuses(small_run('coco', **counts, **text), "must be a tuple of names, such as ('cell',), got 'cell'")
-    other = {'val_dataloader.dataset.metainfo': dict(classes=('cell', 'debris'))}
-    refuses(small_run('coco', **counts, **other), 'must be 2, the number of classes in the data (cell, debris)')
+    # mmdet numbers the classes by the file, whatever the order of their names.
+    assert 'in their order there (cell, nucleus, debris), got nucleus, cell' in said(('nucleus', 'cell', 'debris'), 3)
+    assert "must be a tuple of names, such as ('cell',), got 'cell'" in said('cell', 3)
+    assert 'must be 2, the number of classes in the data (cell, debris)' in said(('cell', 'debris'), 3)
 
 
-def test_a_segmentor_for_other_classes(small_run):
-    refuses(
-        small_run('ade20k'),
-        'model.decode_head.num_classes, model.auxiliary_head.num_classes must be 5, the number of classes in the data',
-        'got decode_head.num_classes 150, auxiliary_head.num_classes 150',
-        '--cfg-options model.decode_head.num_classes=5 model.auxiliary_head.num_classes=5',
-    )
-    refuses(small_run('ade20k', **{'model.decode_head.num_classes': 5}), 'model.auxiliary_head.num_classes must be 5')
+def test_a_segmentor_for_other_classes(small, models):
+    model, dataset = models['ade20k'], mm.GuardedDataset(small('ade20k').train_dataloader.dataset)
+    with pytest.raises(mm.RunError, match='--cfg-options .*decode_head.num_classes=5 .*auxiliary_head.num_classes=5$'):
+        checks.check_classes(dataset, model)
+    model.decode_head.num_classes = 5
+    with pytest.raises(mm.RunError, match=r'^model\.auxiliary_head\.num_classes must be 5, .*got auxiliary_head.* 150'):
+        checks.check_classes(dataset, model)
+    model.auxiliary_head = nn.ModuleList([model.auxiliary_head, copy.copy(model.auxiliary_head)])
+    model.auxiliary_head[0].num_classes = 5
+    with pytest.raises(mm.RunError, match=r'^model\.auxiliary_head\.1\.num_classes must be 5'):
+        checks.check_classes(dataset, model)
+    model.auxiliary_head[1].num_classes = 5
+    checks.check_classes(dataset, model)
 
 
-COUNTS = {'model.decode_head.num_classes': 5, 'model.auxiliary_head.num_classes': 5}
+@pytest.fixture
+def fields(own_data, tmp_path):
+    """fields(change, zero, **changes): the training data of five classes, whose first mask, (H, W), is changed."""
+    shutil.copytree(own_data / 'fields', tmp_path / 'fields')
 
+    def fields(change=lambda mask: mask, zero=True, **changes):
+        spoil(change)
+        steps = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', reduce_zero_label=zero)]
+        cfg = dict(
+            type='mmseg.BaseSegDataset',
+            data_root=str(tmp_path / 'fields'),
+            data_prefix=dict(img_path='images/training', seg_map_path='annotations/training'),
+            reduce_zero_label=True,
+            serialize_data=False,  # which would collect garbage for seconds
+            metainfo=dict(classes=FIELDS),
+            pipeline=[*steps, dict(type='PackSegInputs')],
+        )
+        init_default_scope('mmseg')
+        return mm.GuardedDataset(dict(cfg, **changes))
 
-def changed(folder, change):
-    """Change the first mask of the training, an array, (H, W)."""
-    path = sorted((folder / 'annotations' / 'training').glob('*.png'))[0]
-    mask = change(np.asarray(Image.open(path)).copy())
-    path.unlink()
-    if mask is not None:
-        Image.fromarray(mask).save(path)
+    def spoil(change):
+        path = tmp_path / 'fields' / 'annotations' / 'training' / 'ADE_train_00000001.png'
+        mask = change(np.asarray(Image.open(path)).copy())
+        path.unlink()
+        if mask is not None:
+            Image.fromarray(mask).save(path)
+
+    fields.spoil = spoil
+    return fields
 
 
 def beyond(mask):
@@ -255,44 +304,34 @@ def beyond(mask):
     ],
     ids=['value', '16 bits', 'colours', 'size', 'missing'],
 )
-def test_masks_that_do_not_fit(change, said, small_run, own_data, tmp_path):
-    shutil.copytree(own_data / 'fields', tmp_path / 'fields')
-    changed(tmp_path / 'fields', change)
-    refuses(small_run('ade20k', **COUNTS, **{'train_dataloader.dataset.data_root': str(tmp_path / 'fields')}), said)
+def test_masks_that_do_not_fit(change, said, fields):
+    checks.check_masks(fields())
+    with pytest.raises(mm.RunError) as caught:
+        checks.check_masks(fields(change))
+    assert said in str(caught.value)
 
 
-def test_masks_that_number_from_zero(small_run):
-    pipeline = {'train_dataloader.dataset.pipeline.1.reduce_zero_label': None}
-    options = {**COUNTS, 'train_dataloader.dataset.reduce_zero_label': False}
-    refuses(
-        small_run('ade20k', **options, **pipeline),
-        'from 0 to 4 for the 5 classes, or 255 for none, got 5; where 0 is no class, set reduce_zero_label=True',
-    )
-    refuses(
-        small_run('ade20k', **options),
-        'reduce_zero_label of LoadAnnotations in the pipeline must be that of its dataset, False, or None, got True',
-    )
+def test_masks_that_number_from_zero(fields):
+    hint = 'from 0 to 4 for the 5 classes, or 255 for none, got 5; where 0 is no class, set reduce_zero_label=True'
+    with pytest.raises(mm.RunError, match=hint):
+        checks.check_masks(fields(zero=None, reduce_zero_label=False))
+    with pytest.raises(mm.RunError, match='of LoadAnnotations .* that of its dataset, False, or None, got True'):
+        checks.check_masks(fields(reduce_zero_label=False))
 
 
-def test_no_image_ends_so(small_run):
-    refuses(
-        small_run('ade20k', **COUNTS, **{'train_dataloader.dataset.img_suffix': '.tif'}), 'no file ends with .tif in'
-    )
+def test_no_image_ends_so(fields):
+    dataset = fields(img_suffix='.tif')
+    assert not len(dataset) and ', no file ends with .tif in ' in checks.where_none_were(dataset)
 
 
-def test_a_mask_that_was_not_among_those_looked_at(small_run, own_data, tmp_path):
-    """It is found when its turn comes, by the class that the loss would take without a word on a GPU."""
-    shutil.copytree(own_data / 'fields', tmp_path / 'fields')
-    root = {'train_dataloader.dataset.data_root': str(tmp_path / 'fields')}
-    dataset = small_run('ade20k', **COUNTS, **root).build_dataloader
-    runner = small_run('ade20k', **COUNTS, **root)
-    dataset = runner.build_dataloader(runner._train_dataloader).dataset
-    dataset[0]
-    changed(tmp_path / 'fields', beyond)
-    dataset.dataset.pipeline.transforms[2:4] = []  # neither resized nor cropped
+def test_a_mask_that_was_not_among_those_looked_at(fields):
+    """It is found when its turn comes, with the class that a loss on a GPU would meet without a word."""
+    dataset = fields()
+    assert dataset[0]['data_samples'].gt_sem_seg.data.max() == 255  # no class
+    fields.spoil(beyond)
     with pytest.raises(mm.RunError, match=r'00000001\.png must have labels below 5, .*, got 5'):
         dataset[0]
-    changed(tmp_path / 'fields', lambda mask: mask[:, ::2])
+    fields.spoil(lambda mask: mask[:, ::2])
     with pytest.raises(mm.RunError, match='must have the shape of its image, 96x72, got 48x72'):
         dataset[0]
 
@@ -312,15 +351,16 @@ def test_a_mask_of_another_resolution_or_with_a_turned_image(tmp_path):
 def test_categories_that_no_class_names_are_left_out_with_a_word(own_data, monkeypatch):
     init_default_scope('mmdet')
     said = []
-    monkeypatch.setattr(checks.MMLogger, 'get_current_instance', lambda: type('', (), dict(warning=said.append)))
     dataset = DATASETS.build(
         dict(
             type='mmdet.CocoDataset',
             data_root=str(own_data / 'cells'),
             ann_file='annotations/instances_train2017.json',
+            data_prefix=dict(img='train2017/'),
             metainfo=dict(classes=('cell', 'debris')),
         )
     )
+    monkeypatch.setattr(checks.MMLogger, 'get_current_instance', lambda: type('', (), dict(warning=said.append)))
     checks.check_classes(dataset, nn.Module())
     assert len(said) == 1 and 'the categories nucleus are no classes of the config' in said[0]
 
@@ -382,18 +422,23 @@ def test_heads_of_detectors(name):
 # ---- channels --------------------------------------------------------------------------------------------------------
 
 
-def test_another_backbone_needs_other_channels(small_run):
-    dims = {'model.backbone.dims': 16}  # 16, 32, 64, 128 in place of 32, 48, 64, 96
-    with pytest.raises(ValueError, match=r'must be') as caught:
-        small_run('ade20k', **COUNTS, **dims)
-    said = str(caught.value)
-    keys = 'model.decode_head.in_channels=[16,32,64,128]'
-    assert 'the channels of test_vmamba, got [32, 48, 64, 96]' in said and said.endswith(f'--cfg-options {keys}')
-    small_run('ade20k', **COUNTS, **dims, **{'model.decode_head.in_channels': [16, 32, 64, 128]})
-    with pytest.raises(
-        ValueError, match=r'model\.neck\.in_channels must be \[16, 32, 64, 128\].*model\.neck\.in_channels=\['
-    ):
-        small_run('coco', **dims)
+def test_another_backbone_needs_other_channels(small):
+    def said(task, **options):
+        cfg = small(task, **{'model.backbone.dims': 16}, **options).model  # 16, 32, 64, 128 in place of 32, 48, 64, 96
+        with torch.device('meta'):
+            model = MODELS.build(cfg)
+        try:
+            checks.check_channels(model, cfg)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    assert said('ade20k') == (
+        'model.decode_head.in_channels must be [16, 32, 64, 128], the channels of test_vmamba, got [32, 48, 64, 96]: '
+        '--cfg-options model.decode_head.in_channels=[16,32,64,128]'
+    )
+    assert said('ade20k', **{'model.decode_head.in_channels': [16, 32, 64, 128]}) is None
+    assert said('coco').endswith(' --cfg-options model.neck.in_channels=[16,32,64,128]')
 
 
 @pytest.mark.slow
