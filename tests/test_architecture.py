@@ -35,6 +35,8 @@ ALSO = {  # what single files may besides
     'models/weights/convert.py': {'safetensors', 'vssm.version'},
     'models/weights/checksum.py': {'safetensors'},
     'models/weights/pretrained.py': {'safetensors'},
+    'models/images.py': {'PIL', 'numpy'},
+    'models/mm/checks.py': {'PIL', 'mmdet', 'mmengine', 'numpy'},
     'models/mm/classification.py': {'mmengine'},
     'models/mm/content.py': {'mmengine', 'numpy'},
     'models/mm/data.py': {'PIL', 'mmengine', 'numpy', 'sklearn', 'torchvision'},

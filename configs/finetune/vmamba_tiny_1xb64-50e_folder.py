@@ -21,9 +21,9 @@ model = dict(
 train_dataloader = dict(
     batch_size=64,  # 1 GPU x 64
     drop_last=False,
-    dataset=dict(data_root='data/folder'),
+    dataset=dict(data_root='data/folder', upright=True),  # photographs turned as their EXIF orientation says
 )
-val_dataloader = dict(dataset=dict(data_root='data/folder', class_split='train'))
+val_dataloader = dict(dataset=dict(data_root='data/folder', class_split='train', upright=True))
 test_dataloader = val_dataloader
 val_evaluator = dict(topk=(1,))
 test_evaluator = val_evaluator

@@ -10,7 +10,7 @@ model = dict(
     data_preprocessor=dict(
         type='ImagePreprocessor',
         random_erasing=dict(probability=0.25, mode='pixel'),
-        mixup=dict(mixup_alpha=0.8, cutmix_alpha=1.0, switch_prob=0.5, label_smoothing=0.1, num_classes=1000),
+        mixup=dict(mixup_alpha=0.8, cutmix_alpha=1.0, switch_prob=0.5, label_smoothing=0.1),
     ),
 )
 
@@ -26,6 +26,7 @@ train_dataloader = dict(
         type='ImageFolder',
         data_root='data/imagenet',
         split='train',
+        upright=False,  # as published
         transform=dict(input_size=224, is_training=True, auto_augment='rand-m9-mstd0.5-inc1', interpolation='bicubic'),
     ),
 )
@@ -41,6 +42,7 @@ val_dataloader = dict(
         data_root='data/imagenet',
         split='val',
         class_split='val',  # it has all classes, so that a test needs no training images
+        upright=False,
         transform=dict(input_size=224, crop_pct=0.875, interpolation='bicubic'),
     ),
 )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..files import printable
 from ..weights import adapt_input, list_models, misfits, rename_fn
 from .sources import log_changes, naming, read_weights
-from .utils import check_init, init_file
+from .utils import RunError, check_init, init_file
 
 __all__ = ['Accuracy', 'ImageClassifier', 'ImagePreprocessor', 'NamedModel', 'load_weights']
 
@@ -84,8 +84,8 @@ class ImagePreprocessor(BaseDataPreprocessor):
         mean: Mean of each channel, where white is 1.
         std: Standard deviation of each channel, where white is 1.
         random_erasing: Keyword arguments of timm's RandomErasing, such as probability and mode; None for no erasing.
-        mixup: Keyword arguments of timm's Mixup, num_classes among them; None for no mixing. It does cutmix too, and
-            makes the labels probabilities, smoothed or not.
+        mixup: Keyword arguments of timm's Mixup, to which an ImageClassifier adds its num_classes; None for no mixing.
+            It does cutmix too, and makes the labels probabilities, smoothed or not.
         channels_last: Whether the images have the memory format channels_last.
         non_blocking: Whether the program goes on while a batch is copied from pinned memory.
     """
@@ -110,7 +110,7 @@ class ImagePreprocessor(BaseDataPreprocessor):
         """dict(inputs, data_samples): (batch, C, H, W) uint8, (batch,) -> float32, (batch,) or (batch, num_classes).
 
         Raises:
-            ValueError: A batch to be mixed holds an odd number of images.
+            RunError: A batch to be mixed holds an odd number of images.
         """
         data = self.cast_data(data)
         images, labels = data['inputs'], data['data_samples']
@@ -120,7 +120,7 @@ class ImagePreprocessor(BaseDataPreprocessor):
             images = self.random_erasing(images)
         if training and self.mixup is not None:
             if len(images) % 2:
-                raise ValueError(
+                raise RunError(
                     f'ImagePreprocessor: a batch to be mixed must hold an even number of images, got {len(images)}: '
                     'set train_dataloader.batch_size to an even number and drop_last=True.'
                 )
@@ -157,7 +157,15 @@ class ImageClassifier(NamedModel):
         **model_args: Any,
     ) -> None:
         check_init(type(self).__name__, pretrained, init_cfg)
-        model = timm.create_model(model_name, **model_args)
+        model: Any = timm.create_model(model_name, **model_args)
+        if isinstance(data_preprocessor, dict) and data_preprocessor.get('mixup') is not None:
+            mixup = {'num_classes': model.num_classes, **data_preprocessor['mixup']}
+            data_preprocessor = {**data_preprocessor, 'mixup': mixup}
+            if mixup['num_classes'] != model.num_classes:
+                raise ValueError(
+                    f'ImageClassifier: data_preprocessor.mixup.num_classes must be num_classes, {model.num_classes}, '
+                    f'as it is where it is left out, got {mixup["num_classes"]}.'
+                )
         super().__init__(model_name, model, model_args, data_preprocessor, init_cfg)
         self.label_smoothing = label_smoothing
         self.pretrained = pretrained

@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from mmengine.device import get_device
 from mmengine.dist import is_distributed
+from mmengine.evaluator import Evaluator
 from mmengine.logging import MMLogger
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper, revert_sync_batchnorm
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
+from mmengine.runner import BaseLoop, Runner
 from mmengine.visualization import Visualizer
 from rich.logging import RichHandler
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .classification import NamedModel
+from .checks import agreed, check_batches, check_channels, check_classes, check_masks, explained, part, where_none_were
 from .data import GuardedDataset
 from .progress import console
 from .resume import ResumableRunner
@@ -105,6 +106,48 @@ class TimmRunner(ResumableRunner):
             )
         super().register_default_hooks({name: hook for name, hook in hooks.items() if hook or name not in ours})
 
+    def build_model(self, model: nn.Module | dict[str, Any]) -> nn.Module:
+        built = super().build_model(model)
+        if isinstance(model, dict):
+            check_channels(unwrap(built), model.get('module', model))  # the latter of a model that merges predictions
+        return built
+
+    def train(self) -> nn.Module:
+        with explained():
+            return super().train()
+
+    def val(self) -> dict[str, float]:
+        with explained():
+            return super().val()
+
+    def test(self) -> dict[str, float]:
+        with explained():
+            return super().test()
+
+    def build_train_loop(self, loop: BaseLoop | dict[str, Any]) -> BaseLoop:
+        with part('train_cfg'):
+            return super().build_train_loop(loop)
+
+    def build_val_loop(self, loop: BaseLoop | dict[str, Any]) -> BaseLoop:
+        with part('val_cfg'):
+            return super().build_val_loop(loop)
+
+    def build_test_loop(self, loop: BaseLoop | dict[str, Any]) -> BaseLoop:
+        with part('test_cfg'):
+            return super().build_test_loop(loop)
+
+    def build_evaluator(self, evaluator: Any) -> Evaluator:
+        with part('an evaluator'):
+            return super().build_evaluator(evaluator)
+
+    def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
+        with part('optim_wrapper'):
+            return super().build_optim_wrapper(optim_wrapper)
+
+    def build_param_scheduler(self, scheduler: Any) -> Any:
+        with part('param_scheduler'):
+            return super().build_param_scheduler(scheduler)
+
     def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
         if self.device != 'cpu' or is_model_wrapper(model):
             return super().wrap_model(model_wrapper_cfg, model)
@@ -134,6 +177,12 @@ class TimmRunner(ResumableRunner):
         if isinstance(dataloader, DataLoader):
             return dataloader
         training = dataloader is self._train_dataloader
+        with agreed(), part('a dataloader' if not training else 'train_dataloader'):
+            return self._build_dataloader(dataloader, training, seed, diff_rank_seed)
+
+    def _build_dataloader(
+        self, dataloader: dict[str, Any], training: bool, seed: int | None, diff_rank_seed: bool
+    ) -> DataLoader:
         cfg = copy.deepcopy(dataloader)
         cfg['dataset'] = {**self.cfg.get('dataset', {}), **cfg['dataset']}
         root = cfg['dataset'].get('data_root')
@@ -150,18 +199,16 @@ class TimmRunner(ResumableRunner):
         except FileNotFoundError as error:
             raise RunError(f'the data are not complete: {error}') from error
         self._check_data(loader.dataset)
+        if training:
+            check_batches(loader, unwrap(self.model))
         return loader
 
     def _check_data(self, dataset: GuardedDataset) -> None:
         if not len(dataset):
-            raise RunError('the data must hold images, got none.')
+            check_classes(dataset, unwrap(self.model))  # images without a known class may have been left out
+            raise RunError(f'the data must hold images, got none{where_none_were(dataset)}.')
         for path in dataset.paths(0):  # to look for those of all samples would take too long
             if '://' not in path and not Path(path).is_file():
                 raise RunError(f'the data are not complete: {path} does not exist.')
-        model = unwrap(self.model)
-        classes = (getattr(dataset, 'metainfo', None) or {}).get('classes')
-        if isinstance(model, NamedModel) and classes and len(classes) != model.model.num_classes:
-            raise RunError(
-                f'model.num_classes must be {len(classes)}, the number of classes in the data, got '
-                f'{model.model.num_classes}: --cfg-options model.num_classes={len(classes)}'
-            )
+        check_classes(dataset, unwrap(self.model))
+        check_masks(dataset)
