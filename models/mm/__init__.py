@@ -7,7 +7,8 @@ This is the only folder of the models that needs mmengine. A config imports it:
 * `classification`, `features`, `wsi`: networks as models of mmengine, with losses and metrics.
 * `data`, `wsi_data`: data sets and samplers.
 * `optim`, `hooks`, `progress`: what happens in and around an iteration.
-* `runner`, `resume`, `saved`: the Runner, its checkpoints, and how they are read.
+* `runner`, `resume`, `failures`: the Runner, which can be killed and resumed, and what it cannot write.
+* `identity`, `saved`, `compare`: whose a checkpoint is, how it is read, and whether it fits the config.
 * `mmcv_ext`: a stand-in for mmcv's compiled operators.
 
 To import it changes three things for the whole process: classes are registered with mmengine, `import mmcv._ext` finds
@@ -25,6 +26,7 @@ from .hooks import (  # noqa: E402
     BestHook,
     FiniteLossHook,
     MESAHook,
+    MissedEvaluationHook,
     PendingGradientsHook,
     SafetensorsHook,
     SeedHook,
@@ -32,6 +34,7 @@ from .hooks import (  # noqa: E402
     UnreadableImagesHook,
     save_for_timm,
 )
+from .identity import current_run  # noqa: E402
 from .optim import BFloat16OptimWrapper, TimmOptimWrapperConstructor  # noqa: E402
 from .progress import ProgressHook, progress_bar  # noqa: E402
 from .runner import TimmRunner  # noqa: E402
@@ -52,6 +55,7 @@ __all__ = [
     'ImageFolder',
     'ImagePreprocessor',
     'MESAHook',
+    'MissedEvaluationHook',
     'NamedModel',
     'PendingGradientsHook',
     'ProgressHook',
@@ -64,6 +68,7 @@ __all__ = [
     'TimmOptimWrapperConstructor',
     'TimmRunner',
     'UnreadableImagesHook',
+    'current_run',
     'load_weights',
     'numbered_checkpoints',
     'progress_bar',

@@ -11,7 +11,7 @@
 from .convert import Converted, convert
 from .identify import identify, list_models, misfits
 from .pretrained import cached_path, download_pretrained, is_cached, pretrained_kwargs
-from .read import WEIGHTS, read_checkpoint
+from .read import WEIGHTS, read_checkpoint, read_structure
 from .rename import rename_checkpoint, rename_fn, strip_prefixes
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     'misfits',
     'pretrained_kwargs',
     'read_checkpoint',
+    'read_structure',
     'rename_checkpoint',
     'rename_fn',
     'strip_prefixes',

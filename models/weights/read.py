@@ -26,7 +26,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-__all__ = ['WEIGHTS', 'pass_cfg_nodes', 'read_checkpoint']
+__all__ = ['WEIGHTS', 'pass_cfg_nodes', 'read_checkpoint', 'read_structure']
 
 WEIGHTS = ('auto', 'model', 'model_ema')
 
@@ -224,6 +224,17 @@ def read_checkpoint(path: str | Path, which: str = 'auto') -> tuple[dict[str, Te
                 if value.numel() * value.element_size() > value.untyped_storage().nbytes():
                     raise _Refused(f'one in which {name} claims more numbers than there are')
     return tensors, {'weights': kind}
+
+
+def read_structure(path: str | Path) -> Any:
+    """What `torch.save` wrote into a .pth file, with plain values alone: all else, tensors too, is inert.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file cannot be read safely.
+    """
+    with open(path, 'rb') as file, _reading(Path(path)):
+        return _open_checkpoint(file)[0]
 
 
 def _open_checkpoint(file: BinaryIO) -> tuple[Any, Callable[[Any], Tensor]]:
