@@ -181,7 +181,7 @@ def build_runner(cfg: 'Config') -> 'Runner':
     """
     from mmengine.registry import RUNNERS
 
-    if cfg.get('load_from') and not Path(cfg.load_from).is_file():
+    if cfg.get('load_from') and cfg.get('resume') != 'auto' and not Path(cfg.load_from).is_file():
         raise UsageError(f'load_from must be a checkpoint, got {cfg.load_from}, which does not exist.')
     try:
         return RUNNERS.build(cfg)

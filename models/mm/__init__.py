@@ -7,7 +7,8 @@ This is the only folder of the models that needs mmengine. A config imports it:
 * `classification`, `features`, `wsi`: networks as models of mmengine, with losses and metrics.
 * `data`, `wsi_data`: data sets and samplers.
 * `optim`, `hooks`, `progress`: what happens in and around an iteration.
-* `runner`, `resume`, `saved`: the Runner, and its checkpoints.
+* `runner`, `resume`, `failures`: the Runner, which can be killed and resumed, and what it cannot write.
+* `identity`, `saved`, `compare`: whose a checkpoint is, how it is read, and whether it fits the config.
 * `sources`, `content`, `loading`: files by whatever name, what they hold, and how it gets into a model.
 * `mmcv_ext`: a stand-in for mmcv's compiled operators.
 
@@ -27,6 +28,7 @@ from .hooks import (  # noqa: E402
     BestHook,
     FiniteLossHook,
     MESAHook,
+    MissedEvaluationHook,
     PendingGradientsHook,
     SafetensorsHook,
     SeedHook,
@@ -34,6 +36,7 @@ from .hooks import (  # noqa: E402
     UnreadableImagesHook,
     save_for_timm,
 )
+from .identity import current_run  # noqa: E402
 from .loading import install  # noqa: E402
 from .optim import BFloat16OptimWrapper, StateAverage, TimmOptimWrapperConstructor  # noqa: E402
 from .progress import ProgressHook, progress_bar  # noqa: E402
@@ -56,6 +59,7 @@ __all__ = [
     'ImageFolder',
     'ImagePreprocessor',
     'MESAHook',
+    'MissedEvaluationHook',
     'NamedModel',
     'PendingGradientsHook',
     'ProgressHook',
@@ -69,6 +73,7 @@ __all__ = [
     'TimmOptimWrapperConstructor',
     'TimmRunner',
     'UnreadableImagesHook',
+    'current_run',
     'load_weights',
     'numbered_checkpoints',
     'progress_bar',

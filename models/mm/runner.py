@@ -5,6 +5,7 @@ import copy
 import importlib.util
 import logging
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,8 @@ class TimmRunner(ResumableRunner):
         level = max(logger.handlers[0].level, logging.WARNING)
         logger.handlers[0] = RichHandler(level, console, show_path=False)
         logger.handlers[0].addFilter(lambda record: not _OWN_WARNINGS.search(record.getMessage()))
+        for handler in logger.handlers[1:]:  # whose errors Python's logging would print with a traceback, and forget
+            handler.handleError = lambda record: self.note_failure(sys.exc_info()[1])
         return logger
 
     def build_visualizer(self, visualizer: Visualizer | dict[str, Any] | None = None) -> Visualizer:
@@ -91,6 +94,7 @@ class TimmRunner(ResumableRunner):
         ours = dict(
             seed=dict(type='SeedHook'),
             finite_loss=dict(type='FiniteLossHook'),
+            missed_evaluation=dict(type='MissedEvaluationHook'),
             pending_gradients=dict(type='PendingGradientsHook'),
             progress=dict(type='ProgressHook'),
         )

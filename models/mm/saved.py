@@ -12,10 +12,10 @@ from mmengine.logging import HistoryBuffer
 from numpy._core import multiarray
 from torch import Tensor
 
-from ..weights import unfit_numbers
+from ..weights import read_structure, unfit_numbers
 from .content import read_content
 
-__all__ = ['allow_histories', 'numbered_checkpoints', 'read_run']
+__all__ = ['allow_histories', 'numbered_checkpoints', 'read_notes', 'read_run', 'weights_in']
 
 
 def _history_method(owner: Any, name: str) -> Any:
@@ -72,7 +72,32 @@ def _check_weights(path: Path, run: dict[str, Any]) -> None:
         raise ValueError(f'checkpoint {path} must hold averages like its weights as ema_state_dict, got {problems}.')
 
 
-def numbered_checkpoints(work_dir: str | Path) -> list[Path]:
-    """The files epoch_N.pth and iter_N.pth of a work dir, ordered by N."""
-    found = [(re.fullmatch(r'(epoch|iter)_(\d+)\.pth', path.name), path) for path in Path(work_dir).glob('*.pth')]
-    return [path for _, path in sorted((int(match[2]), path) for match, path in found if match)]
+def read_notes(path: str | Path) -> dict[str, Any]:
+    """The texts and numbers that a training checkpoint notes under `meta`; empty where it has none.
+
+    The numbers of its tensors are not read.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file cannot be read safely.
+    """
+    checkpoint = read_structure(path)
+    meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
+    return {key: value for key, value in meta.items() if isinstance(value, str | int)} if type(meta) is dict else {}
+
+
+def numbered_checkpoints(folder: str | Path, template: str) -> list[Path]:
+    """The checkpoints in a folder, ordered by number.
+
+    Args:
+        folder: Where checkpoints are written.
+        template: Name of their files, such as 'epoch_{}.pth'.
+    """
+    pattern = re.escape(template).replace(re.escape('{}'), r'(\d+)')
+    found = [(re.fullmatch(pattern, path.name), path) for path in Path(folder).glob('*') if path.is_file()]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+
+
+def weights_in(folder: str | Path) -> list[str]:
+    """The names of the files in a folder that hold weights."""
+    return sorted(path.name for path in Path(folder).iterdir() if path.suffix in ('.pth', '.safetensors'))

@@ -6,14 +6,14 @@ import os
 import random
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
-from mmengine.dist import all_reduce_params
+from mmengine.dist import all_gather_object, all_reduce_params, broadcast_object_list, is_main_process
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from safetensors import SafetensorError
 from torch import nn
@@ -25,6 +25,8 @@ __all__ = [
     'check_finite',
     'check_init',
     'check_interface',
+    'in_all_processes',
+    'in_first_process',
     'init_file',
     'mix_seeds',
     'replacing',
@@ -32,6 +34,9 @@ __all__ = [
     'share_buffers',
     'unwrap',
 ]
+
+
+_T = TypeVar('_T')
 
 
 class RunError(RuntimeError):
@@ -47,6 +52,45 @@ def unwrap(model: Any) -> Any:
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     return model
+
+
+def in_first_process(call: Callable[[], _T]) -> _T:
+    """The result, in every process, of a call that the first one makes. Where it fails, it fails in every process.
+
+    Raises:
+        RunError: The call raised one, or an OSError or ValueError.
+    """
+    outcome: list[Any] = [None, None]
+    failure: Exception | None = None
+    if is_main_process():
+        try:
+            outcome[0] = call()
+        except Exception as error:
+            failure, outcome[1] = error, str(error)
+    broadcast_object_list(outcome)
+    if failure is not None and not isinstance(failure, (OSError, RunError, ValueError)):
+        raise failure
+    if outcome[1] is not None:
+        raise RunError(outcome[1]) from failure
+    return outcome[0]
+
+
+def in_all_processes(call: Callable[[], _T]) -> _T:
+    """The result of a call that every process makes. Where it fails in one, it fails in every process.
+
+    Raises:
+        RunError: The call raised one, or an OSError or ValueError.
+    """
+    result, failure = None, None
+    try:
+        result = call()
+    except (OSError, RunError, ValueError) as error:
+        failure = error
+    messages = all_gather_object(None if failure is None else str(failure))
+    for message in messages:
+        if message is not None:
+            raise RunError(message) from failure
+    return cast(_T, result)
 
 
 def mix_seeds(*numbers: int) -> int:
@@ -119,14 +163,18 @@ def check_interface() -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, owner: str = '') -> Iterator[Path]:
     """A path to write to, as of `vssm.models.files.replacing`; a failure is a RunError, whose sentence is for the user.
+
+    Args:
+        path: The file that is to be there in the end.
+        owner: Name of the run that writes it.
 
     Raises:
         RunError: The file cannot be written; one of that name stays as it was.
     """
     try:
-        with files.replacing(path) as temporary:
+        with files.replacing(path, owner=owner) as temporary:
             yield temporary
     except (OSError, RuntimeError, SafetensorError) as error:  # as Python, PyTorch and safetensors report it
         raise RunError(f'{path} cannot be written: {error}') from error

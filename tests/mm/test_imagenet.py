@@ -890,12 +890,12 @@ def test_the_position_in_an_endless_sequence():
 def test_the_last_complete_checkpoint_is_found(build, tmp_path):
     build(**{'train_cfg.max_epochs': 2}).train()
     runner = build(resume=True, **{'train_cfg.max_epochs': 3})
-    (tmp_path / '.epoch_3.pth.0123456789abcdef.tmp').write_bytes(b'half')
+    (tmp_path / f'.epoch_3.pth.{mm.current_run(tmp_path).name}.0123456789abcdef.tmp').write_bytes(b'half')
     content = (tmp_path / 'epoch_2.pth').read_bytes()
     (tmp_path / 'epoch_2.pth').write_bytes(content[: len(content) // 2])
     (tmp_path / 'epoch_x.pth').write_bytes(b'')
     runner.train()
-    assert 'epoch_2.pth cannot be read' in ''.join(path.read_text() for path in tmp_path.glob('*/*.log'))
+    assert 'epoch_2.pth must be a' in ''.join(path.read_text() for path in tmp_path.glob('*/*.log'))
     assert runner.epoch == 3 and not list(tmp_path.glob('*.tmp'))  # what a killed run left is gone, too
     for name in ('epoch_1.pth', 'epoch_2.pth', 'epoch_3.pth'):
         (tmp_path / name).write_bytes(b'nothing')
@@ -947,10 +947,11 @@ def test_what_is_no_training_checkpoint_is_refused(build, tmp_path):
     with pytest.raises(mm.RunError, match='must be one of a training, with meta, message_hub, optimizer'):
         build(resume=True, load_from=str(tmp_path / 'weights.pth')).train()
     build().train()
+    wider = {'load_from': str(tmp_path / 'epoch_1.pth'), 'model.dims': 8}
+    with pytest.raises(mm.RunError, match=r'epoch_1\.pth with another model \(model\.dims: not set -> 8\)\. --force'):
+        build(resume=True, **wider).train()
     with pytest.raises(mm.RunError, match=r'epoch_1\.pth must be one of this model, got .* misshapen'):
-        build(
-            'test_vmamba2d', tmp_path, resume=True, load_from=str(tmp_path / 'epoch_1.pth'), **{'model.dims': 8}
-        ).train()
+        build(resume=True, force=True, **wider).train()
 
 
 def test_a_resumption_without_checkpoints_begins(build, tmp_path):
