@@ -47,7 +47,9 @@ ALSO = {  # what single files may besides
     'models/mm/wsi.py': {'mmengine', 'torchmetrics', 'torchsurv'},
     'models/mm/wsi_data.py': {'mmengine'},
     'models/mm/utils.py': {'mmengine', 'numpy', 'safetensors'},
-    'models/mm/mmcv_ext.py': {'mmengine', 'torchvision'},
+    'models/mm/mmcv_ext/__init__.py': {'mmengine'},
+    'models/mm/mmcv_ext/boxes.py': {'torchvision'},
+    'models/mm/mmcv_ext/regions.py': {'torchvision'},
     'models/mil/slides.py': {'h5py', 'numpy'},
     'models/mil/survival.py': {'torchsurv'},
 }
@@ -112,6 +114,7 @@ ROOMS = {
     'models': {'models/weights', 'ops'},
     'models/mil': {'models', 'models/weights'},
     'models/mm': {'models', 'models/mil', 'models/weights', 'src/vssm'},
+    'models/mm/mmcv_ext': set(),
     'models/weights': {'models', 'src/vssm'},
     'tools': {'configs', 'models', 'models/mil', 'models/mm', 'models/weights', 'ops', 'src/vssm'},
     'tools/report': {'tools'},
