@@ -519,3 +519,181 @@ def test_a_convolution_of_some_positions_alone(called, padding):
     there = functional.pad(mask, (0, whole.shape[3] - 5, 0, whole.shape[2] - 6)) > 0
     torch.testing.assert_close(some, torch.where(there, whole, 0), rtol=1e-5, atol=1e-6)
     assert not none.any() and called == {'masked_im2col_forward', 'masked_col2im_forward'}
+
+
+# ---- who calls them --------------------------------------------------------------------------------------------------
+
+
+def both_ways(build, inputs, on_gpu):
+    """Outputs and gradients of a module as on a CPU, and as on a GPU."""
+    module = build()
+    for _ in range(2):
+        module.zero_grad()
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        output = module(*leaves)
+        output.sum().backward()
+        yield [output, *(leaf.grad for leaf in leaves), *(p.grad.clone() for p in module.parameters())]
+        on_gpu()
+
+
+def test_focal_loss_of_mmdet_on_a_gpu(called, on_gpu):
+    registry = pytest.importorskip('mmdet.registry', reason="mmdet is not installed: pip install '.[mmlab]'")
+    importlib.import_module('mmdet.models')
+    target, weight = torch.tensor([0, 3, 2, 1, 3]), torch.rand(5)
+    loss = registry.MODELS.build(dict(type='FocalLoss'))
+    loss_of = functools.partial(loss.forward, target=target, weight=weight, avg_factor=3)
+    loss.forward = loss_of
+    cpu, gpu = both_ways(lambda: loss, [3 * torch.randn(5, 3)], on_gpu)
+    torch.testing.assert_close(gpu, cpu)
+    assert called == {'sigmoid_focal_loss_forward', 'sigmoid_focal_loss_backward'}
+
+
+def test_focal_loss_of_mmseg_on_a_gpu(called, on_gpu):
+    registry = pytest.importorskip('mmseg.registry', reason="mmseg is not installed: pip install '.[mmlab]'")
+    importlib.import_module('mmseg.models')
+    x, target = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randint(3, (2, 4, 4))
+    target[0, 0] = 255  # which is ignored
+    own = functional.one_hot(target.where(target < 3, 0), 3).movedim(3, 1)
+    p = torch.where(own == 1, x, -x).sigmoid()
+    expected = (torch.where(own == 1, 0.5, 0.5) * (1 - p) ** 2 * -p.log() * (target < 3)[:, None]).mean()
+    on_gpu()
+    loss = registry.MODELS.build(dict(type='FocalLoss'))(x, target)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(value, x)[0] for value in (loss, expected)))
+    assert called == {'sigmoid_focal_loss_forward', 'sigmoid_focal_loss_backward'}
+
+
+def test_deformable_detr_on_a_gpu(called, on_gpu):
+    layers = pytest.importorskip('mmdet.models.layers', reason="mmdet is not installed: pip install '.[mmlab]'")
+    attention = dict(embed_dims=32, num_heads=4, num_levels=2, num_points=3, batch_first=True)
+    config = dict(self_attn_cfg=attention, ffn_cfg=dict(embed_dims=32, feedforward_channels=8))
+    shapes = torch.tensor([[4, 5], [2, 3]])
+    encoder = layers.DeformableDetrTransformerEncoder(num_layers=2, layer_cfg=config).eval()
+    encoder.forward = functools.partial(
+        encoder.forward,
+        key_padding_mask=torch.arange(26).expand(2, -1) > 24,
+        spatial_shapes=shapes,
+        level_start_index=torch.tensor([0, 20]),
+        valid_ratios=torch.ones(2, 2, 2),
+    )
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    cpu, gpu = both_ways(lambda: encoder, [torch.randn(2, 26, 32), torch.randn(2, 26, 32)], on_gpu)
+    torch.testing.assert_close(gpu, cpu, rtol=1e-4, atol=1e-4)
+    assert called == {'ms_deform_attn_forward', 'ms_deform_attn_backward'}
+
+
+class RegionLayer(torch.nn.Module):
+    """A layer of regions on regions of its own."""
+
+    def __init__(self, name, **options):
+        super().__init__()
+        self.layer = getattr(mmcv.ops, name)(output_size=3, **options)
+        self.rois = torch.tensor([[0.0, 1, 1, 6, 6], [1, 0, 2, 4, 7]])
+
+    def forward(self, x):
+        return self.layer(x, self.rois)
+
+
+LAYERS = {  # what is called on CPUs too, and the operator
+    'DCN': ('deform_conv', lambda: mmcv.cnn.build_conv_layer(dict(type='DCN', deform_groups=2), 4, 6, 3, padding=1)),
+    'DCNv2': ('modulated_deform_conv', lambda: mmcv.cnn.build_conv_layer(dict(type='DCNv2'), 4, 6, 3, padding=1)),
+    'SAC': ('deform_conv', lambda: mmcv.cnn.build_conv_layer(dict(type='SAC', use_deform=True), 4, 6, 3, padding=1)),
+    'carafe': ('carafe', lambda: mmcv.cnn.build_upsample_layer(dict(type='carafe', channels=4, scale_factor=2))),
+    'RoIPool': ('roi_pool', lambda: RegionLayer('RoIPool')),
+    'RoIAlign': ('roi_align', lambda: RegionLayer('RoIAlign', pool_mode='max')),
+    **{
+        name: ('deform_roi_pool', lambda name=name: RegionLayer(name, output_channels=4, deform_fc_channels=8))
+        for name in ('DeformRoIPoolPack', 'ModulatedDeformRoIPoolPack')
+    },
+}
+
+
+@pytest.mark.parametrize('name', LAYERS)
+def test_layers_that_configs_name_train(name, called):
+    operator, build = LAYERS[name]
+    layer, x = build(), torch.randn(2, 4, 8, 8, requires_grad=True)
+    layer(x).square().sum().backward()
+    gradients = [x.grad, *(parameter.grad for parameter in layer.parameters() if parameter.grad is not None)]
+    assert all(gradient.isfinite().all() for gradient in gradients) and x.grad.any()
+    assert {name.partition('_forward')[0].partition('_backward')[0] for name in called} == {operator}
+
+
+def test_a_batch_norm_over_processes(called, monkeypatch):
+    """Of one process here: the sums of several are mmcv's to make, between the operators."""
+    monkeypatch.setattr('torch.distributed.get_world_size', lambda group: 1)
+    layers = mmcv.ops.SyncBatchNorm(4, group='any'), torch.nn.BatchNorm2d(4)
+    maps = [torch.randn(3, 4, 5, 2).mul_(3).add_(1).requires_grad_()]
+    maps.append(maps[0].detach().clone().requires_grad_())
+    layers[1].load_state_dict(layers[0].state_dict())
+    weight = torch.randn(3, 4, 5, 2)
+    for layer, x in zip(layers, maps, strict=True):
+        (layer(x) * weight).sum().backward()
+    for one, other in zip(*([*layer.state_dict().values()] for layer in layers), strict=True):
+        torch.testing.assert_close(one, other)
+    for one, other in zip(*([x.grad, layer.weight.grad, layer.bias.grad] for layer, x in zip(layers, maps, strict=True)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert called == {operator for operator in mmcv_ext.OPERATORS if operator.startswith('sync_bn')}
+
+
+# What mmdet's and mmseg's models, layers and configs name of mmcv's operators and the stand-in does not have.
+STILL_REFUSED: set[str] = set()
+
+
+def test_operators_that_the_packages_name_are_there():
+    """Read off the sources: names that they import from mmcv.ops, and types in the configs that they bring along."""
+    layers = {type_: each.__name__ for type_, each in MODELS.module_dict.items() if each.__module__.startswith('mmcv.ops')}
+    named = set()
+    for package in PACKAGES:
+        spec = importlib.util.find_spec(package)
+        if spec is None:
+            pytest.skip(f"{package} is not installed: pip install '.[mmlab]'")
+        root = Path(spec.origin).parent
+        for path in root.rglob('*.py'):
+            text = path.read_text()
+            if '.mim' in path.parts:
+                types = re.findall(r"""type=['"](?:mmcv\.)?(\w+)['"]""", text)
+                named |= {layers.get(type_, type_) for type_ in types}
+            for names in re.findall(r'from mmcv\.ops[\w.]* import (\([^)]*\)|.*)', text):
+                named |= set(re.findall(r'\w+', names.replace(' as ', ' ')))
+    assert {'sigmoid_focal_loss', 'MultiScaleDeformableAttention', 'RoIAlign', 'DeformConv2d', 'soft_nms'} <= named
+    needed = set().union(*(operators_of(name) for name in named if hasattr(mmcv.ops, name)))
+    assert {'ms_deform_attn_forward', 'sigmoid_focal_loss_backward', 'carafe_forward', 'softnms', 'nms'} <= needed
+    assert needed - mmcv_ext.OPERATORS.keys() == STILL_REFUSED
+
+
+@functools.cache
+def definitions(module):
+    """What each name of a file of mmcv.ops uses: names, and operators of the extension."""
+    uses = {}
+    for node in ast.parse((Path(mmcv.ops.__file__).parent / f'{module}.py').read_text()).body:
+        inner = list(ast.walk(node))
+        names = {each.id for each in inner if isinstance(each, ast.Name)}
+        operators = {
+            each.attr
+            for each in inner
+            if isinstance(each, ast.Attribute) and isinstance(each.value, ast.Name) and each.value.id == 'ext_module'
+        }
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            uses.update({alias.name: ({f'{node.module}.{alias.name}'}, set()) for alias in node.names})
+        for name in [getattr(node, 'name', None), *(getattr(target, 'id', None) for target in getattr(node, 'targets', []))]:
+            if name:
+                uses[name] = (names - {name}, operators)
+    return uses
+
+
+def operators_of(name):
+    """The operators of the extension that a name of mmcv.ops may call, through what it uses of its own file and others."""
+    ways, seen, found = [('__init__', name)], set(), set()
+    while ways:
+        way = ways.pop()
+        if way in seen:
+            continue
+        seen.add(way)
+        module, name = way
+        if '.' in name:
+            module, name = name.split('.')
+        names, operators = definitions(module).get(name, ((), ()))
+        found |= set(operators)
+        ways += [(module, other) for other in names]
+    return found

@@ -10,6 +10,7 @@ hour. A compiled extension always wins: Python asks the stand-in last.
 * `losses`: the focal losses.
 * `deform`: attention and convolutions that sample where they are told.
 * `windows`: operators over the window around each position.
+* `norm`: a batch norm over several processes.
 
 Every operator has the name, the arguments and the layouts of mmcv's, and writes into the tensors that it is given. Half
 precision is computed in float32.
@@ -21,14 +22,14 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from . import boxes, deform, losses, regions, windows
+from . import boxes, deform, losses, norm, regions, windows
 
 __all__ = ['OPERATORS', 'install']
 
 NAME = 'mmcv._ext'
 
 OPERATORS: dict[str, Callable[..., Any]] = {
-    name: getattr(module, name) for module in (boxes, deform, losses, regions, windows) for name in module.__all__
+    name: getattr(module, name) for module in (boxes, deform, losses, norm, regions, windows) for name in module.__all__
 }
 
 
