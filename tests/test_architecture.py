@@ -36,6 +36,7 @@ ALSO = {  # what single files may besides
     'models/weights/pretrained.py': {'safetensors'},
     'models/weights/read.py': {'safetensors'},
     'models/mm/classification.py': {'mmengine'},
+    'models/mm/complexity.py': {'mmengine'},
     'models/mm/data.py': {'PIL', 'mmengine', 'numpy', 'sklearn', 'torchvision'},
     'models/mm/features.py': {'mmengine'},
     'models/mm/hooks.py': {'mmengine', 'safetensors', 'vssm.version'},

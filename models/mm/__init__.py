@@ -9,9 +9,11 @@ This is the only folder of the models that needs mmengine. A config imports it:
 * `optim`, `hooks`, `progress`: what happens in and around an iteration.
 * `runner`, `resume`, `saved`: the Runner, its checkpoints, and how they are read.
 * `mmcv_ext`: a stand-in for mmcv's compiled operators.
+* `complexity`: what our ops cost, for mmengine's analysis.
 
-To import it changes three things for the whole process: classes are registered with mmengine, `import mmcv._ext` finds
-the stand-in wherever it finds nothing else, and PyTorch's weights-only reader takes mmengine's training checkpoints.
+To import it changes four things for the whole process: classes are registered with mmengine, `import mmcv._ext` finds
+the stand-in wherever it finds nothing else, so that this import must stand before those of mmdet's and mmseg's models
+and apis; PyTorch's weights-only reader takes mmengine's training checkpoints; and mmengine's analysis counts our ops.
 """
 
 from . import mmcv_ext
@@ -19,6 +21,7 @@ from . import mmcv_ext
 mmcv_ext.install()  # before the first config imports mmdet's or mmseg's models
 
 from .classification import Accuracy, ImageClassifier, ImagePreprocessor, NamedModel, load_weights  # noqa: E402
+from .complexity import count_ops  # noqa: E402
 from .data import Digits, GuardedDataset, ImageFolder, SeededSampler  # noqa: E402
 from .features import Float32RoIExtractor, TimmFeatures  # noqa: E402
 from .hooks import (  # noqa: E402
@@ -39,6 +42,7 @@ from .saved import allow_histories, numbered_checkpoints, read_run  # noqa: E402
 from .utils import RunError  # noqa: E402
 
 allow_histories()
+count_ops()
 
 __all__ = [
     'Accuracy',

@@ -70,6 +70,46 @@ def on_gpu(monkeypatch):
     return pretend
 
 
+# ---- the module ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('name', ['nms_rotated', 'tin_shift_forward', 'top_pool_forward'])
+def test_other_operators_say_what_to_install(stand_in, name):
+    with pytest.raises(NotImplementedError, match=rf'mmcv\._ext\.{name} needs the compiled mmcv.*pip install') as error:
+        getattr(stand_in, name)(1, im2col_step=2)
+    assert '\n' not in str(error.value)
+    with pytest.raises(AttributeError):
+        stand_in.__wrapped__  # noqa: B018  # what Python itself looks for is not an operator
+
+
+def test_the_stand_in_is_asked_last_and_says_so_once(tmp_path, monkeypatch):
+    finders = [finder for finder in sys.meta_path if finder is mmcv_ext._Finder]
+    mmcv_ext.install()
+    assert finders == [finder for finder in sys.meta_path if finder is mmcv_ext._Finder] == [mmcv_ext._Finder]
+
+    said = []
+    monkeypatch.setattr('mmengine.logging.print_log', lambda *args, **kwargs: said.append((args, kwargs)))
+    monkeypatch.setattr(mmcv, '__path__', [])
+    monkeypatch.setitem(sys.modules, 'mmcv._ext', None)
+    for _ in range(2):
+        if not said:
+            del sys.modules['mmcv._ext']
+        assert importlib.import_module('mmcv._ext').nms is mmcv_ext.OPERATORS['nms']
+    assert len(said) == 1 and said[0][1] == {} and 'stand in' in said[0][0][0]  # at print_log's own level, info
+
+    (tmp_path / '_ext.py').write_text('nms = "compiled"\n')
+    monkeypatch.setattr(mmcv, '__path__', [str(tmp_path)])
+    del sys.modules['mmcv._ext']
+    assert importlib.import_module('mmcv._ext').nms == 'compiled'
+
+
+def test_the_environment_is_told(stand_in, monkeypatch):
+    """As the first lines of every run of the packages' own scripts."""
+    monkeypatch.setattr(sys.modules['mmcv.ops.info'], 'ext_module', stand_in)
+    monkeypatch.setattr('mmcv.utils.env.mmengine_collect_env', dict)  # which runs compilers
+    assert mmcv.utils.collect_env() == {'MMCV': mmcv.__version__, 'MMCV Compiler': 'n/a', 'MMCV CUDA Compiler': 'n/a'}
+
+
 # ---- the formulas ----------------------------------------------------------------------------------------------------
 
 
@@ -200,7 +240,10 @@ def modulated_deform_conv(bias):
 def regions(count):
     """Maps, and regions some of which reach beyond them: (2, 3, 9, 13), (count, 5)."""
     corners = uniform(count, 2) * 30 - 6
-    return [normal(2, 3, 9, 13), torch.cat([torch.randint(2, (count, 1)), corners, corners + uniform(count, 2) * 24], 1)]
+    return [
+        normal(2, 3, 9, 13),
+        torch.cat([torch.randint(2, (count, 1)), corners, corners + uniform(count, 2) * 24], 1),
+    ]
 
 
 def samples(image, ys, xs):
@@ -405,7 +448,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize('name', ['ms_deform_attn', 'roi_pool', 'roi_align, max, 2 samples, aligned', 'carafe'])
 def test_nothing_is_held_for_all_samples_at_once(name, called):
-    """No tensor is larger than arguments and result; those of all samples together have several times as many elements."""
+    """No tensor is larger than arguments and result; all samples together have several times as many elements."""
     count = 40
     inputs = [tensor.requires_grad_() for tensor in CASES[name]().inputs(count)]
     with Largest() as mode:
@@ -471,7 +514,9 @@ def test_soft_nms(called, count, method, dtype):
     dets, kept = mmcv.ops.soft_nms(boxes, scores, 0.3, 0.5, 0.05, method, offset)
     assert kept.tolist() == [i for i, _ in expected] and called == {'softnms'}
     assert torch.equal(dets[:, :4], boxes[kept]) and dets.dtype == dtype
-    assert dets[:, 4].tolist() == pytest.approx([score for _, score in expected], rel=1e-2 if dtype.itemsize == 2 else 1e-5)
+    assert dets[:, 4].tolist() == pytest.approx(
+        [score for _, score in expected], rel=1e-2 if dtype.itemsize == 2 else 1e-5
+    )
     assert count < 40 or 5 < len(kept) <= 40
 
 
@@ -498,7 +543,9 @@ def test_nms_match(called, count):
 @pytest.mark.parametrize('mode, offset', [('iou', 0), ('iou', 1), ('iof', 0)])
 def test_overlaps_of_boxes(called, mode, offset, dtype):
     (first, _), (second, _) = make_boxes(6, dtype), make_boxes(4, dtype)
-    table = [[overlap(a, b, offset, 'union' if mode == 'iou' else 'first') for b in second.tolist()] for a in first.tolist()]
+    table = [
+        [overlap(a, b, offset, 'union' if mode == 'iou' else 'first') for b in second.tolist()] for a in first.tolist()
+    ]
     for aligned in (False, True):
         some = first[:4] if aligned else first
         found = mmcv.ops.bbox_overlaps(some, second, mode, aligned, offset)
@@ -631,7 +678,9 @@ def test_a_batch_norm_over_processes(called, monkeypatch):
         (layer(x) * weight).sum().backward()
     for one, other in zip(*([*layer.state_dict().values()] for layer in layers), strict=True):
         torch.testing.assert_close(one, other)
-    for one, other in zip(*([x.grad, layer.weight.grad, layer.bias.grad] for layer, x in zip(layers, maps, strict=True)), strict=True):
+    for one, other in zip(
+        *([x.grad, layer.weight.grad, layer.bias.grad] for layer, x in zip(layers, maps, strict=True)), strict=True
+    ):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     assert called == {operator for operator in mmcv_ext.OPERATORS if operator.startswith('sync_bn')}
 
@@ -642,7 +691,9 @@ STILL_REFUSED: set[str] = set()
 
 def test_operators_that_the_packages_name_are_there():
     """Read off the sources: names that they import from mmcv.ops, and types in the configs that they bring along."""
-    layers = {type_: each.__name__ for type_, each in MODELS.module_dict.items() if each.__module__.startswith('mmcv.ops')}
+    layers = {
+        type_: each.__name__ for type_, each in MODELS.module_dict.items() if each.__module__.startswith('mmcv.ops')
+    }
     named = set()
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
@@ -676,14 +727,17 @@ def definitions(module):
         }
         if isinstance(node, ast.ImportFrom) and node.level == 1:
             uses.update({alias.name: ({f'{node.module}.{alias.name}'}, set()) for alias in node.names})
-        for name in [getattr(node, 'name', None), *(getattr(target, 'id', None) for target in getattr(node, 'targets', []))]:
+        for name in [
+            getattr(node, 'name', None),
+            *(getattr(target, 'id', None) for target in getattr(node, 'targets', [])),
+        ]:
             if name:
                 uses[name] = (names - {name}, operators)
     return uses
 
 
 def operators_of(name):
-    """The operators of the extension that a name of mmcv.ops may call, through what it uses of its own file and others."""
+    """The operators of the extension that a name of mmcv.ops may call, through all that it uses there."""
     ways, seen, found = [('__init__', name)], set(), set()
     while ways:
         way = ways.pop()
