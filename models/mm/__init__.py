@@ -11,10 +11,12 @@ This is the only folder of the models that needs mmengine. A config imports it:
 * `identity`, `saved`, `compare`: whose a checkpoint is, how it is read, and whether it fits the config.
 * `sources`, `content`, `loading`: files by whatever name, what they hold, and how it gets into a model.
 * `mmcv_ext`: a stand-in for mmcv's compiled operators.
+* `complexity`: what our ops cost, for mmengine's analysis.
 
-To import it changes four things for the whole process: classes are registered with mmengine, `import mmcv._ext` finds
-the stand-in wherever it finds nothing else, mmengine loads checkpoints by our reader, which runs no code of theirs, and
-PyTorch's weights-only reader takes mmengine's training checkpoints.
+To import it changes five things for the whole process: classes are registered with mmengine, `import mmcv._ext` finds
+the stand-in wherever it finds nothing else, so that this import must stand before those of mmdet's and mmseg's models
+and apis; mmengine loads checkpoints by our reader, which runs no code of theirs; PyTorch's weights-only reader takes
+mmengine's training checkpoints; and mmengine's analysis counts our ops.
 """
 
 from . import mmcv_ext
@@ -22,6 +24,7 @@ from . import mmcv_ext
 mmcv_ext.install()  # before the first config imports mmdet's or mmseg's models
 
 from .classification import Accuracy, ImageClassifier, ImagePreprocessor, NamedModel, load_weights  # noqa: E402
+from .complexity import count_ops  # noqa: E402
 from .data import Digits, GuardedDataset, ImageFolder, SeededSampler  # noqa: E402
 from .features import Float32RoIExtractor, TimmFeatures  # noqa: E402
 from .hooks import (  # noqa: E402
@@ -46,6 +49,7 @@ from .utils import RunError  # noqa: E402
 
 allow_histories()
 install()
+count_ops()
 
 __all__ = [
     'Accuracy',
