@@ -15,7 +15,7 @@ class RecordingHook(Hook):
     """Writes the loss of every iteration to WORK_DIR/losses_RANK.txt, in lines of iteration and loss.
 
     Args:
-        kill: Rank and iteration of a process that dies there, unless torchrun has started it again.
+        kill: Rank and iteration of a process that dies there, the first time that it comes there.
     """
 
     priority = 'VERY_LOW'
@@ -26,5 +26,7 @@ class RecordingHook(Hook):
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         with Path(runner.work_dir, f'losses_{get_rank()}.txt').open('a') as file:
             file.write(f'{runner.iter} {outputs["loss"].item()!r}\n')
-        if self.kill == [get_rank(), runner.iter] and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
+        killed = Path(runner.work_dir, 'killed')
+        if self.kill == [get_rank(), runner.iter] and not killed.exists():
+            killed.touch()
             os.kill(os.getpid(), signal.SIGKILL)

@@ -140,7 +140,9 @@ def decays(cfg, model):
     return {names[p] for group in groups if group['weight_decay'] for p in group['params']}
 
 
-@pytest.mark.parametrize('model', MODELS_)
+@pytest.mark.parametrize(
+    'model', [pytest.param(model, marks=[] if 'tiny' in model else pytest.mark.slow) for model in MODELS_]
+)
 def test_what_decays_is_what_the_authors_let_decay(model, published, read):
     """By the names and shapes of the published files, on which the authors' rules look."""
     network, names = published(model)
