@@ -360,6 +360,7 @@ def test_a_mask_may_be_infinite(tmp_path):
 # ---- control characters ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_control_characters_reach_no_terminal(tmp_path, capsys):
     bell = '\x1b]0;owned\x07'
     state = timm.create_model('test_vmamba').state_dict()
@@ -438,6 +439,7 @@ def test_a_file_of_another_detector_is_refused(change, said, tmp_path):
         load_whole(Detector(2), tmp_path / 'file.pth', start=True)
 
 
+@pytest.mark.slow
 def test_weights_for_three_channels_fit_four(tmp_path, log):
     """As timm fits pretrained ones."""
     classifier, detector = (randomised(model) for model in (timm.create_model('test_vmamba'), Detector()))
@@ -475,6 +477,7 @@ def test_other_lists_are_refused(kind, init_cfg):
         getattr(mm, kind)('test_vmamba', init_cfg=init_cfg)
 
 
+@pytest.mark.slow
 def test_a_file_for_the_whole_model_spares_the_files_of_its_parts(tmp_path):
     """As they might be downloads."""
     source = randomised(Detector())
@@ -603,10 +606,7 @@ def fake(monkeypatch):
         def isdir(self, path):
             return any(name.startswith(f'{str(path).rstrip("/")}/') for name in files)
 
-    for registry in (fileio.backends, fileio.backends.registry_utils):
-        for name in ('backends', 'prefix_to_backends'):
-            if isinstance(getattr(registry, name, None), dict):
-                monkeypatch.setattr(registry, name, getattr(registry, name))
+    monkeypatch.setattr('mmengine.fileio.io.backend_instances', {})  # which keeps those of other tests
     fileio.register_backend('fake', Fake, prefixes='fake', force=True)
     yield files
     fileio.backends.backends.pop('fake')
