@@ -25,6 +25,7 @@ from torch import nn
 from vssm.models import mm
 from vssm.models.mm.loading import load_whole, without_pretrained
 from vssm.models.mm.sources import has_folder, local_file, read_weights
+from vssm.models.vmamba import checkpoint_filter_fn
 from vssm.models.weights import convert
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -113,8 +114,11 @@ PATHS = {
 }
 
 
-@pytest.mark.parametrize('legacy', [False, True], ids=['zip', 'legacy'])
-@pytest.mark.parametrize('name', PATHS)
+SLOW = ("load_from of mmengine's Runner", 'load_from of TimmRunner', 'convert')
+
+
+@pytest.mark.parametrize('legacy', [False, pytest.param(True, marks=pytest.mark.slow)], ids=['zip', 'legacy'])
+@pytest.mark.parametrize('name', [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in PATHS])
 def test_no_path_runs_code(name, legacy, tmp_path, monkeypatch):
     """Not even where PyTorch's reader would run it, as releases of mmengine let it, or a setting of the process."""
     path = tmp_path / 'file.pth'
@@ -140,16 +144,9 @@ def test_no_code_runs_by_the_packages_own_functions(package, tmp_path, small_con
     from vssm.tools._common import find_config
 
     task, name = dict(mmdet='coco', mmseg='ade20k')[package], dict(mmdet='init_detector', mmseg='init_model')[package]
-    options = small_config(task, 'test_vmamba')
-    cfg = Config.fromfile(
-        find_config(
-            dict(
-                coco='coco/mask-rcnn_vmamba_tiny_fpn_8xb2-1x_coco',
-                ade20k='ade20k/upernet_vmamba_tiny_4xb4-160k_ade20k-512x512',
-            )[task]
-        )
-    )
-    cfg.merge_from_dict(options[1] if isinstance(options, tuple) else options)
+    name_of_config, options = small_config(task, 'test_vmamba')
+    cfg = Config.fromfile(find_config(name_of_config))
+    cfg.merge_from_dict(options)
     torch.save(dict(state_dict={}, meta=dict(code=Code())), tmp_path / 'file.pth')
     unsafe = torch.load
     monkeypatch.setattr(torch, 'load', lambda *args, **kwargs: unsafe(*args, **{**kwargs, 'weights_only': False}))
@@ -290,6 +287,27 @@ NUMBERS = {
 
 
 @pytest.mark.parametrize('numbers', NUMBERS)
+def test_numbers_that_are_no_weights_are_refused(numbers, tmp_path):
+    model = Detector()
+    state, own = model.state_dict(), model.backbone.model.model.state_dict()
+    for name, load in (
+        ('bbox_head.fc.bias', lambda path: load_whole(model, path, start=True)),
+        ('bbox_head.fc.bias', lambda path: load_checkpoint(model, str(path))),
+        ('backbone.model.model.stem.conv1.bias', lambda path: model.backbone._load(path)),
+    ):
+        bad = NUMBERS[numbers](state[name].clone())
+        torch.save({**state, name: bad}, tmp_path / 'file.pth')
+        with pytest.raises(
+            ValueError, match='must be a .safetensors file' if numbers == 'complex' else 'of other|finite'
+        ):
+            load(tmp_path / 'file.pth')
+    bad = NUMBERS[numbers](own['stem.conv1.bias'].clone())
+    with pytest.raises(ValueError, match='1 of other numbers|1 that are not finite'):
+        checkpoint_filter_fn({**own, 'stem.conv1.bias': bad}, model.backbone.model.model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('numbers', NUMBERS)
 def test_numbers_that_are_no_weights_are_refused_by_every_path(numbers, tmp_path):
     classifier, detector = timm.create_model('test_vmamba').state_dict(), Detector().state_dict()
     name = 'stages.0.blocks.0.norm1.bias'
@@ -342,6 +360,7 @@ def test_a_mask_may_be_infinite(tmp_path):
 # ---- control characters ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_control_characters_reach_no_terminal(tmp_path, capsys):
     bell = '\x1b]0;owned\x07'
     state = timm.create_model('test_vmamba').state_dict()
@@ -416,13 +435,11 @@ def test_a_file_of_another_detector_is_refused(change, said, tmp_path):
     state = Detector(3).state_dict()
     change(state)
     torch.save(dict(state_dict=state), tmp_path / 'file.pth')
-    target = Detector(2)
-    before = {name: value.clone() for name, value in target.state_dict().items()}
     with pytest.raises(ValueError, match=said):
-        load_whole(target, tmp_path / 'file.pth', start=True)
-    del before
+        load_whole(Detector(2), tmp_path / 'file.pth', start=True)
 
 
+@pytest.mark.slow
 def test_weights_for_three_channels_fit_four(tmp_path, log):
     """As timm fits pretrained ones."""
     classifier, detector = (randomised(model) for model in (timm.create_model('test_vmamba'), Detector()))
@@ -460,6 +477,7 @@ def test_other_lists_are_refused(kind, init_cfg):
         getattr(mm, kind)('test_vmamba', init_cfg=init_cfg)
 
 
+@pytest.mark.slow
 def test_a_file_for_the_whole_model_spares_the_files_of_its_parts(tmp_path):
     """As they might be downloads."""
     source = randomised(Detector())
@@ -491,7 +509,8 @@ def served(tmp_path, monkeypatch):
     class Handler(http.server.SimpleHTTPRequestHandler):
         def do_GET(self):
             asked.append(self.path)
-            data = (folder / self.path.lstrip('/')).read_bytes() if (folder / self.path.lstrip('/')).is_file() else None
+            path = folder / self.path.lstrip('/')
+            data = path.read_bytes() if path.is_file() else None
             self.send_response(200 if data is not None else 404)
             self.send_header('Content-Length', len(data or b''))
             self.end_headers()
@@ -587,10 +606,7 @@ def fake(monkeypatch):
         def isdir(self, path):
             return any(name.startswith(f'{str(path).rstrip("/")}/') for name in files)
 
-    for registry in (fileio.backends, fileio.backends.registry_utils):
-        for name in ('backends', 'prefix_to_backends'):
-            if isinstance(getattr(registry, name, None), dict):
-                monkeypatch.setattr(registry, name, getattr(registry, name))
+    monkeypatch.setattr('mmengine.fileio.io.backend_instances', {})  # which keeps those of other tests
     fileio.register_backend('fake', Fake, prefixes='fake', force=True)
     yield files
     fileio.backends.backends.pop('fake')
