@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import uuid
+from pathlib import Path
 
 import make_datasets
 import mmengine.config.config
@@ -400,7 +401,7 @@ DETECTORS = {
 @pytest.mark.parametrize('name', DETECTORS)
 def test_heads_of_detectors(name):
     """Of every kind: one, several, cascades, things and stuff; what counts something else is left alone."""
-    cfg = Config.fromfile(next((mmengine.utils.get_installed_path('mmdet'),)) + f'/.mim/configs/{name}.py')
+    cfg = Config.fromfile(Path(mmdet.__file__).parent / '.mim' / 'configs' / f'{name}.py')
     init_default_scope('mmdet')
     dataset = cfg.train_dataloader.dataset
     while 'dataset' in dataset:
