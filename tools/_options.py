@@ -108,7 +108,7 @@ def _check_option(content: dict[str, Any], key: str, value: Any, options: Mappin
         here = '.'.join(path)
         if isinstance(node, list | tuple):
             if not name.isdigit() or int(name) >= len(node):
-                raise UsageError(f'--cfg-options {key}: {here} must be followed by 0 to {len(node) - 1}, got {name!r}.')
+                raise UsageError(f'--cfg-options {key}: {here} has entries 0 to {len(node) - 1}, got {name!r}.')
             old = node[int(name)]
         elif isinstance(node, dict):
             defaults, closed = _takes(content, path, node)
@@ -126,7 +126,8 @@ def _check_option(content: dict[str, Any], key: str, value: Any, options: Mappin
             old = default if old is None else old
         else:
             return  # merging the change says what is wrong
-        node, path = old, (*path, name)
+        path = (*path, name)
+        node = {} if old is None and len(path) <= len(above) else old  # a dictionary that the change begins
     need = _misfit(node, value)
     if need:
         raise UsageError(f'--cfg-options {key} must be {need}, as {_short(node)} in its place is, got {value!r}.')
