@@ -13,7 +13,6 @@ import sys
 import uuid
 from pathlib import Path
 
-import mmengine.config.config
 import pytest
 import timm
 import torch
@@ -47,7 +46,7 @@ FAMILIES = {
     'spatialmamba_micro': 'spatial_mamba_tiny',
 }
 
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = pytest.mark.usefixtures('one_thread', 'quick_configs')
 
 
 # ---- the stand-in ----------------------------------------------------------------------------------------------------
@@ -438,21 +437,6 @@ def test_it_is_found_from_every_registry_and_takes_any_model(registry, name):
 
 
 # ---- configs ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope='module', autouse=True)
-def _quick_configs():
-    """Spare what takes mmengine seconds: looking for a base in all metafiles first, and setting a config's text."""
-    module = mmengine.config.config
-
-    def in_no_metafile(*args):
-        raise ValueError
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, '_get_external_cfg_path', in_no_metafile)
-        patch.setattr(module, 'is_installed', functools.cache(module.is_installed))
-        patch.setattr(module, 'FormatCode', lambda text, **kwargs: (text, True))
-        yield
 
 
 def load_config(name, data, work_dir, **options):
