@@ -109,9 +109,15 @@ def read_config(args: argparse.Namespace) -> 'Config':
     from ._options import check_options, parse_option
 
     path = find_config(args.config)
-    options = dict(parse_option(option) for option in args.cfg_options)
+    try:
+        options = dict(parse_option(option) for option in args.cfg_options)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     cfg = load_config(args.config)
-    check_options(cfg, options)
+    try:
+        check_options(cfg, options)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     if args.data_root is not None:
         _move_data(cfg, args.data_root)
     try:

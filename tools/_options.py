@@ -10,8 +10,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ._common import UsageError
-
 if TYPE_CHECKING:
     from mmengine.config import Config
 
@@ -37,13 +35,13 @@ def parse_option(option: str) -> tuple[str, Any]:
     DictAction would drop it: dictionaries, and quotes, which keep blanks and make words of numbers.
 
     Raises:
-        UsageError: It is not of this form.
+        ValueError: It is not of this form.
     """
     from mmengine.config import DictAction
 
     key, equals, text = option.partition('=')
     if not key or not equals:
-        raise UsageError(f'--cfg-options must be KEY=VALUE, such as train_cfg.max_epochs=2, got {option!r}.')
+        raise ValueError(f'--cfg-options must be KEY=VALUE, such as train_cfg.max_epochs=2, got {option!r}.')
     try:
         value = ast.literal_eval(text.strip())
     except (SyntaxError, ValueError):
@@ -54,7 +52,7 @@ def parse_option(option: str) -> tuple[str, Any]:
     words = re.search(r'[^\s,([]\s+[^\s,)\]]', text)  # a blank within a word, which DictAction would drop
     brackets = all(text.count(start) == text.count(end) for start, end in ('()', '[]'))
     if '{' in text or 'dict(' in text or not brackets or (words and re.search(r'[,([]', text)):
-        raise UsageError(
+        raise ValueError(
             f'--cfg-options values in brackets must be Python literals or words without blanks, got {option!r}.'
         )
     if words:
@@ -79,7 +77,7 @@ def check_options(cfg: 'Config', options: Mapping[str, Any]) -> None:
         options: New values by dotted keys.
 
     Raises:
-        UsageError: A key has no effect, or a value is of another kind.
+        ValueError: A key has no effect, or a value is of another kind.
     """
     content = cfg.to_dict()
     for key, value in options.items():
@@ -108,14 +106,14 @@ def _check_option(content: dict[str, Any], key: str, value: Any, options: Mappin
         here = '.'.join(path)
         if isinstance(node, list | tuple):
             if not name.isdigit() or int(name) >= len(node):
-                raise UsageError(f'--cfg-options {key}: {here} must be followed by 0 to {len(node) - 1}, got {name!r}.')
+                raise ValueError(f'--cfg-options {key}: {here} has entries 0 to {len(node) - 1}, got {name!r}.')
             old = node[int(name)]
         elif isinstance(node, dict):
             defaults, closed = _takes(content, path, node)
             names = {*defaults, *(node if path else ())}
             if closed and name not in names and not (here == 'default_hooks' and f'{here}.{name}.type' in options):
                 what = f'{here} takes' if path else 'what reads the config takes'
-                raise UsageError(f'--cfg-options {key}: {what} no {name!r}.{_nearest(name, path, names, content)}')
+                raise ValueError(f'--cfg-options {key}: {what} no {name!r}.{_nearest(name, path, names, content)}')
             near = difflib.get_close_matches(name, node, n=1, cutoff=0.85)
             if name not in node and name not in defaults and near:
                 print(f'note: {key} is new to the config, where {here} has {near[0]!r}.', file=sys.stderr)
@@ -126,10 +124,11 @@ def _check_option(content: dict[str, Any], key: str, value: Any, options: Mappin
             old = default if old is None else old
         else:
             return  # merging the change says what is wrong
-        node, path = old, (*path, name)
+        path = (*path, name)
+        node = {} if old is None and len(path) <= len(above) else old  # a dictionary that the change begins
     need = _misfit(node, value)
     if need:
-        raise UsageError(f'--cfg-options {key} must be {need}, as {_short(node)} in its place is, got {value!r}.')
+        raise ValueError(f'--cfg-options {key} must be {need}, as {_short(node)} in its place is, got {value!r}.')
 
 
 def _short(value: Any) -> str:

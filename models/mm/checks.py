@@ -199,14 +199,20 @@ def _counts(leaf: Any, model: nn.Module) -> Iterator[tuple[str, int, int]]:
     elif hasattr(leaf, 'cat_ids') and not getattr(leaf, 'return_classes', False):  # heads for texts have other sizes
         things = len(leaf.metainfo.get('thing_classes', classes))
         stuff = len(leaf.metainfo.get('stuff_classes', ()))
+        heads: list[str] = []
         for name, module in model.named_modules():
-            if {'backbone', 'rpn_head'} & set(name.split('.')) or type(module).__name__ == 'FusedSemanticHead':
-                continue  # a backbone's own classes; object or not; and stuff, which boxes do not have
+            if {'', 'backbone', 'rpn_head'} & set(name.split('.')) or type(module).__name__ == 'FusedSemanticHead':
+                continue  # the whole; a backbone's own classes; object or not; and stuff, which boxes do not have
+            within = any(name.startswith(f'{head}.') for head in heads)
+            if within and not name.rpartition('.')[2].startswith('loss'):
+                continue  # what a head builds by its own number
             if hasattr(module, 'num_things_classes'):
                 yield f'{name}.num_things_classes', things, module.num_things_classes
                 yield f'{name}.num_stuff_classes', stuff, module.num_stuff_classes
+                heads.append(name)
             elif isinstance(getattr(module, 'num_classes', None), int):
                 yield f'{name}.num_classes', things, module.num_classes  # type: ignore[misc]
+                heads.append(name)
 
 
 def _check_categories(leaf: Any, classes: Sequence[str], model: nn.Module) -> None:

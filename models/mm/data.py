@@ -306,12 +306,13 @@ class GuardedDataset(Dataset):
 
     def __init__(self, dataset: Dataset | dict[str, Any], skip: bool = False) -> None:
         if isinstance(dataset, dict):
+            cfg = dataset
             try:
-                dataset = DATASETS.build(dataset)
+                dataset = DATASETS.build(cfg)
             except ValueError as error:
                 if 'at least one array' not in str(error):  # with which mmengine fails to pack no samples
                     raise
-                dataset = DATASETS.build(dict(dataset, serialize_data=False))
+                dataset = DATASETS.build({**cfg, 'serialize_data': False})
             if hasattr(dataset, 'full_init'):
                 dataset.full_init()
         self.dataset: Any = dataset

@@ -2,16 +2,15 @@
 """What is wrong with data or config is said in a sentence before the first iteration."""
 
 import copy
-import functools
 import importlib
 import json
 import os
 import shutil
 import signal
 import uuid
+from pathlib import Path
 
 import make_datasets
-import mmengine.config.config
 import numpy as np
 import pytest
 import torch
@@ -25,7 +24,7 @@ from vssm.models import mm
 from vssm.models.mm import checks
 from vssm.tools._common import find_config
 
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = pytest.mark.usefixtures('one_thread', 'quick_configs')
 
 CELLS = ('cell', 'nucleus', 'debris')
 FIELDS = ('soil', 'wheat', 'maize', 'road', 'water')
@@ -131,21 +130,6 @@ def test_mixed_labels_are_as_many_as_the_classes():
 mmdet = pytest.importorskip('mmdet', reason="mmdet is not installed: pip install '.[mmlab]'")
 for module in ('mmdet.models', 'mmdet.datasets', 'mmseg.models', 'mmseg.datasets'):
     importlib.import_module(module)
-
-
-@pytest.fixture(scope='module', autouse=True)
-def _quick_configs():
-    """Spare what takes mmengine seconds: looking for a base in all metafiles first, and setting a config's text."""
-    module = mmengine.config.config
-
-    def in_no_metafile(*args):
-        raise ValueError
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, '_get_external_cfg_path', in_no_metafile)
-        patch.setattr(module, 'is_installed', functools.cache(module.is_installed))
-        patch.setattr(module, 'FormatCode', lambda text, **kwargs: (text, True))
-        yield
 
 
 @pytest.fixture(scope='session')
@@ -400,7 +384,7 @@ DETECTORS = {
 @pytest.mark.parametrize('name', DETECTORS)
 def test_heads_of_detectors(name):
     """Of every kind: one, several, cascades, things and stuff; what counts something else is left alone."""
-    cfg = Config.fromfile(next((mmengine.utils.get_installed_path('mmdet'),)) + f'/.mim/configs/{name}.py')
+    cfg = Config.fromfile(Path(mmdet.__file__).parent / '.mim' / 'configs' / f'{name}.py')
     init_default_scope('mmdet')
     dataset = cfg.train_dataloader.dataset
     while 'dataset' in dataset:
