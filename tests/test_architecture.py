@@ -121,7 +121,7 @@ ROOMS = {
     'ops/scan/triton': {'ops'},
     'models': {'models/weights', 'ops'},
     'models/mil': {'models', 'models/weights'},
-    'models/mm': {'models', 'models/mil', 'models/weights', 'src/vssm'},
+    'models/mm': {'models', 'models/mil', 'models/weights', 'ops', 'src/vssm'},
     'models/mm/mmcv_ext': set(),
     'models/weights': {'models', 'src/vssm'},
     'tools': {'configs', 'models', 'models/mil', 'models/mm', 'models/weights', 'ops', 'src/vssm'},

@@ -92,18 +92,3 @@ def small_config():
         }
 
     return lambda task, model_name: dict(imagenet=imagenet, ade20k=ade20k, coco=coco)[task](model_name)
-
-
-@pytest.fixture(scope='module')
-def quick_configs():
-    """Spare what takes mmengine seconds: looking for a base in all metafiles first, and setting a config's text."""
-    module = pytest.importorskip('mmengine.config.config')
-
-    def in_no_metafile(*args):
-        raise ValueError
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, '_get_external_cfg_path', in_no_metafile)
-        patch.setattr(module, 'is_installed', functools.cache(module.is_installed))
-        patch.setattr(module, 'FormatCode', lambda text, **kwargs: (text, True))
-        yield

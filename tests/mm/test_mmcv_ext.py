@@ -361,7 +361,7 @@ TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2}
 
 @pytest.mark.parametrize('dtype', TOLERANCES, ids=str)
 @pytest.mark.parametrize('name', CASES)
-def test_values_and_gradients(name, dtype, called, monkeypatch, assert_close):
+def test_an_operator_and_its_gradients(name, dtype, called, monkeypatch, assert_close):
     case, tolerance = CASES[name](), TOLERANCES[dtype]
     if name == 'carafe_naive':
         monkeypatch.setattr(Tensor, 'is_cuda', True, raising=False)  # which its backward pass asks for
