@@ -180,7 +180,10 @@ def test_files_of_something_else_are_refused(tmp_path):
 @pytest.mark.parametrize(
     'kwargs, said',
     [
-        (dict(init_cfg=dict(type='Normal')), "init_cfg must be dict(type='Pretrained', checkpoint=FILE), got"),
+        (
+            dict(init_cfg=dict(type='Normal')),
+            "init_cfg must be dict(type='Pretrained', checkpoint=FILE) or a list of one",
+        ),
         (dict(pretrained='a.pth'), "pretrained must be True or False, and False where init_cfg names a file, got 'a.p"),
         (dict(pretrained=True, **from_file('a.pth')), 'pretrained must be True or False'),
         (dict(frozen_stages=5), 'frozen_stages must be -1, or 0 to 4 for test_vmamba, got 5'),

@@ -9,5 +9,5 @@ import pytest
 def test_damaged_files_are_refused_or_give_the_same(kind, tmp_path):
     if kind == 'run':
         pytest.importorskip('vssm.models.mm')
-    outcomes = flip_loop.flip_loop(kind, 20, tmp_path, seed=1)
-    assert outcomes['changed'] == 0 and outcomes['refused'] > 10
+    outcomes = flip_loop.flip_loop(kind, 6, tmp_path, seed=1)
+    assert outcomes['changed'] == 0 and outcomes['refused'] >= 4
