@@ -34,33 +34,14 @@ def folder(tmp_path):
     return tmp_path
 
 
-SMALL = {
-    'cells': {
-        'model.neck.in_channels': [32, 48, 64, 96],
-        'model.test_cfg.rcnn.score_thr': 0.0,  # two steps make no confident detector
-        'default_hooks.visualization.score_thr': 0.0,
-        **{f'{name}_dataloader.dataset.pipeline.{i}.scale': (128, 96) for name, i in (('train', 2), ('val', 1))},
-        'test_dataloader.dataset.pipeline.1.scale': (128, 96),
-    },
-    'fields': {
-        'model.decode_head': dict(in_channels=[32, 48, 64, 96], channels=32),
-        'model.auxiliary_head': dict(in_channels=64, channels=16),
-        'model.data_preprocessor.size': (64, 64),
-        'train_dataloader.dataset.pipeline.2.scale': (256, 64),
-        'train_dataloader.dataset.pipeline.3.crop_size': (64, 64),
-        'val_dataloader.dataset.pipeline.1.scale': (256, 64),
-        'test_dataloader.dataset.pipeline.1.scale': (256, 64),
-        'default_hooks.checkpoint.interval': 2,
-        'train_cfg.val_interval': 2,
-    },
-}
 METRIC = dict(cells='coco/segm_mAP', fields='mIoU')
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', SMALL)
-def test_a_config_of_ones_own_trains_resumes_tests_and_draws(name, folder):
-    options = {'model.backbone.model_name': 'test_vmamba', 'model.backbone.pretrained': False, **SMALL[name]}
+@pytest.mark.parametrize('name', METRIC)
+def test_a_config_of_ones_own_trains_resumes_tests_and_draws(name, small_config, folder):
+    options = dict(small_config(dict(cells='coco', fields='ade20k')[name], 'test_vmamba')[1])
+    options |= {'default_hooks.visualization.score_thr': 0.0} if name == 'cells' else {}
     for loader in ('train', 'val', 'test'):
         options |= {f'{loader}_dataloader.num_workers': 0, f'{loader}_dataloader.persistent_workers': False}
 
