@@ -41,7 +41,9 @@ def unfit_numbers(state_dict: dict[str, Tensor], own: dict[str, Tensor], limit: 
         own: Names and tensors of the network.
         limit: Number of names to list of each kind of misfit.
     """
-    pairs = [(name, value, own[name]) for name, value in state_dict.items() if name in own]
+    # Subclasses, as of quantised and distributed tensors, have numbers of their own, which are not looked at.
+    plain = {name: value for name, value in state_dict.items() if type(value) in (Tensor, nn.Parameter)}
+    pairs = [(name, value, own[name]) for name, value in plain.items() if name in own]
     listed = []
     unlike = [(name, value, ours) for name, value, ours in pairs if not _is_like(value, ours)]
     if unlike:

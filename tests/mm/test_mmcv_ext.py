@@ -587,7 +587,7 @@ def test_focal_loss_of_mmdet_on_a_gpu(called, on_gpu):
     registry = pytest.importorskip('mmdet.registry', reason="mmdet is not installed: pip install '.[mmlab]'")
     importlib.import_module('mmdet.models')
     target, weight = torch.tensor([0, 3, 2, 1, 3]), torch.rand(5)
-    loss = registry.MODELS.build(dict(type='FocalLoss'))
+    loss = registry.MODELS.build(dict(type='mmdet.FocalLoss'))
     loss_of = functools.partial(loss.forward, target=target, weight=weight, avg_factor=3)
     loss.forward = loss_of
     cpu, gpu = both_ways(lambda: loss, [3 * torch.randn(5, 3)], on_gpu)
@@ -604,7 +604,7 @@ def test_focal_loss_of_mmseg_on_a_gpu(called, on_gpu):
     p = torch.where(own == 1, x, -x).sigmoid()
     expected = (torch.where(own == 1, 0.5, 0.5) * (1 - p) ** 2 * -p.log() * (target < 3)[:, None]).mean()
     on_gpu()
-    loss = registry.MODELS.build(dict(type='FocalLoss'))(x, target)
+    loss = registry.MODELS.build(dict(type='mmseg.FocalLoss'))(x, target)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(*(torch.autograd.grad(value, x)[0] for value in (loss, expected)))
     assert called == {'sigmoid_focal_loss_forward', 'sigmoid_focal_loss_backward'}

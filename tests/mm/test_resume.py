@@ -22,7 +22,7 @@ from mmengine.config import Config  # noqa: E402
 from mmengine.registry import RUNNERS  # noqa: E402
 
 from vssm.models import mm  # noqa: E402
-from vssm.models.mm import compare, identity, saved, utils  # noqa: E402
+from vssm.models.mm import compare, content, identity, saved, utils  # noqa: E402
 from vssm.tools._common import find_config  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -352,8 +352,8 @@ def test_a_checkpoint_that_is_nothing_does_not_end_the_search(content, work_dir)
 
 
 def test_an_error_without_a_text_is_named(work_dir, monkeypatch):
-    monkeypatch.setattr(torch, 'load', lambda *args, **kwargs: (_ for _ in ()).throw(EOFError))
-    with pytest.raises(ValueError, match=r'epoch_1\.pth cannot be read: EOFError$'):
+    monkeypatch.setattr(content, 'open_archive', lambda *args, **kwargs: (_ for _ in ()).throw(EOFError))
+    with pytest.raises(ValueError, match=r'epoch_1\.pth .* cannot be read as such \(EOFError\)'):
         mm.read_run(work_dir / 'epoch_1.pth')
 
 
