@@ -141,7 +141,7 @@ def _misfit(old: Any, new: Any) -> str | None:
     if old is None or new is None or isinstance(old, type):  # a signature's mark of no default is a type
         return None
     if isinstance(old, bool):
-        return None if isinstance(new, bool) else 'True or False'
+        return None if isinstance(new, int) and new in (0, 1) else 'True or False'  # True and False are 1 and 0
     if isinstance(old, int | float):
         return 'a number' if isinstance(new, str | bool | dict) else None
     if isinstance(old, dict):

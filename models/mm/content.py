@@ -3,7 +3,7 @@
 
 import functools
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,10 @@ class _Array(_Noted):
         return numbers.reshape(shape, order='F' if by_columns else 'C')
 
 
+class _Counter(_Noted):
+    pass
+
+
 class _History(_Noted):
     pass
 
@@ -69,6 +73,7 @@ def _known() -> dict[str, Any]:
         'builtins.complex': complex,
         'builtins.frozenset': frozenset,
         'builtins.set': set,
+        'collections.Counter': _Counter,  # of a schedule's milestones
         'mmengine.logging.history_buffer.HistoryBuffer': _History,
         'numpy.dtype': _Dtype,
         'numpy.ndarray': None,  # an argument of _reconstruct, of which there is but one
@@ -116,6 +121,8 @@ class _Plain:
             return self.load(value).to(self.device)
         if isinstance(value, _Array):
             return value.make()
+        if isinstance(value, _Counter):
+            return Counter(self(dict(*value.args), where))
         if isinstance(value, _History):
             return self._history(value.state, where)
         if isinstance(value, dict):

@@ -17,12 +17,14 @@ from mmengine import fileio
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer, MMLogger
 from mmengine.model import BaseModel, BaseModule, PretrainedInit
+from mmengine.registry import PARAM_SCHEDULERS
 from mmengine.runner import CheckpointLoader, Runner, load_checkpoint
 from mmengine.runner import checkpoint as loaders
 from safetensors.torch import save_file
 from torch import nn
 
 from vssm.models import mm
+from vssm.models.mm.content import read_content
 from vssm.models.mm.loading import load_whole, without_pretrained
 from vssm.models.mm.sources import has_folder, local_file, read_weights
 from vssm.models.vmamba import checkpoint_filter_fn
@@ -630,6 +632,31 @@ def test_files_of_a_backend(fake, tmp_path):
         read_weights('fake://absent.pth')
     with pytest.raises(ValueError, match=r'strange://file.pth cannot be fetched by a backend of mmengine.fileio'):
         read_weights('strange://file.pth')
+
+
+SCHEDULERS = {
+    'ConstantLR': dict(factor=0.5),
+    'CosineAnnealingLR': dict(T_max=4),
+    'CosineRestartLR': dict(periods=[2, 2], restart_weights=[1, 0.5], eta_min=0.0),
+    'ExponentialLR': dict(gamma=0.9),
+    'LinearLR': dict(start_factor=0.1, end=3),
+    'MultiStepLR': dict(milestones=[2, 3]),
+    'PolyLR': dict(end=6),
+    'ReduceOnPlateauLR': dict(monitor='loss'),
+    'StepLR': dict(step_size=2),
+}
+
+
+@pytest.mark.parametrize('name', SCHEDULERS)
+def test_the_state_of_a_schedule_is_read_as_it_was(name, tmp_path):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0, momentum=0.9)
+    scheduler = PARAM_SCHEDULERS.build(dict(SCHEDULERS[name], type=name, optimizer=optimizer))
+    torch.save(dict(state=scheduler.state_dict()), tmp_path / 'state.pth')
+    state = read_content(tmp_path / 'state.pth')['state']
+    assert state == scheduler.state_dict()
+    assert {key: type(value) for key, value in state.items()} == {
+        key: type(value) for key, value in scheduler.state_dict().items()
+    }
 
 
 def test_a_folder_of_data_is_asked_of_its_backend(fake, tmp_path):

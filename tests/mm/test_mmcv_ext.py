@@ -386,7 +386,7 @@ def test_an_operator_and_its_gradients(name, dtype, called, monkeypatch, assert_
     assert any(other.endswith('forward') for other in called) and any('backward' in other for other in called)
 
 
-@pytest.mark.parametrize('wanted', itertools.product((False, True), repeat=3), ids=str)
+@pytest.mark.parametrize('wanted', list(itertools.product((False, True), repeat=3)), ids=str)
 def test_each_gradient_of_a_deformable_convolution_alone(wanted, called, assert_close):
     """mmcv asks for that of the weights by a call of its own, here twice over one graph with other gradients."""
     case = deform_conv()
