@@ -16,13 +16,10 @@ if TYPE_CHECKING:
 # What a config may have at its top beside the arguments of mmengine's Runner: what it and ours read from the config.
 _TOP_KEYS = {
     *('activation_checkpointing', 'compile', 'custom_imports', 'dataset', 'device', 'efficient_conv_bn_eval'),
-    *('find_unused_parameters', 'model_wrapper_cfg', 'num_threads', 'runner_type', 'sync_bn'),
+    *('find_unused_parameters', 'force', 'model_wrapper_cfg', 'num_threads', 'runner_type', 'sync_bn'),
     *('tta_model', 'tta_pipeline', 'unreadable'),
 }
-_HOOK_NAMES = {
-    *('runtime_info', 'timer', 'sampler_seed', 'logger', 'param_scheduler', 'checkpoint'),  # mmengine's
-    *('seed', 'finite_loss', 'pending_gradients', 'progress', 'shared_buffers', 'unreadable'),  # TimmRunner's
-}
+_MMENGINE_HOOKS = ('runtime_info', 'timer', 'sampler_seed', 'logger', 'param_scheduler', 'checkpoint')
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -227,7 +224,9 @@ def _plain(name: str, node: dict[str, Any]) -> dict[str, Any] | None:
     if name == 'randomness':
         return _signature(Runner.set_randomness)[0]
     if name == 'default_hooks':
-        return dict.fromkeys(_HOOK_NAMES)
+        from ..models.mm.runner import OWN_HOOKS
+
+        return dict.fromkeys((*_MMENGINE_HOOKS, *OWN_HOOKS))
     known = dict(
         auto_scale_lr=('enable', 'base_batch_size'),
         env_cfg=('cudnn_benchmark', 'mp_cfg', 'dist_cfg', 'resource_limit'),

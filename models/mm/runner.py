@@ -35,6 +35,18 @@ __all__ = ['TimmRunner']
 _OWN_WARNINGS = re.compile('FileClient|HardDiskBackend|Advance dataloader|The prefix is not|Resumed iteration number')
 
 
+# The hooks of a TimmRunner beside mmengine's, by their names under default_hooks; the last two only where needed.
+OWN_HOOKS = dict(
+    seed='SeedHook',
+    finite_loss='FiniteLossHook',
+    missed_evaluation='MissedEvaluationHook',
+    pending_gradients='PendingGradientsHook',
+    progress='ProgressHook',
+    shared_buffers='SharedBuffersHook',
+    unreadable='UnreadableImagesHook',
+)
+
+
 @RUNNERS.register_module()
 class TimmRunner(ResumableRunner):
     """A Runner with a quiet console, whose runs can be killed at any moment, see `ResumableRunner`.
@@ -91,17 +103,8 @@ class TimmRunner(ResumableRunner):
         return super().build_visualizer(visualizer)
 
     def register_default_hooks(self, hooks: dict[str, Any] | None = None) -> None:
-        ours = dict(
-            seed=dict(type='SeedHook'),
-            finite_loss=dict(type='FiniteLossHook'),
-            missed_evaluation=dict(type='MissedEvaluationHook'),
-            pending_gradients=dict(type='PendingGradientsHook'),
-            progress=dict(type='ProgressHook'),
-        )
-        if self.distributed:
-            ours['shared_buffers'] = dict(type='SharedBuffersHook')
-        if self.cfg.get('unreadable') == 'skip':
-            ours['unreadable'] = dict(type='UnreadableImagesHook')
+        needed = dict(shared_buffers=self.distributed, unreadable=self.cfg.get('unreadable') == 'skip')
+        ours = {name: dict(type=kind) for name, kind in OWN_HOOKS.items() if needed.get(name, True)}
         hooks = {**ours, **(hooks or {})}
         if (hooks.get('checkpoint') or {}).get('max_keep_ckpts') == 1:
             raise ValueError(

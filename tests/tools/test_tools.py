@@ -302,7 +302,7 @@ def test_options_without_an_effect_are_refused(option, said, capsys, tmp_path, m
             'optim_wrapper.optimizer.betas=0.9,0.99',
         ],
         ['optim_wrapper.optimizer.layer_decay=0.7', 'optim_wrapper.clip_grad=None', 'train_cfg.val_begin=3'],
-        ['train_cfg.by_epoch=false', 'train_cfg.max_iters=5'],
+        ['train_cfg.by_epoch=false', 'train_cfg.max_iters=5', 'force=true'],
         ['default_hooks.timing.type=IterTimerHook', 'default_hooks.checkpoint.save_best=auto', 'unreadable=skip'],
         ["custom_hooks=[{'type': 'EMAHook'}]", 'find_unused_parameters=true', 'experiment_name=a', 'log_level=DEBUG'],
         ['train_dataloader.num_batch_per_epoch=2', 'train_dataloader.dataset.affine.shear=3', 'load_from=FILE'],
@@ -320,6 +320,13 @@ def test_options_that_something_takes_may_be_new(options, capsys):
             node = node[name]
         assert node == value
     assert not capsys.readouterr().err
+
+
+def test_any_hook_of_a_run_may_be_left_out():
+    mm = pytest.importorskip('vssm.models.mm.runner')
+    options = [f'default_hooks.{name}=None' for name in mm.OWN_HOOKS]
+    cfg = _common.read_config(make_parser().parse_args(['train', 'digits/vmamba2d_test', '--cfg-options', *options]))
+    assert {name for name, hook in cfg.default_hooks.items() if hook is None} == mm.OWN_HOOKS.keys()
 
 
 def test_a_new_key_that_is_nearly_an_old_one_is_noted(capsys):
