@@ -16,9 +16,9 @@ ROOT = Path(__file__).parents[2]
 TOP = ('README.md', 'DESIGN.md', 'CONTRIBUTING.md', 'MODEL_ZOO.md')
 PAGES = (*(ROOT / name for name in TOP), *sorted((ROOT / 'docs').glob('*.md')))
 
-# What PyTorch and torchao say of themselves.
+# What PyTorch, torchao and OpenMMLab say of themselves.
 IGNORED = (
-    'ignore:`torch.jit.script_method` is deprecated:DeprecationWarning',
+    'ignore:`torch.jit.:DeprecationWarning',  # the beginning of what PyTorch says to libraries that script
     'ignore::FutureWarning',
     'ignore::UserWarning',
 )
