@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing files: as a whole, or not at all."""
+"""Files: written as a whole or not at all; and how what they say is shown."""
 
 import os
 import re
@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ['leftovers', 'replacing']
+__all__ = ['leftovers', 'printable', 'reason', 'replacing']
 
 
 @contextmanager
-def replacing(path: str | os.PathLike, like: str | os.PathLike | None = None) -> Iterator[Path]:
+def replacing(path: str | os.PathLike, like: str | os.PathLike | None = None, owner: str = '') -> Iterator[Path]:
     """A path to write to, whose file takes the place of `path` as a whole or, after an error, not at all.
 
     The temporary file lies beside `path`, under a name that no other writer takes.
@@ -21,12 +21,13 @@ def replacing(path: str | os.PathLike, like: str | os.PathLike | None = None) ->
     Args:
         path: The file that is to be there in the end.
         like: File whose permissions the new one gets; unless given, it gets those of any new file.
+        owner: Name of the writer, of letters and digits, by which `leftovers` knows what it left.
 
     Raises:
         OSError: The file cannot be written; one of that name stays as it was.
     """
     path = Path(path)
-    temporary = path.with_name(f'.{path.name}.{secrets.token_hex(8)}.tmp')
+    temporary = path.with_name('.'.join(['', path.name, *filter(None, [owner]), secrets.token_hex(8), 'tmp']))
     try:
         yield temporary
         with open(temporary, 'rb') as file:
@@ -42,6 +43,20 @@ def replacing(path: str | os.PathLike, like: str | os.PathLike | None = None) ->
         temporary.unlink(missing_ok=True)
 
 
-def leftovers(folder: str | os.PathLike) -> list[Path]:
-    """The temporary files of `replacing` in a folder, whose writers are at work or were killed."""
-    return [path for path in Path(folder).iterdir() if re.fullmatch(r'\..+\.[0-9a-f]{16}\.tmp', path.name)]
+def leftovers(folder: str | os.PathLike, owner: str) -> list[Path]:
+    """The temporary files of `replacing` in a folder that one writer made, which is at work or was killed."""
+    pattern = rf'\..+\.{re.escape(owner)}\.[0-9a-f]{{16}}\.tmp'
+    return [path for path in Path(folder).iterdir() if re.fullmatch(pattern, path.name)]
+
+
+def printable(text: str) -> str:
+    """Text from a file, fit for a terminal or a log: control characters, which could command either, are spelt out."""
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+
+
+def reason(error: Exception) -> str:
+    """The text of an error that a reader of files raised, without PyTorch's advice to run what a file holds."""
+    text = str(error)
+    if 'weights_only' in text:
+        return "the file holds what is not read without running it, and is refused; 'vssm convert' reads weights alone"
+    return '\n'.join(map(printable, text.split('\n')))

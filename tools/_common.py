@@ -2,7 +2,6 @@
 """What the subcommands share: the console, the error for bad input, and configs by name."""
 
 import argparse
-import ast
 import difflib
 import json
 import warnings
@@ -87,7 +86,11 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--work-dir', metavar='DIR', type=Path, help='where to write (default: work_dirs/CONFIG)')
     parser.add_argument('--data-root', metavar='DIR', help='folder of the data, in place of the one in the config')
     parser.add_argument(
-        '--cfg-options', metavar='KEY=VALUE', nargs='+', default=[], help='changes to the config; values as in Python'
+        '--cfg-options',
+        metavar='KEY=VALUE',
+        nargs='+',
+        default=[],
+        help='changes to the config; values as mmengine reads them, 2, 1e-3, true, a,b or [a,b], or as in Python',
     )
     parser.add_argument(
         '--launcher',
@@ -103,9 +106,18 @@ def read_config(args: argparse.Namespace) -> 'Config':
     Raises:
         UsageError: There is no such config, or an option does not fit it.
     """
+    from ._options import check_options, parse_option
+
     path = find_config(args.config)
-    options = dict(_parse_option(option) for option in args.cfg_options)
+    try:
+        options = dict(parse_option(option) for option in args.cfg_options)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     cfg = load_config(args.config)
+    try:
+        check_options(cfg, options)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     if args.data_root is not None:
         _move_data(cfg, args.data_root)
     try:
@@ -115,19 +127,6 @@ def read_config(args: argparse.Namespace) -> 'Config':
     cfg.work_dir = str(args.work_dir or Path('work_dirs', path.stem if args.config.endswith('.py') else args.config))
     cfg.launcher = args.launcher
     return cfg
-
-
-def _parse_option(option: str) -> tuple[str, Any]:
-    """Split KEY=VALUE; a value that is no Python literal is taken as text."""
-    key, equals, value = option.partition('=')
-    if not key or not equals:
-        raise UsageError(f'--cfg-options must be KEY=VALUE, such as train_cfg.max_epochs=2, got {option!r}.')
-    try:
-        return key, ast.literal_eval(value)
-    except (SyntaxError, ValueError):
-        if value.startswith(('[', '{', '(')):
-            raise UsageError(f'--cfg-options values in brackets must be Python literals, got {option!r}.') from None
-        return key, value
 
 
 def load_config(name: str) -> 'Config':
@@ -188,7 +187,7 @@ def build_runner(cfg: 'Config') -> 'Runner':
     """
     from mmengine.registry import RUNNERS
 
-    if cfg.get('load_from') and not Path(cfg.load_from).is_file():
+    if cfg.get('load_from') and cfg.get('resume') != 'auto' and not Path(cfg.load_from).is_file():
         raise UsageError(f'load_from must be a checkpoint, got {cfg.load_from}, which does not exist.')
     try:
         return RUNNERS.build(cfg)

@@ -3,7 +3,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..models import SpatialMamba, VMamba
-from ..ops import selective_scan_fvcore_macs, state_fusion_fvcore_macs, use_reference
+from ..ops import use_reference
+from ..ops.counting import ACTIVATIONS, MACS
 from ._models import count_params
 
 if TYPE_CHECKING:
@@ -48,13 +49,18 @@ def rules_of(model: nn.Module) -> dict[str, int]:
 
 @dataclass
 class Cost:
-    """Counts for one image; `modules` has those of each part, `uncounted` names what costs but fvcore leaves out."""
+    """Counts for one image.
+
+    `modules` has those of each part, `uncounted` names attentions, which fvcore leaves out, `missed` has the modules
+    whose parameters an operation uses that no formula counts.
+    """
 
     params: int
     activations: int
     macs: int
     modules: list[dict[str, Any]]
     uncounted: list[str]
+    missed: dict[str, list[str]]
 
 
 def count_fvcore(model: nn.Module, image: Tensor, depth: int = 0) -> Cost:
@@ -69,20 +75,18 @@ def count_fvcore(model: nn.Module, image: Tensor, depth: int = 0) -> Cost:
         depth: Number of levels of modules to list.
     """
     from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
-    from fvcore.nn.jit_analysis import JitModelAnalysis
     from fvcore.nn.jit_handles import elementwise_flop_counter
 
+    from ._trace import Trace
+
     macs, activations = (kind(model, image) for kind in (FlopCountAnalysis, ActivationCountAnalysis))
-    macs.set_op_handle('vssm::selective_scan', selective_scan_fvcore_macs)
-    macs.set_op_handle('vssm::state_fusion', state_fusion_fvcore_macs)
-    activations.set_op_handle('vssm::selective_scan', _scan_activations)
-    activations.set_op_handle('vssm::state_fusion', _fusion_activations)
+    macs.set_op_handle(**MACS)
+    activations.set_op_handle(**ACTIVATIONS)
     rules = rules_of(model)
     for name in ('batch_norm', 'mean') if rules != RULES else ():
         macs.set_op_handle(f'aten::{name}', elementwise_flop_counter(rules[name], 0))
 
-    both = JitModelAnalysis(model, image)  # one trace for the two
-    both.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings('none')
+    both = Trace(model, image)  # one for the two
     for name in {**macs._op_handles, **activations._op_handles}:
         both.set_op_handle(name, _both(macs._op_handles.get(name), activations._op_handles.get(name)))
     with torch.no_grad(), use_reference(False):  # the reference has other operations, which cost otherwise
@@ -98,8 +102,15 @@ def count_fvcore(model: nn.Module, image: Tensor, depth: int = 0) -> Cost:
         if name and name.count('.') < depth and name in counts
     ]
     uncounted = [op.removeprefix('aten::') for op in both.unsupported_ops() if 'attention' in op]
+    missed = {op: modules_of(names, model) for op, names in sorted((both.missed or {}).items()) if op not in uncounted}
     total = counts['']
-    return Cost(count_params(model), int(total['activations']), int(total['macs']), modules, uncounted)
+    return Cost(count_params(model), int(total['activations']), int(total['macs']), modules, uncounted, missed)
+
+
+def modules_of(parameters: Collection[str], model: nn.Module) -> list[str]:
+    """The modules that parameters belong to, in the model's order; the model itself by the names of its parameters."""
+    owners = [name.rpartition('.')[0] or name for name, _ in model.named_parameters() if name in parameters]
+    return list(dict.fromkeys(owners))
 
 
 def _both(macs: Callable | None, activations: Callable | None) -> Callable:
@@ -108,16 +119,6 @@ def _both(macs: Callable | None, activations: Callable | None) -> Callable:
         return sum(count.values()) if isinstance(count, Counter) else count
 
     return lambda *values: Counter(macs=total(macs, *values), activations=total(activations, *values))
-
-
-def _scan_activations(inputs: list[Any], outputs: list[Any]) -> int:
-    """The step sizes of every channel, a matrix product, where the op itself expands them."""
-    x, K, dt_weight = inputs[0].type().sizes(), inputs[2].type().sizes()[0], inputs[7]
-    return math.prod(x) * K if dt_weight.isCompleteTensor() else 0
-
-
-def _fusion_activations(inputs: list[Any], outputs: list[Any]) -> int:
-    return 3 * math.prod(inputs[0].type().sizes())  # three convolutions
 
 
 def count_torch(forward: Callable[[Tensor], Any], image: Tensor, rules: Mapping[str, int] | None = None) -> int:

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional as TF
 
+from ..models.files import reason
+from ..models.images import eight_bits, turn_upright
 from ..models.weights import convert, list_models
 from ._common import UsageError, write_file
 from ._models import find_timm_model
@@ -84,7 +86,7 @@ def build_models(args: argparse.Namespace) -> Iterator[tuple[Any, str, str]]:
             else:
                 model, weights = timm.create_model(name), f'random, seed {args.seed}'
         except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-            raise UsageError(str(error).partition('\n')[0]) from error
+            raise UsageError(reason(error).partition('\n')[0]) from error
         if getattr(model, 'in_chans', 3) != 3:
             raise UsageError(f'NAME must be a network for images of 3 channels, got {name} with {path} for another.')
         yield model.eval(), name, weights
@@ -115,12 +117,10 @@ def read_image(path: Path, size: int) -> Tensor:
     """
     try:
         with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode.startswith(('I', 'F')):  # a conversion would clip these to white
-                raise UsageError(f'{path} must have at most 8 bits a channel, got mode {picture.mode}.')
-            picture = picture.convert('RGBA')  # transparent parts show white
+            turn_upright(file)
+            picture = eight_bits(file).convert('RGBA')  # transparent parts show white
             image = TF.to_tensor(Image.alpha_composite(Image.new('RGBA', picture.size, 'white'), picture))[:3]
-    except (OSError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise UsageError(f'{path} must be an image that Pillow reads: {error}') from error
     return TF.center_crop(_resize(image, size), [size, size])
 

@@ -155,16 +155,15 @@ def _predict(checkpoints: dict[str, Path]) -> tuple['np.ndarray', 'np.ndarray', 
     """The held-out images, (images, H, W), their labels, (images,), and what each checkpoint says, (images,)."""
     import timm
     import torch
-    from safetensors import safe_open
 
     from ..models.mm import Digits
+    from ..models.weights import read_checkpoint
 
     digits = Digits('heldout')
     images = torch.stack([digits[i]['inputs'] for i in range(len(digits))])
     predictions = {}
     for scan, path in checkpoints.items():
-        with safe_open(path, framework='pt') as file:
-            metadata = file.metadata()
+        _, metadata = read_checkpoint(path)
         model_args = json.loads(metadata['model_args'])
         model = timm.create_model(metadata['model'], checkpoint_path=str(path), **model_args).eval()
         with torch.inference_mode():

@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--tta', action='store_true', help='test on several scales and flips, where the config has them'
     )
+    parser.add_argument('--force', action='store_true', help='test even a checkpoint that notes another model')
     add_run_arguments(parser)
 
 
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
         cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
         cfg.model = dict(**cfg.tta_model, module=cfg.model)
     cfg.load_from = str(args.checkpoint)
-    cfg.resume = False
+    cfg.resume, cfg.force = False, args.force
     runner = build_runner(cfg)
     from ..models.mm import RunError
 

@@ -24,7 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar='FILE',
         nargs='?',
         const=True,
-        help='after CONFIG: go on from a checkpoint of a training; without FILE from the last in the work dir, if any',
+        help="after CONFIG: go on from a checkpoint; without FILE from the last of the work dir's run, if there is one",
+    )
+    parser.add_argument(
+        '--force', action='store_true', help='go on even from a checkpoint of another model, batch, schedule or average'
     )
     parser.add_argument('--amp', action='store_true', help='compute in bfloat16 by autocast')
     parser.add_argument(
@@ -34,16 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     cfg = read_config(args)
-    from ..models.mm import RunError, numbered_checkpoints
+    from ..models.mm import RunError
 
+    cfg.force = args.force
     if args.resume is not None:
-        cfg.resume = True
+        cfg.resume = 'auto'
         if args.resume is not True:
-            cfg.load_from = args.resume
-        elif numbered_checkpoints(cfg.work_dir):
-            cfg.load_from = None  # the run goes on from its own checkpoints, not from where it started
-        elif cfg.get('load_from'):
-            cfg.resume = False  # there is nothing to go on from yet
+            cfg.resume, cfg.load_from = True, args.resume
     if args.amp:
         _use_bfloat16(cfg)
     if args.auto_scale_lr:

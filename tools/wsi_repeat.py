@@ -62,12 +62,12 @@ def run(args: argparse.Namespace) -> int:
 
 def train_and_test(cfg: 'Config') -> dict[str, float]:
     """The metrics of a config's best weights on its test data."""
-    from ..models.mm import RunError, numbered_checkpoints
+    from ..models.mm import RunError, current_run
 
     best = Path(cfg.work_dir, 'best.safetensors')
     cfg.experiment_name = '-'.join(Path(cfg.work_dir).parts)  # the name by which mmengine keeps loggers and histories
-    cfg.resume = bool(numbered_checkpoints(cfg.work_dir))
     try:
+        cfg.resume = current_run(cfg.work_dir) is not None
         build_runner(copy.deepcopy(cfg)).train()
         if not best.is_file():
             raise UsageError(f'CONFIG must have a BestHook in custom_hooks, so that {best} is there.')

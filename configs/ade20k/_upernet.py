@@ -22,7 +22,10 @@ default_hooks = dict(checkpoint=dict(interval=4000, max_keep_ckpts=3))
 auto_scale_lr = dict(enable=False, base_batch_size=16)
 optim_wrapper = dict(
     _delete_=True,
-    constructor='TimmOptimWrapperConstructor',  # norms, biases, decay rates and skips do not decay
+    constructor='TimmOptimWrapperConstructor',
+    # As the authors: what has "norm" in its published name does not decay; VMamba's norms of stem and downsampling have
+    # none. With None, timm's rule, no vector, bias, decay rate or skip decays.
+    paramwise_cfg=dict(no_decay=['*.blocks.*norm*', '*.outnorm*'], vectors_decay=True),
     optimizer=dict(type='adamw', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
 )
 param_scheduler = [

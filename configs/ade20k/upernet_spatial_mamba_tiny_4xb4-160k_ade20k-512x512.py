@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """UPerNet on Spatial-Mamba-T, ADE20K, 160k iterations; published: 48.6 / 49.4 mIoU at one scale / at several."""
 
-_base_ = './_upernet.py'
+_base_ = './_spatial_mamba.py'
 
 model = dict(
     backbone=dict(model_name='spatial_mamba_tiny'),

@@ -4,7 +4,7 @@
 _base_ = './_upernet.py'
 
 model = dict(
-    backbone=dict(model_name='vmamba_base', drop_path_rate=0.5),
+    backbone=dict(model_name='vmamba_base', drop_path_rate=0.6),
     decode_head=dict(in_channels=[128, 256, 512, 1024]),
     auxiliary_head=dict(in_channels=512),
 )

@@ -9,7 +9,10 @@ _base_ = [
 # 8 GPUs x 2 = 16, as in the base, whose auto_scale_lr has this size
 optim_wrapper = dict(
     _delete_=True,
-    constructor='TimmOptimWrapperConstructor',  # norms, biases, decay rates and skips do not decay
+    constructor='TimmOptimWrapperConstructor',
+    # As the authors: what has "norm" in its published name does not decay; VMamba's norms of stem and downsampling have
+    # none. With None, timm's rule, no vector, bias, decay rate or skip decays.
+    paramwise_cfg=dict(no_decay=['*.blocks.*norm*', '*.outnorm*'], vectors_decay=True),
     optimizer=dict(type='adamw', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
 )
 param_scheduler = [

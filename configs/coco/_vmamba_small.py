@@ -4,5 +4,5 @@
 _base_ = './_mask-rcnn.py'
 
 model = dict(
-    backbone=dict(model_name='vmamba_small'),
+    backbone=dict(model_name='vmamba_small', drop_path_rate=0.3),
 )

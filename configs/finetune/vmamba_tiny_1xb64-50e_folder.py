@@ -21,14 +21,14 @@ model = dict(
 train_dataloader = dict(
     batch_size=64,  # 1 GPU x 64
     drop_last=False,
-    dataset=dict(data_root='data/folder'),
+    dataset=dict(data_root='data/folder', upright=True),  # photographs turned as their EXIF orientation says
 )
-val_dataloader = dict(dataset=dict(data_root='data/folder', class_split='train'))
+val_dataloader = dict(dataset=dict(data_root='data/folder', class_split='train', upright=True))
 test_dataloader = val_dataloader
 val_evaluator = dict(topk=(1,))
 test_evaluator = val_evaluator
 
-optim_wrapper = dict(optimizer=dict(lr=2e-4, layer_decay=0.75))
+optim_wrapper = dict(paramwise_cfg=None, optimizer=dict(lr=2e-4, layer_decay=0.75))
 auto_scale_lr = dict(base_batch_size=64)
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-2, begin=0, end=5, convert_to_iter_based=True),

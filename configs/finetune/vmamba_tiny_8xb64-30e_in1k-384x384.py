@@ -25,7 +25,7 @@ val_dataloader = dict(
 )
 test_dataloader = val_dataloader
 
-optim_wrapper = dict(optimizer=dict(lr=5e-5, weight_decay=1e-8, layer_decay=0.8))
+optim_wrapper = dict(paramwise_cfg=None, optimizer=dict(lr=5e-5, weight_decay=1e-8, layer_decay=0.8))
 auto_scale_lr = dict(base_batch_size=512)
 param_scheduler = [dict(type='CosineAnnealingLR', eta_min_ratio=1e-2, begin=0, end=30, convert_to_iter_based=True)]
 train_cfg = dict(max_epochs=30)

@@ -10,7 +10,7 @@ model = dict(
     data_preprocessor=dict(
         type='ImagePreprocessor',
         random_erasing=dict(probability=0.25, mode='pixel'),
-        mixup=dict(mixup_alpha=0.8, cutmix_alpha=1.0, switch_prob=0.5, label_smoothing=0.1, num_classes=1000),
+        mixup=dict(mixup_alpha=0.8, cutmix_alpha=1.0, switch_prob=0.5, label_smoothing=0.1),
     ),
 )
 
@@ -26,6 +26,7 @@ train_dataloader = dict(
         type='ImageFolder',
         data_root='data/imagenet',
         split='train',
+        upright=False,  # as published
         transform=dict(input_size=224, is_training=True, auto_augment='rand-m9-mstd0.5-inc1', interpolation='bicubic'),
     ),
 )
@@ -41,6 +42,7 @@ val_dataloader = dict(
         data_root='data/imagenet',
         split='val',
         class_split='val',  # it has all classes, so that a test needs no training images
+        upright=False,
         transform=dict(input_size=224, crop_pct=0.875, interpolation='bicubic'),
     ),
 )
@@ -50,7 +52,10 @@ test_evaluator = val_evaluator
 
 optim_wrapper = dict(
     type='BFloat16OptimWrapper',
-    constructor='TimmOptimWrapperConstructor',  # norms, biases, decay rates and skips do not decay
+    constructor='TimmOptimWrapperConstructor',
+    # As the authors: beside vectors and biases the skips, one vector there, do not decay, but the decay rates do, and
+    # VMamba's biases of the step size. With None, timm's rule, these do not either.
+    paramwise_cfg=dict(no_decay=['*.D']),
     optimizer=dict(type='adamw', lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05),
     clip_grad=dict(max_norm=5.0),
 )
@@ -68,7 +73,9 @@ default_hooks = dict(
     checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=3),
 )
 custom_hooks = [
-    dict(type='EMAHook', momentum=1e-4),  # 1 - 0.9999; the average is evaluated, and written for timm
+    dict(
+        type='EMAHook', ema_type='StateAverage', momentum=1e-4
+    ),  # 1 - 0.9999; the average is evaluated, and written for timm
     dict(type='SafetensorsHook'),
 ]
 randomness = dict(seed=0)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Spatial-Mamba-T, ImageNet-1K, 300 epochs; published: 83.5 top-1."""
 
-_base_ = './_8xb128-300e.py'
+_base_ = './_spatial_mamba_8xb128-300e.py'
 
 model = dict(model_name='spatial_mamba_tiny', drop_path_rate=0.2)
 custom_hooks = [
-    dict(type='EMAHook', momentum=1e-4),
+    dict(type='EMAHook', ema_type='StateAverage', momentum=1e-4),
     dict(type='MESAHook', weight=1.0),
     dict(type='SafetensorsHook'),
 ]

@@ -4,7 +4,6 @@
 Rows of arrays are counted from 0.
 """
 
-import pickle
 import re
 from pathlib import Path
 
@@ -12,6 +11,8 @@ import h5py
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..weights.archive import Stored, open_archive
 
 __all__ = ['find_slide', 'read_slide']
 
@@ -100,13 +101,15 @@ def _read_h5(path: Path, key: str) -> Tensor:
 
 def _read_pt(path: Path) -> Tensor | dict[str, Tensor]:
     try:
-        content = torch.load(path, map_location='cpu', weights_only=True)
-    except (EOFError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        with open(path, 'rb') as file:
+            content, load, _ = open_archive(file)
+            values = dict(dict.items(content)) if isinstance(content, dict) else {'': content}
+            tensors = {key: load(value) for key, value in values.items() if isinstance(value, Stored)}
+    except Exception as error:  # of many kinds, as a file may be damaged anywhere
         raise ValueError(f'{path.name} cannot be read as tensors ({type(error).__name__}).') from error
-    values = content.values() if isinstance(content, dict) else [content]
-    if not all(isinstance(value, Tensor) for value in values):
+    if len(tensors) < len(values):
         raise ValueError(f'{path.name} must hold tensors, got {type(content).__name__}.')
-    return content
+    return tensors if isinstance(content, dict) else tensors['']
 
 
 def _check(path: Path, features: Tensor, coords: Tensor) -> tuple[Tensor, Tensor]:

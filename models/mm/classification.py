@@ -15,8 +15,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
-from ..weights import list_models, misfits, read_checkpoint, rename_fn
-from .utils import check_init
+from ..files import printable
+from ..weights import adapt_input, list_models, misfits, rename_fn
+from .sources import log_changes, naming, read_weights
+from .utils import RunError, check_init, init_file
 
 __all__ = ['Accuracy', 'ImageClassifier', 'ImagePreprocessor', 'NamedModel', 'load_weights']
 
@@ -33,7 +35,7 @@ class NamedModel(BaseModel):
         model_args: Further arguments that it was built with, of plain values.
         data_preprocessor: Module, or its config, that moves a batch to the device; mmengine's BaseDataPreprocessor
             unless given.
-        init_cfg: Config of a file to start from, dict(type='Pretrained', checkpoint=FILE), see `read_checkpoint`.
+        init_cfg: Config of a file to start from, dict(type='Pretrained', checkpoint=FILE), see `local_file`.
     """
 
     def __init__(
@@ -42,7 +44,7 @@ class NamedModel(BaseModel):
         model: nn.Module,
         model_args: dict[str, Any],
         data_preprocessor: dict[str, Any] | nn.Module | None = None,
-        init_cfg: dict[str, Any] | None = None,
+        init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
     ) -> None:
         super().__init__(data_preprocessor, init_cfg)
         self.model_name = model_name
@@ -71,7 +73,7 @@ class NamedModel(BaseModel):
             ValueError: The file cannot be read safely, or does not fit.
         """
         if self.init_cfg is not None:
-            load_weights(self, self.init_cfg['checkpoint'], any_head=True)
+            load_weights(self, init_file(self.init_cfg), start=True)
 
 
 @MODELS.register_module()
@@ -82,8 +84,8 @@ class ImagePreprocessor(BaseDataPreprocessor):
         mean: Mean of each channel, where white is 1.
         std: Standard deviation of each channel, where white is 1.
         random_erasing: Keyword arguments of timm's RandomErasing, such as probability and mode; None for no erasing.
-        mixup: Keyword arguments of timm's Mixup, num_classes among them; None for no mixing. It does cutmix too, and
-            makes the labels probabilities, smoothed or not.
+        mixup: Keyword arguments of timm's Mixup, to which an ImageClassifier adds its num_classes; None for no mixing.
+            It does cutmix too, and makes the labels probabilities, smoothed or not.
         channels_last: Whether the images have the memory format channels_last.
         non_blocking: Whether the program goes on while a batch is copied from pinned memory.
     """
@@ -108,7 +110,7 @@ class ImagePreprocessor(BaseDataPreprocessor):
         """dict(inputs, data_samples): (batch, C, H, W) uint8, (batch,) -> float32, (batch,) or (batch, num_classes).
 
         Raises:
-            ValueError: A batch to be mixed holds an odd number of images.
+            RunError: A batch to be mixed holds an odd number of images.
         """
         data = self.cast_data(data)
         images, labels = data['inputs'], data['data_samples']
@@ -118,7 +120,7 @@ class ImagePreprocessor(BaseDataPreprocessor):
             images = self.random_erasing(images)
         if training and self.mixup is not None:
             if len(images) % 2:
-                raise ValueError(
+                raise RunError(
                     f'ImagePreprocessor: a batch to be mixed must hold an even number of images, got {len(images)}: '
                     'set train_dataloader.batch_size to an even number and drop_last=True.'
                 )
@@ -137,7 +139,7 @@ class ImageClassifier(NamedModel):
         label_smoothing: Smoothing of labels that are numbers; the mixing smooths those that it mixes.
         with_cp: Whether gradient checkpointing is on.
         pretrained: Whether to start from timm's pretrained weights.
-        init_cfg: Config of a file to start from, dict(type='Pretrained', checkpoint=FILE), see `read_checkpoint`.
+        init_cfg: Config of a file to start from, dict(type='Pretrained', checkpoint=FILE), see `local_file`.
         model_args: Further keyword arguments of `timm.create_model`, such as num_classes and drop_path_rate.
 
     Raises:
@@ -151,11 +153,19 @@ class ImageClassifier(NamedModel):
         label_smoothing: float = 0.0,
         with_cp: bool = False,
         pretrained: bool = False,
-        init_cfg: dict[str, Any] | None = None,
+        init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
         **model_args: Any,
     ) -> None:
         check_init(type(self).__name__, pretrained, init_cfg)
-        model = timm.create_model(model_name, **model_args)
+        model: Any = timm.create_model(model_name, **model_args)
+        if isinstance(data_preprocessor, dict) and data_preprocessor.get('mixup') is not None:
+            mixup = {'num_classes': model.num_classes, **data_preprocessor['mixup']}
+            data_preprocessor = {**data_preprocessor, 'mixup': mixup}
+            if mixup['num_classes'] != model.num_classes:
+                raise ValueError(
+                    f'ImageClassifier: data_preprocessor.mixup.num_classes must be num_classes, {model.num_classes}, '
+                    f'as it is where it is left out, got {mixup["num_classes"]}.'
+                )
         super().__init__(model_name, model, model_args, data_preprocessor, init_cfg)
         self.label_smoothing = label_smoothing
         self.pretrained = pretrained
@@ -237,29 +247,33 @@ class ImageClassifier(NamedModel):
         return losses
 
 
-def load_weights(classifier: NamedModel, path: str | Path, any_head: bool = False) -> None:
+def load_weights(classifier: NamedModel, path: str | Path, start: bool = False) -> None:
     """Load a checkpoint whose names and shapes fit exactly, under published names or ours.
 
     Args:
         classifier: Model that gets the weights.
-        path: A file that `read_checkpoint` reads; of its weights the averaged ones are taken where there are any.
-        any_head: Whether a head for another number of classes is left out, and the model keeps its own.
+        path: What `local_file` takes; of its weights the averaged ones are taken where there are any.
+        start: Whether a training starts from the weights: then a head for another number of classes is left out, and
+            the model keeps its own; and weights for images of three channels are fitted to those of the model. The log
+            says so.
 
     Raises:
         FileNotFoundError: The file does not exist.
-        ValueError: The file cannot be read safely, or it belongs to another model.
+        ValueError: The file cannot be fetched or read safely, or it belongs to another model.
     """
-    state_dict, metadata = read_checkpoint(path)
+    state_dict, metadata = read_weights(path)
     if metadata.get('model', classifier.model_name) not in (classifier.architecture, classifier.model_name):
-        raise ValueError(f'checkpoint {path} must hold {classifier.model_name}, got {metadata["model"]}.')
+        raise ValueError(f'checkpoint {path} must hold {classifier.model_name}, got {printable(metadata["model"])}.')
     state_dict = {name.removeprefix('model.'): value for name, value in state_dict.items()}  # as a run saves
-    state_dict = classifier.rename(state_dict)
+    with naming(path):
+        state_dict = dict(classifier.rename(state_dict))
     own = classifier.model.state_dict()
-    if any_head:
+    if start:
+        fitted = adapt_input(state_dict, classifier.model)
         head = [name for name in own if name.startswith(f'{classifier.head}.')]
-        if any(name in state_dict and state_dict[name].shape != own[name].shape for name in head):
-            for name in head:
-                state_dict[name] = own[name]
+        changed = [name for name in head if name in state_dict and state_dict[name].shape != own[name].shape]
+        log_changes(path, fitted, changed, state_dict, own)
+        state_dict.update({name: own[name] for name in (head if changed else ())})
     problems = misfits(state_dict, own)
     if problems:
         raise ValueError(

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images in folders, handwritten digits, and the wrappers that make a data set safe to train on for days."""
 
+import logging
 import os
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -11,29 +13,39 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.dist import get_dist_info
+from mmengine.logging import print_log
 from mmengine.registry import DATA_SAMPLERS, DATASETS
 from PIL import Image
 from timm.data import auto_augment, create_transform
 from torch.utils.data import Dataset, Sampler
 from torchvision import transforms
-from torchvision.datasets import folder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from ..images import eight_bits, misplaced, turn_upright
 from .utils import RunError, mix_seeds, seed_everything
 
 __all__ = ['Digits', 'GuardedDataset', 'ImageFolder', 'SeededSampler']
+
+
+class ImageError(RunError):
+    """An image that cannot be used, in a sentence without its full stop."""
 
 
 @DATASETS.register_module()
 class ImageFolder(Dataset):
     """Images in one folder per class, DATA_ROOT/SPLIT/CLASS/..., as ImageNet-1K is unpacked.
 
-    Gives dict(inputs, data_samples): an image, (3, H, W), uint8, and the number of its class.
+    Gives dict(inputs, data_samples): an image, (3, H, W), uint8, and the number of its class. Classes are numbered in
+    the order of their names, and a line in the log says so. Hidden files and folders, and those that macOS and file
+    servers add, are no data; links that lead in a circle are not followed.
 
     Args:
         data_root: The folder with the splits.
         split: Name of the split, such as 'train' or 'val'.
         transform: Keyword arguments of timm's `create_transform`.
         class_split: Name of the split whose folders, sorted, number the classes, so that all splits agree.
+        upright: Whether images are turned as their EXIF orientation says, as every viewer does. The published recipes
+            of ImageNet-1K leave them as they are.
 
     Raises:
         RunError: A folder is missing or holds no image, or the split has a class that `class_split` lacks.
@@ -47,26 +59,39 @@ class ImageFolder(Dataset):
         split: str,
         transform: dict[str, Any] | None = None,
         class_split: str = 'train',
+        upright: bool = True,
     ) -> None:
         root, class_root = Path(data_root, split), Path(data_root, class_split)
-        for path in (class_root, root):
-            if not path.is_dir():
-                raise RunError(f'ImageFolder: {path} must be a folder with one folder of images per class.')
-        classes = _subfolders(class_root)
-        strangers = set(_subfolders(root)) - set(classes)
-        if not classes or strangers:
+        self.upright = upright
+        try:
+            classes = _classes(class_root)
+            strangers = set(_classes(root)) - set(classes)
+            if not classes or strangers:
+                raise RunError(
+                    f'ImageFolder: {root} must hold classes of the {len(classes)} in {class_root}, got '
+                    f'{sorted(strangers)[:5] or "no folder"}.'
+                )
+            ignored: Counter[str] = Counter()
+            images = {name: list(_images(root / name, ignored)) for name in classes}
+            if not any(images.values()):
+                raise RunError(f'ImageFolder: {root} must hold images ({" ".join(IMG_EXTENSIONS)}), got none.')
+            empty = [name for name in classes if not images[name]]
+            if root != class_root:
+                empty = [name for name in empty if not any(_images(class_root / name, Counter()))]
+            loose = sum(path.suffix.lower() in IMG_EXTENSIONS for path in root.iterdir() if _is_data(path.name))
+        except OSError as error:
+            raise RunError(f'ImageFolder: the folders of {root} cannot be read: {error}.') from error
+        if empty:
             raise RunError(
-                f'ImageFolder: {root} must hold classes of the {len(classes)} in {class_root}, got '
-                f'{sorted(strangers)[:5] or "no folder"}.'
+                f'ImageFolder: every folder in {class_root} is a class and must hold images '
+                f'({" ".join(IMG_EXTENSIONS)}), got none in {", ".join(empty[:5])}{" ..." if len(empty) > 5 else ""}: '
+                'remove such folders, which would change the numbers of the other classes, or convert their files.'
             )
-        numbers = {name: number for number, name in enumerate(classes)}
+        self._report(root, classes, ignored, loose)
         self.metainfo = dict(classes=tuple(classes))
-        images = folder.make_dataset(str(root), numbers, folder.IMG_EXTENSIONS, allow_empty=True)
-        if not images:
-            raise RunError(f'ImageFolder: {root} must hold images ({" ".join(folder.IMG_EXTENSIONS)}), got none.')
         # Arrays, as counting the references of a list's objects would give each worker a copy of all of them.
-        self.paths = np.array([os.fsencode(path) for path, _ in images])
-        self.labels = np.array([label for _, label in images])
+        self.paths = np.array([os.fsencode(path) for name in classes for path in images[name]])
+        self.labels = np.repeat(np.arange(len(classes)), [len(images[name]) for name in classes])
         # The transform for timm's prefetcher ends in uint8, a quarter of the bytes to move to a GPU.
         self.transform = create_transform(**{'use_prefetcher': True, **(transform or {})})
         for step in self.transform.transforms:
@@ -74,12 +99,37 @@ class ImageFolder(Dataset):
                 if operation.aug_fn is auto_augment.posterize:
                     operation.aug_fn = _posterize
 
+    @staticmethod
+    def _report(root: Path, classes: Sequence[str], ignored: Counter[str], loose: int) -> None:
+        """Log the numbers of the classes, and warn of what lies among the images and is left out."""
+        numbers = [f'{number} {name}' for number, name in enumerate(classes)]
+        if len(numbers) > 100:
+            numbers[50:-1] = ['...']
+        print_log(f'The classes of {root} are numbered by name: {", ".join(numbers)}.', 'current')
+        if loose:
+            ignored['images beside the folders of the classes'] = loose
+        if ignored:
+            kinds = ', '.join(f'{count} {kind}' for kind, count in ignored.most_common())
+            print_log(
+                f'{root}: {ignored.total()} entries are left out: {kinds}. Images are files that end with '
+                f'{" ".join(IMG_EXTENSIONS)}.',
+                'current',
+                logging.WARNING,
+            )
+
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        with Image.open(os.fsdecode(self.paths[index])) as image:
-            inputs = torch.as_tensor(self.transform(image.convert('RGB')))
+        path = os.fsdecode(self.paths[index])
+        with Image.open(path) as image:
+            if self.upright:
+                turn_upright(image)
+            try:
+                picture = eight_bits(image).convert('RGB')
+            except ValueError as error:
+                raise ImageError(f'the image {path} cannot be read ({error})') from error
+            inputs = torch.as_tensor(self.transform(picture))
         return dict(inputs=inputs, data_samples=int(self.labels[index]))
 
     def get_data_info(self, index: int) -> dict[str, Any]:
@@ -87,13 +137,76 @@ class ImageFolder(Dataset):
         return dict(img_path=os.fsdecode(self.paths[index]))
 
 
+def _is_data(name: str) -> bool:
+    """Whether a file or folder is one of the user's: not hidden, nor what macOS's archives and file servers add."""
+    return not name.startswith('.') and name not in ('__MACOSX', '@eaDir')
+
+
+def _classes(root: Path) -> list[str]:
+    """The names of the folders of classes, sorted.
+
+    Raises:
+        RunError: There is no such folder, or two of the names are one folder.
+    """
+    if not root.is_dir():
+        raise RunError(f'ImageFolder: {root} must be a folder with one folder of images per class.')
+    inside = root.resolve()
+    found: dict[Path, str] = {}
+    for path in sorted(root.iterdir()):
+        folder = path.resolve()
+        if not path.is_dir() or not _is_data(path.name) or inside.is_relative_to(folder):  # the last leads in a circle
+            continue
+        if folder in found:
+            raise RunError(f'ImageFolder: {path} must be a class of its own, got a link to {found[folder]}.')
+        found[folder] = path.name
+    return list(found.values())
+
+
+def _images(root: Path, ignored: Counter[str]) -> Iterator[str]:
+    """The paths of all images of a class, sorted by their folders and names.
+
+    Args:
+        root: Folder of the class; nothing is found where there is none.
+        ignored: Counter to which what is left out is added, by its kind.
+
+    Raises:
+        OSError: A folder cannot be listed.
+    """
+    if not root.is_dir():
+        return
+    seen = {_identity(path) for path in (root, *root.absolute().parents, *root.resolve().parents)}
+
+    def is_new(path: str) -> bool:
+        identity = _identity(path)
+        if identity in seen:
+            ignored['links to a folder that is there already'] += 1
+            return False
+        seen.add(identity)
+        return True
+
+    def fail(error: OSError) -> None:
+        raise error  # `os.walk` would leave such a folder out
+
+    folders = []
+    for folder, below, names in os.walk(root, onerror=fail, followlinks=True):
+        below[:] = [name for name in sorted(below) if _is_data(name) and is_new(os.path.join(folder, name))]
+        folders.append((folder, names))
+    for folder, names in sorted(folders):
+        for name in sorted(filter(_is_data, names)):
+            if name.lower().endswith(IMG_EXTENSIONS):
+                yield os.path.join(folder, name)
+            else:
+                ignored[os.path.splitext(name)[1].lower() or 'without an extension'] += 1
+
+
 def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
     """timm's posterize, but for its full strength, which keeps no bit: Pillow refuses that from version 13 on."""
     return image.point(lambda value: 0) if bits < 1 else auto_augment.posterize(image, bits, **kwargs)
 
 
-def _subfolders(root: Path) -> list[str]:
-    return sorted(path.name for path in root.iterdir() if path.is_dir())
+def _identity(path: str | Path) -> tuple[int, int]:
+    stat = os.stat(path)
+    return stat.st_dev, stat.st_ino
 
 
 @DATASETS.register_module()
@@ -193,7 +306,13 @@ class GuardedDataset(Dataset):
 
     def __init__(self, dataset: Dataset | dict[str, Any], skip: bool = False) -> None:
         if isinstance(dataset, dict):
-            dataset = DATASETS.build(dataset)
+            cfg = dataset
+            try:
+                dataset = DATASETS.build(cfg)
+            except ValueError as error:
+                if 'at least one array' not in str(error):  # with which mmengine fails to pack no samples
+                    raise
+                dataset = DATASETS.build({**cfg, 'serialize_data': False})
             if hasattr(dataset, 'full_init'):
                 dataset.full_init()
         self.dataset: Any = dataset
@@ -218,7 +337,13 @@ class GuardedDataset(Dataset):
             problem = next(filter(None, map(_truncated, paths)), None)
             if problem is None:
                 try:
-                    return self.dataset[index]
+                    sample = self.dataset[index]
+                    self._check_mask(sample, paths)
+                    return sample
+                except ImageError as error:
+                    problem = str(error)
+                except RunError:
+                    raise
                 except Exception:
                     problem = next(filter(None, map(_unreadable, self.paths(index))), None)
                     if problem is None:
@@ -229,6 +354,25 @@ class GuardedDataset(Dataset):
             self.unreadable[index] = True
             index = random.randrange(len(self))
         raise RunError(f'ten images in a row cannot be read, the last: {problem}.')
+
+    def _check_mask(self, sample: Any, paths: Sequence[str]) -> None:
+        """Refuse a mask of mmsegmentation that does not lie over its image, or has labels beyond the classes.
+
+        A loss on a GPU would stop without a word, and the metrics would leave such labels out.
+        """
+        problem = misplaced(*paths) if len(paths) == 2 else None
+        if problem is not None:
+            raise RunError(f'{problem}.')
+        mask = getattr(sample['data_samples'], 'gt_sem_seg', None) if 'data_samples' in sample else None
+        if mask is None or not hasattr(self.dataset, 'reduce_zero_label'):
+            return
+        labels, classes = mask.data, len(self.dataset.metainfo['classes'])
+        wrong = labels[(labels >= classes) & (labels != self.dataset.ignore_index)]
+        if len(wrong):
+            raise RunError(
+                f'the mask {paths[-1]} must have labels below {classes}, the number of classes in metainfo.classes, '
+                f'got {wrong.max()}.'
+            )
 
     def paths(self, index: int) -> list[str]:
         """The files of a sample, if the data set names them."""
@@ -261,6 +405,7 @@ def _unreadable(path: str) -> str | None:
     try:
         with Image.open(path) as image:
             image.load()
+            eight_bits(image)
     except Exception as error:  # of any kind, as the bytes may mean anything to a decoder
         return f'the image {path} cannot be read ({error})'
     return None

@@ -11,12 +11,15 @@ import torch
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from timm.layers import LayerNorm2d
+from timm.models import group_parameters
 from torch import Tensor, nn
 
-from ..weights import list_models, misfits, read_checkpoint, rename_fn, strip_prefixes
-from .utils import check_init
+from ..files import printable
+from ..weights import adapt_input, list_models, misfits, rename_fn, strip_prefixes
+from .sources import log_changes, naming, read_weights
+from .utils import check_init, init_file
 
-__all__ = ['Float32RoIExtractor', 'TimmFeatures']
+__all__ = ['Float32RoIExtractor', 'TimmFeatures', 'take_other_names']
 
 
 @MODELS.register_module()
@@ -28,14 +31,14 @@ class TimmFeatures(BaseModule):
 
     Args:
         model_name: Name for `timm.create_model`.
-        out_indices: Indices of the levels.
+        out_indices: Indices of the levels, in the order of the maps.
         out_norm: Whether each level has a layer norm over its channels, `outnorm{i}` as in the published detectors.
         frozen_stages: Number of stages that keep their weights and statistics, as the stem then does; 0 for the stem
-            alone, -1 for none.
+            alone, -1 for none. Where a model has no `stages`, they are the groups of its `group_matcher()`.
         norm_eval: Whether batch norms keep their statistics.
         with_cp: Whether gradient checkpointing is on.
         pretrained: Whether to start from timm's pretrained weights.
-        init_cfg: Config of a file to start from, dict(type='Pretrained', checkpoint=FILE), see `read_checkpoint`.
+        init_cfg: Config of a file to start from, dict(type='Pretrained', checkpoint=FILE), see `local_file`.
         model_args: Further keyword arguments of `timm.create_model`, such as drop_path_rate.
 
     Raises:
@@ -51,7 +54,7 @@ class TimmFeatures(BaseModule):
         norm_eval: bool = False,
         with_cp: bool = False,
         pretrained: bool = False,
-        init_cfg: dict[str, Any] | None = None,
+        init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
         **model_args: Any,
     ) -> None:
         super().__init__(init_cfg)
@@ -62,16 +65,19 @@ class TimmFeatures(BaseModule):
         self.architecture: str = self.model.pretrained_cfg['architecture']  # even if model_name is an alias
         self.pretrained = pretrained
         self.norm_eval = norm_eval
-        self.levels = tuple(self.model.out_indices)
+        count = len(self.model.feature_info.info)
+        self.levels = tuple(i % count for i in self.model.out_indices)  # which may count from the end
+        if len(set(self.levels)) < len(self.levels):
+            raise ValueError(f'TimmFeatures: out_indices must name each level once, got {self._out_indices}.')
         self.out_norm = out_norm
         if out_norm:
             for level, channels in zip(self.levels, self.model.feature_info.channels(), strict=True):
                 self.add_module(f'outnorm{level}', LayerNorm2d(channels, eps=1e-5))
         self.frozen_stages = frozen_stages
-        for module in self._frozen():
-            module.requires_grad_(False)
+        for parameter in self._frozen():
+            parameter.requires_grad_(False)
         self.model.model.set_grad_checkpointing(with_cp)
-        self.register_load_state_dict_pre_hook(_take_other_names)
+        self.register_load_state_dict_pre_hook(take_other_names)
 
     def _features(self, pretrained: bool = False) -> Any:
         # timm's getter gives (batch, C, H, W) for every model, and keeps the names of its tensors.
@@ -81,31 +87,44 @@ class TimmFeatures(BaseModule):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Images, (batch, in_chans, H, W) -> a map per level, (batch, C, H/4, W/4), (batch, C', H/8, W/8) and so on."""
-        features = self.model(x)
-        if self.out_norm:
-            features = [getattr(self, f'outnorm{i}')(f) for i, f in zip(self.levels, features, strict=True)]
+        maps = dict(zip(sorted(self.levels), self.model(x), strict=True))  # timm gives them in the network's order
+        features = [maps[i] for i in self.levels]
+        norms = [getattr(self, f'outnorm{i}') for i in self.levels] if self.out_norm else []
+        if norms:
+            features = [norm(f) for norm, f in zip(norms, features, strict=True)]
+        if self.training:
+            # A neck may leave out levels, as start_level=1 does, and DistributedDataParallel stops where a parameter
+            # gets no gradient. So each map also depends, by empty sums with gradients of zeros, on the deepest map, to
+            # which all stages lead, and on all norms.
+            parts = [maps[max(self.levels)], *(p for norm in norms for p in norm.parameters())]
+            nothing = sum(part[:0].sum() for part in parts)
+            features = [f + nothing for f in features]
         return tuple(f.contiguous() for f in features)  # the compiled operators of mmcv take no other layout
 
     def train(self, mode: bool = True) -> 'TimmFeatures':
         super().train(mode)
-        for module in self._frozen():
-            module.eval()
+        if frozen := self._frozen():
+            for module in self.model.modules():
+                own = set(module.parameters())
+                if own and own <= frozen:  # a block with its drop path, a batch norm with its statistics
+                    module.eval()
         if self.norm_eval:
             for module in self.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
         return self
 
-    def _frozen(self) -> list[nn.Module]:
+    def _frozen(self) -> set[nn.Parameter]:
+        """The parameters of the stem and of the stages that are not trained."""
         if self.frozen_stages == -1:
-            return []
-        stages = getattr(self.model.model, 'stages', ())
-        if not hasattr(self.model.model, 'stem') or self.frozen_stages not in range(len(stages) + 1):
+            return set()
+        groups = _stages(self.model.model)
+        if self.frozen_stages not in range(len(groups)):
+            limit = f', or 0 to {len(groups) - 1}' if groups else ', without stages and group_matcher()'
             raise ValueError(
-                f'TimmFeatures: frozen_stages must be -1, or 0 to {len(stages)} of a model with a stem and stages, got '
-                f'{self.frozen_stages!r} for {self.architecture}.'
+                f'TimmFeatures: frozen_stages must be -1{limit} for {self.architecture}, got {self.frozen_stages!r}.'
             )
-        return [self.model.model.stem, *stages[: self.frozen_stages]]
+        return {parameter for group in groups[: self.frozen_stages + 1] for parameter in group}
 
     def init_weights(self) -> None:
         """Read the weights that `pretrained` or `init_cfg` ask for; timm models initialise themselves otherwise.
@@ -118,13 +137,15 @@ class TimmFeatures(BaseModule):
         if self.pretrained:
             self.model.load_state_dict(self._features(pretrained=True).state_dict())
         elif self.init_cfg is not None:
-            self._load(self.init_cfg['checkpoint'])
+            self._load(init_file(self.init_cfg))
 
     def _load(self, path: str | Path) -> None:
-        tensors, metadata = read_checkpoint(path)
+        tensors, metadata = read_weights(path)
         if metadata.get('model', self.architecture) != self.architecture:
-            raise ValueError(f'checkpoint {path} must hold {self.architecture}, got {metadata["model"]}.')
-        tensors = self.rename(strip_prefixes(tensors)[0])
+            raise ValueError(f'checkpoint {path} must hold {self.architecture}, got {printable(metadata["model"])}.')
+        with naming(path):
+            tensors = dict(self.rename(strip_prefixes(tensors)[0]))
+        log_changes(path, adapt_input(tensors, self.model.model), (), {}, {})
         own = {name.removeprefix(_INNER): value for name, value in self.state_dict().items()}
         with torch.device('meta'):
             whole: Any = self._create()
@@ -152,18 +173,43 @@ class TimmFeatures(BaseModule):
         return rename_fn(self.architecture)(state_dict, self.model.model)
 
 
+def _stages(network: Any) -> list[list[nn.Parameter]]:
+    """The parameters of the stem, and of each stage after it."""
+    if hasattr(network, 'stem') and hasattr(network, 'stages'):
+        return [list(part.parameters()) for part in (network.stem, *network.stages)]
+    if getattr(network, 'group_matcher', None) is None:
+        return []
+    groups = group_parameters(network, network.group_matcher(coarse=True), return_values=True)
+    return [groups[i] for i in sorted(groups)]
+
+
 _INNER = 'model.model.'  # the prefix of the network in a TimmFeatures, below timm's getter
 
 
-def _take_other_names(
-    backbone: TimmFeatures, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
-) -> None:
-    """Change the names of a backbone to ours, in place, so that a published detector loads as a whole."""
+def take_other_names(
+    backbone: TimmFeatures, state_dict: dict[str, Tensor], prefix: str, *args: Any, adapt: bool = False, **kwargs: Any
+) -> str:
+    """Change the names of a backbone to ours, in place, so that a published detector loads as a whole.
+
+    Args:
+        backbone: The backbone.
+        state_dict: Names and tensors of the detector.
+        prefix: Prefix of the names of the backbone.
+        args: Further arguments of PyTorch's hooks.
+        adapt: Whether weights for images of three channels are fitted to those of the backbone.
+        kwargs: Further arguments of PyTorch's hooks.
+
+    Returns:
+        What was fitted, in words; '' if nothing was.
+    """
     tensors = {}
     for name in [name for name in state_dict if name.startswith(prefix)]:
         tensors[name.removeprefix(prefix).removeprefix(_INNER)] = state_dict.pop(name)
-    for name, value in backbone.rename(tensors).items():
+    tensors = dict(backbone.rename(tensors))
+    fitted = adapt_input(tensors, backbone.model.model) if adapt else ''
+    for name, value in tensors.items():
         state_dict[f'{prefix}{"" if name.startswith("outnorm") else _INNER}{name}'] = value
+    return fitted
 
 
 @MODELS.register_module()

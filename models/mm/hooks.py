@@ -7,22 +7,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import all_reduce, get_rank, is_main_process
-from mmengine.hooks import EMAHook, Hook
+from mmengine.dist import all_reduce, get_rank
+from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.registry import HOOKS
-from mmengine.runner import Runner
-from safetensors.torch import save_file
+from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import Tensor
 
 from ...version import __version__
-from ..weights import read_checkpoint
+from ..weights import read_checkpoint, write_safetensors
 from .classification import NamedModel
-from .utils import RunError, check_finite, mix_seeds, replacing, seed_everything, share_buffers, unwrap
+from .utils import (
+    RunError,
+    check_finite,
+    in_first_process,
+    mix_seeds,
+    replacing,
+    seed_everything,
+    share_buffers,
+    unwrap,
+)
 
 __all__ = [
     'BestHook',
     'FiniteLossHook',
     'MESAHook',
+    'MissedEvaluationHook',
     'PendingGradientsHook',
     'SafetensorsHook',
     'SeedHook',
@@ -48,19 +57,23 @@ class SeedHook(Hook):
 
 @HOOKS.register_module()
 class FiniteLossHook(Hook):
-    """Stops a run whose loss is not a number or infinite, in every process at the same iteration.
+    """Stops a run whose loss is not finite, or which cannot write, in every process at the same iteration.
 
     Raises:
-        RunError: The loss is not finite; the message names the iteration and the last checkpoint.
+        RunError: The loss is not finite, or a process could not write its log; the message names the last checkpoint.
     """
 
     priority = 'HIGH'  # after the loss has come from the device for the log, before averages and checkpoints
 
     def after_train_iter(self, runner: Runner, outputs: dict[str, Any], **kwargs: Any) -> None:
-        loss = outputs['loss'].detach().clone()
-        all_reduce(loss, 'mean')
-        if not loss.isfinite():
-            raise RunError(f'the loss is {loss.item()} at iteration {runner.iter + 1}; {runner.last_checkpoint()}.')
+        loss = outputs['loss'].detach()
+        verdict = torch.stack([loss, torch.full_like(loss, float(runner.has_failed))])
+        all_reduce(verdict, 'mean')
+        mean, failed = verdict.tolist()
+        if failed:
+            runner.check_failures()
+        if not math.isfinite(mean):
+            raise RunError(f'the loss is {mean} at iteration {runner.iter + 1}; {runner.last_checkpoint()}.')
 
 
 @HOOKS.register_module()
@@ -86,6 +99,25 @@ class PendingGradientsHook(Hook):
         for name, parameter in unwrap(runner.model).named_parameters():
             if name in gradients:
                 parameter.grad = gradients[name].to(parameter.device)
+
+
+@HOOKS.register_module()
+class MissedEvaluationHook(Hook):
+    """Evaluates the checkpoint that a run resumes from, where the best one is kept: a kill may have cut that off."""
+
+    def __init__(self) -> None:
+        self.begun = False
+
+    def before_train_epoch(self, runner: Runner) -> None:  # when all hooks know that a training has begun
+        if self.begun:
+            return
+        self.begun = True
+        loop = runner.train_loop
+        done = runner.epoch if isinstance(loop, EpochBasedTrainLoop) else runner.iter
+        due = done >= max(1, loop.val_begin) and done % loop.val_interval == 0 and runner.iter < runner.max_iters
+        keeps = any(isinstance(h, BestHook) or isinstance(h, CheckpointHook) and h.save_best for h in runner.hooks)
+        if due and keeps and runner.val_loop is not None:
+            runner.val_loop.run()
 
 
 @HOOKS.register_module()
@@ -179,8 +211,8 @@ class SafetensorsHook(Hook):
 class BestHook(Hook):
     """Writes a file like SafetensorsHook's, WORK_DIR/best.safetensors, when a metric of the evaluation is a new best.
 
-    The metadata hold the metric and the seed too. A resumed run reads its best metric from the file, and evaluates the
-    last epoch again, as it may have been killed before that.
+    The metadata hold the metric and the seed too. A resumed run reads its best metric from the file, unless it is that
+    of an earlier run.
 
     Args:
         metric: Name of the metric, such as 'accuracy/top1'.
@@ -196,13 +228,12 @@ class BestHook(Hook):
         self.best = -math.inf
 
     def before_train(self, runner: Runner) -> None:
-        if runner.epoch == 0:
-            return
+        self.best = in_first_process(lambda: self._read_best(runner))
+
+    def _read_best(self, runner: Runner) -> float:
         path = Path(runner.work_dir, 'best.safetensors')
-        if path.is_file():
-            self.best = float(read_checkpoint(path)[1].get(self.metric, -math.inf))
-        if runner.epoch % runner.val_interval == 0:
-            runner.val_loop.run()
+        metadata = read_checkpoint(path)[1] if path.is_file() else {}
+        return float(metadata.get(self.metric, -math.inf)) if metadata.get('run') == runner.run_name else -math.inf
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float]) -> None:
         value = metrics.get(self.metric, math.nan)
@@ -221,9 +252,9 @@ def _write_weights(runner: Runner, name: str, epoch: int, **metadata: str) -> No
     share_buffers(source)
     path = Path(runner.work_dir, name)
     check_finite(source, path)
-    if is_main_process():
-        save_for_timm(path, classifier, source.model.state_dict(), epoch, **metadata)
-        runner.logger.info(f'Wrote {path}.')
+    metadata = dict(metadata, run=getattr(runner, 'run_name', ''))  # mmengine's own Runner has none
+    in_first_process(lambda: save_for_timm(path, classifier, source.model.state_dict(), epoch, **metadata))
+    runner.logger.info(f'Wrote {path}.')
 
 
 def save_for_timm(
@@ -236,7 +267,7 @@ def save_for_timm(
         classifier: The model whose network it is.
         state_dict: Names and tensors of the network.
         epoch: Number of epochs that were trained.
-        metadata: Further metadata of the file.
+        metadata: Further metadata of the file, the name of its `run` among them.
 
     Raises:
         RunError: The file cannot be written; one of that name stays as it was.
@@ -248,6 +279,5 @@ def save_for_timm(
         epoch=str(epoch),
         vssm=__version__,
     )
-    tensors = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata)
+    with replacing(path, metadata.get('run', '')) as temporary:
+        write_safetensors(temporary, state_dict, metadata)

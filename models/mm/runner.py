@@ -5,31 +5,46 @@ import copy
 import importlib.util
 import logging
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.device import get_device
 from mmengine.dist import is_distributed
+from mmengine.evaluator import Evaluator
 from mmengine.logging import MMLogger
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper, revert_sync_batchnorm
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
+from mmengine.runner import BaseLoop, Runner
 from mmengine.visualization import Visualizer
 from rich.logging import RichHandler
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .classification import NamedModel
+from .checks import agreed, check_batches, check_channels, check_classes, check_masks, explained, part, where_none_were
 from .data import GuardedDataset
 from .progress import console
 from .resume import ResumableRunner
-from .utils import RunError, unwrap
+from .sources import has_folder
+from .utils import RunError, check_interface, unwrap
 
 __all__ = ['TimmRunner']
 
 # mmengine warns of its own old names, of data it skips, of gradients it would lose: all as they should be.
 _OWN_WARNINGS = re.compile('FileClient|HardDiskBackend|Advance dataloader|The prefix is not|Resumed iteration number')
+
+
+# The hooks of a TimmRunner beside mmengine's, by their names under default_hooks; the last two only where needed.
+OWN_HOOKS = dict(
+    seed='SeedHook',
+    finite_loss='FiniteLossHook',
+    missed_evaluation='MissedEvaluationHook',
+    pending_gradients='PendingGradientsHook',
+    progress='ProgressHook',
+    shared_buffers='SharedBuffersHook',
+    unreadable='UnreadableImagesHook',
+)
 
 
 @RUNNERS.register_module()
@@ -58,6 +73,7 @@ class TimmRunner(ResumableRunner):
         if self.distributed and not is_distributed() and self.device == 'cpu':
             if self.launcher != 'pytorch':
                 raise RunError(f"on a CPU, launcher must be 'pytorch' (torchrun), got {self.launcher!r}.")
+            check_interface()
             torch.distributed.init_process_group('gloo')  # mmengine would look for GPUs
         super().setup_env(env_cfg)
         if 'num_threads' in self.cfg:
@@ -73,6 +89,8 @@ class TimmRunner(ResumableRunner):
         level = max(logger.handlers[0].level, logging.WARNING)
         logger.handlers[0] = RichHandler(level, console, show_path=False)
         logger.handlers[0].addFilter(lambda record: not _OWN_WARNINGS.search(record.getMessage()))
+        for handler in logger.handlers[1:]:  # whose errors Python's logging would print with a traceback, and forget
+            handler.handleError = lambda record: self.note_failure(sys.exc_info()[1])
         return logger
 
     def build_visualizer(self, visualizer: Visualizer | dict[str, Any] | None = None) -> Visualizer:
@@ -85,16 +103,8 @@ class TimmRunner(ResumableRunner):
         return super().build_visualizer(visualizer)
 
     def register_default_hooks(self, hooks: dict[str, Any] | None = None) -> None:
-        ours = dict(
-            seed=dict(type='SeedHook'),
-            finite_loss=dict(type='FiniteLossHook'),
-            pending_gradients=dict(type='PendingGradientsHook'),
-            progress=dict(type='ProgressHook'),
-        )
-        if self.distributed:
-            ours['shared_buffers'] = dict(type='SharedBuffersHook')
-        if self.cfg.get('unreadable') == 'skip':
-            ours['unreadable'] = dict(type='UnreadableImagesHook')
+        needed = dict(shared_buffers=self.distributed, unreadable=self.cfg.get('unreadable') == 'skip')
+        ours = {name: dict(type=kind) for name, kind in OWN_HOOKS.items() if needed.get(name, True)}
         hooks = {**ours, **(hooks or {})}
         if (hooks.get('checkpoint') or {}).get('max_keep_ckpts') == 1:
             raise ValueError(
@@ -102,6 +112,48 @@ class TimmRunner(ResumableRunner):
                 'the old checkpoint before the new one is complete.'
             )
         super().register_default_hooks({name: hook for name, hook in hooks.items() if hook or name not in ours})
+
+    def build_model(self, model: nn.Module | dict[str, Any]) -> nn.Module:
+        built = super().build_model(model)
+        if isinstance(model, dict):
+            check_channels(unwrap(built), model.get('module', model))  # the latter of a model that merges predictions
+        return built
+
+    def train(self) -> nn.Module:
+        with explained():
+            return super().train()
+
+    def val(self) -> dict[str, float]:
+        with explained():
+            return super().val()
+
+    def test(self) -> dict[str, float]:
+        with explained():
+            return super().test()
+
+    def build_train_loop(self, loop: BaseLoop | dict[str, Any]) -> BaseLoop:
+        with part('train_cfg'):
+            return super().build_train_loop(loop)
+
+    def build_val_loop(self, loop: BaseLoop | dict[str, Any]) -> BaseLoop:
+        with part('val_cfg'):
+            return super().build_val_loop(loop)
+
+    def build_test_loop(self, loop: BaseLoop | dict[str, Any]) -> BaseLoop:
+        with part('test_cfg'):
+            return super().build_test_loop(loop)
+
+    def build_evaluator(self, evaluator: Any) -> Evaluator:
+        with part('an evaluator'):
+            return super().build_evaluator(evaluator)
+
+    def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
+        with part('optim_wrapper'):
+            return super().build_optim_wrapper(optim_wrapper)
+
+    def build_param_scheduler(self, scheduler: Any) -> Any:
+        with part('param_scheduler'):
+            return super().build_param_scheduler(scheduler)
 
     def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
         if self.device != 'cpu' or is_model_wrapper(model):
@@ -132,10 +184,16 @@ class TimmRunner(ResumableRunner):
         if isinstance(dataloader, DataLoader):
             return dataloader
         training = dataloader is self._train_dataloader
+        with agreed(), part('a dataloader' if not training else 'train_dataloader'):
+            return self._build_dataloader(dataloader, training, seed, diff_rank_seed)
+
+    def _build_dataloader(
+        self, dataloader: dict[str, Any], training: bool, seed: int | None, diff_rank_seed: bool
+    ) -> DataLoader:
         cfg = copy.deepcopy(dataloader)
         cfg['dataset'] = {**self.cfg.get('dataset', {}), **cfg['dataset']}
         root = cfg['dataset'].get('data_root')
-        if root and not Path(root).is_dir():
+        if root and not has_folder(root, cfg['dataset'].get('backend_args')):
             raise RunError(f'data_root must be a folder, got {root}, which does not exist; --data-root names another.')
         skip = training and self.cfg.get('unreadable') == 'skip'
         cfg['dataset'] = dict(type='GuardedDataset', dataset=cfg['dataset'], skip=skip)
@@ -148,18 +206,16 @@ class TimmRunner(ResumableRunner):
         except FileNotFoundError as error:
             raise RunError(f'the data are not complete: {error}') from error
         self._check_data(loader.dataset)
+        if training:
+            check_batches(loader, unwrap(self.model))
         return loader
 
     def _check_data(self, dataset: GuardedDataset) -> None:
         if not len(dataset):
-            raise RunError('the data must hold images, got none.')
+            check_classes(dataset, unwrap(self.model))  # images without a known class may have been left out
+            raise RunError(f'the data must hold images, got none{where_none_were(dataset)}.')
         for path in dataset.paths(0):  # to look for those of all samples would take too long
             if '://' not in path and not Path(path).is_file():
                 raise RunError(f'the data are not complete: {path} does not exist.')
-        model = unwrap(self.model)
-        classes = (getattr(dataset, 'metainfo', None) or {}).get('classes')
-        if isinstance(model, NamedModel) and classes and len(classes) != model.model.num_classes:
-            raise RunError(
-                f'model.num_classes must be {len(classes)}, the number of classes in the data, got '
-                f'{model.model.num_classes}: --cfg-options model.num_classes={len(classes)}'
-            )
+        check_classes(dataset, unwrap(self.model))
+        check_masks(dataset)

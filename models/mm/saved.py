@@ -10,8 +10,12 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 from numpy._core import multiarray
+from torch import Tensor
 
-__all__ = ['allow_histories', 'numbered_checkpoints', 'read_run']
+from ..weights import read_structure, unfit_numbers
+from .content import read_content
+
+__all__ = ['allow_histories', 'numbered_checkpoints', 'read_notes', 'read_run', 'weights_in']
 
 
 def _history_method(owner: Any, name: str) -> Any:
@@ -37,25 +41,63 @@ def allow_histories() -> None:
 def read_run(path: str | Path) -> dict[str, Any]:
     """The training checkpoint that `save_checkpoint` of this or of mmengine's Runner wrote.
 
+    Nothing that the file brings along is run or imported, and all that it holds is checked by its checksums.
+
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, is no training checkpoint, or would run code.
+        ValueError: The file is damaged, is no training checkpoint, would run code, or has weights that are not finite.
     """
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         raise FileNotFoundError(f'checkpoint {path} does not exist.')
-    try:
-        run = torch.load(path, map_location='cpu', weights_only=True)
-        missing = [key for key in ('meta', 'state_dict', 'message_hub', 'optimizer') if key not in run]
-        missing += [f'meta.{key}' for key in ('epoch', 'iter', 'seed') if key not in run.get('meta', ())]
-    except Exception as error:  # of many kinds, as a file may be damaged anywhere
-        raise ValueError(f'checkpoint {path} cannot be read: {str(error).splitlines()[0]}') from error
+    run = read_content(path)
+    if not isinstance(run, dict) or not isinstance(run.get('meta', {}), dict):
+        raise ValueError(f'checkpoint {path} must be one of a training, got one without entries.')
+    missing = [key for key in ('meta', 'state_dict', 'message_hub', 'optimizer') if key not in run]
+    missing += [f'meta.{key}' for key in ('epoch', 'iter', 'seed') if key not in run.get('meta', ())]
     if missing:
         raise ValueError(f'checkpoint {path} must be one of a training, with {", ".join(missing)}.')
+    _check_weights(path, run)
     run['meta'].pop('config', None)  # Python that older Runners noted, which mmengine would run
     return run
 
 
-def numbered_checkpoints(work_dir: str | Path) -> list[Path]:
-    """The files epoch_N.pth and iter_N.pth of a work dir, ordered by N."""
-    found = [(re.fullmatch(r'(epoch|iter)_(\d+)\.pth', path.name), path) for path in Path(work_dir).glob('*.pth')]
-    return [path for _, path in sorted((int(match[2]), path) for match, path in found if match)]
+def _check_weights(path: Path, run: dict[str, Any]) -> None:
+    weights, averaged = run['state_dict'], run.get('ema_state_dict', {})
+    for key, tensors in dict(state_dict=weights, ema_state_dict=averaged).items():
+        if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+            raise ValueError(f'checkpoint {path} must be one of a training, got one whose {key} are no tensors.')
+    problems = unfit_numbers(averaged, {f'module.{name}': value for name, value in weights.items()})
+    if problems:
+        raise ValueError(f'checkpoint {path} must hold averages like its weights as ema_state_dict, got {problems}.')
+
+
+def read_notes(path: str | Path) -> dict[str, Any]:
+    """The texts and numbers that a training checkpoint notes under `meta`; empty where it has none.
+
+    The numbers of its tensors are not read.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file cannot be read safely.
+    """
+    checkpoint = read_structure(path)
+    meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
+    return {key: value for key, value in meta.items() if isinstance(value, str | int)} if type(meta) is dict else {}
+
+
+def numbered_checkpoints(folder: str | Path, template: str) -> list[Path]:
+    """The checkpoints in a folder, ordered by number.
+
+    Args:
+        folder: Where checkpoints are written.
+        template: Name of their files, such as 'epoch_{}.pth'.
+    """
+    pattern = re.escape(template).replace(re.escape('{}'), r'(\d+)')
+    found = [(re.fullmatch(pattern, path.name), path) for path in Path(folder).glob('*') if path.is_file()]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+
+
+def weights_in(folder: str | Path) -> list[str]:
+    """The names of the files in a folder that hold weights."""
+    return sorted(path.name for path in Path(folder).iterdir() if path.suffix in ('.pth', '.safetensors'))

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...version import __version__
-from ..files import replacing
-from .identify import SHAPE_ARGS, identify, misfits, registered
+from ..files import printable, replacing
+from .checksum import write_safetensors
+from .fit import misfits
+from .identify import SHAPE_ARGS, identify, registered
 from .read import read_checkpoint
 from .rename import rename_fn, strip_prefixes
 
@@ -85,11 +85,9 @@ def convert(
     metadata.update(
         model=name, model_args=json.dumps(args), source=origin or source.name, sha256=digest, vssm=__version__
     )
-    # safetensors takes neither views nor tensors that share their numbers
-    tensors = {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
     try:
         with replacing(target, like=source) as temporary:
-            save_file(tensors, temporary, metadata)
+            write_safetensors(temporary, tensors, metadata)
     except SafetensorError as error:  # as a full disk is reported
         raise OSError(f'{target} cannot be written: {error}') from error
     return Converted(metadata, twins, left_out)
@@ -101,7 +99,7 @@ def _fit(state_dict: dict[str, Tensor], model: str, args: dict[str, Any]) -> dic
     try:
         network = timm.create_model(model, device='meta', **args) if args else registered(model)
     except Exception as error:  # any kind, as the arguments may be a file's
-        raise ValueError(f'checkpoint must hold {model}, got one with {args}: {error}') from error
+        raise ValueError(f'checkpoint must hold {model}, got one with {args}: {printable(str(error))}') from error
     features_only = args.get('features_only')
     backbone = network.model if features_only else network
     state_dict = rename_fn(model)(state_dict, backbone)
@@ -116,7 +114,4 @@ def _fit(state_dict: dict[str, Tensor], model: str, args: dict[str, Any]) -> dic
         raise ValueError(
             f'checkpoint must hold the {len(own)} tensors of {model}{arguments}, got {len(state_dict)}: {problems}.'
         )
-    for name, value in state_dict.items():
-        if own[name].is_floating_point() and not value.is_floating_point():
-            raise ValueError(f'checkpoint must hold numbers like {own[name].dtype} as {name}, got {value.dtype}.')
     return state_dict

@@ -4,15 +4,15 @@
 import functools
 import inspect
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import timm
 from torch import Tensor, nn
 
+from .fit import misfits, shorten
 from .rename import rename_fn
 
-__all__ = ['identify', 'list_models', 'misfits']
+__all__ = ['identify', 'list_models']
 
 # The constructor's arguments that names and shapes of tensors tell, or that change neither.
 SHAPE_ARGS = set('in_chans num_classes depths dims d_state ssm_ratio mlp_ratio gate patches device dtype'.split())
@@ -22,30 +22,6 @@ def list_models() -> list[str]:
     """The names of our models in timm's registry."""
     package = __name__.partition('.')[0]
     return [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith(f'{package}.')]
-
-
-def misfits(state_dict: dict[str, Tensor], own: dict[str, Tensor], limit: int = 20) -> str:
-    """What keeps tensors from being those of a network, in words; '' if nothing does.
-
-    Args:
-        state_dict: Names and tensors.
-        own: Names and tensors of the network.
-        limit: Number of names to list of each kind of misfit.
-    """
-    problems = dict(
-        missing=[name for name in own if name not in state_dict],
-        unexpected=[name for name in state_dict if name not in own],
-        misshapen=[name for name in own if name in state_dict and own[name].shape != state_dict[name].shape],
-    )
-    listed = [f'{len(names)} {problem} ({_shorten(names, limit)})' for problem, names in problems.items() if names]
-    if problems['misshapen']:
-        name = problems['misshapen'][0]
-        listed.append(f'{name} must be {tuple(own[name].shape)} and is {tuple(state_dict[name].shape)}')
-    return ', '.join(listed)
-
-
-def _shorten(names: Sequence[str], limit: int = 20) -> str:
-    return ', '.join([*names[:limit], *(['...'] if len(names) > limit else [])])
 
 
 @functools.cache
@@ -128,7 +104,7 @@ def identify(state_dict: dict[str, Tensor], model: str | None = None) -> tuple[s
     if not renamed.keys() & own.keys():
         raise ValueError(
             f'checkpoint must hold {model or "one of our networks"}, got {len(state_dict)} tensors of which no name is '
-            f'known: {_shorten(list(state_dict))}.'
+            f'known: {shorten(list(state_dict))}.'
         )
     if len(renamed) > 16 * len(own):  # a network of as many blocks as there are names would be built
         raise ValueError(f'checkpoint must hold one of our networks, got {len(state_dict)} tensors.')

@@ -14,9 +14,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from timm.models import PretrainedCfg, resolve_pretrained_cfg
 
+from .archive import Refused
+from .checksum import read_safetensors
 from .convert import convert
 from .identify import SHAPE_ARGS, constructor_args, registered
 
@@ -44,10 +46,10 @@ def _source(cfg: PretrainedCfg) -> str:
 def is_cached(path: Path) -> bool:
     """Whether a file of the cache is there and whole. A damaged one, which is to be replaced, counts as none."""
     try:
-        with safe_open(path, framework='pt'):
-            return True
-    except (OSError, SafetensorError):
+        read_safetensors(path)  # as timm, which reads it after us, checks nothing
+    except (OSError, Refused, SafetensorError):
         return False
+    return True
 
 
 def download_pretrained(

@@ -1,34 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the weights of untrusted files without running what such a file may hold.
+"""Reads the weights of untrusted files; `archive` and `checksum` open them."""
 
-A pickle is a program, and training files carry optimizer states and configuration objects along with the weights. So a
-file is read in two steps. The first unpickles its structure, in which a tensor is only a note of where its numbers lie,
-and every other class is replaced by an inert one; nothing is imported. The second step reads the numbers of the weights
-that were chosen.
-"""
-
-import functools
-import io
-import os
-import pickle
-import pickletools
-import re
-import sys
-import zipfile
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-__all__ = ['WEIGHTS', 'pass_cfg_nodes', 'read_checkpoint']
+from ..files import printable
+from .archive import Refused, Stored, open_archive
+from .checksum import read_safetensors
+
+__all__ = [
+    'WEIGHTS',
+    'check_names',
+    'is_safetensors',
+    'pass_cfg_nodes',
+    'read_checkpoint',
+    'read_structure',
+    'refusing',
+]
 
 WEIGHTS = ('auto', 'model', 'model_ema')
+NEEDED = 'must be a .safetensors file, or a .pth file as torch.save writes it'
 
 
 def pass_cfg_nodes() -> None:
@@ -45,141 +42,36 @@ def pass_cfg_nodes() -> None:
     torch.serialization.add_safe_globals([(OrderedDict, name)])
 
 
-class _Refused(Exception):
-    """A file is refused; the message says what it holds in place of weights, as it follows the word 'got'."""
-
-
-class _Inert:
-    """Stands for every object of a pickle that is no weight: it can be built, called and filled, and does nothing."""
-
-    __slots__ = ()
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> '_Inert':
-        return super().__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __call__(self, *args: Any, **kwargs: Any) -> '_Inert':
-        return self
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def _take(self, value: Any) -> None:
-        pass
-
-    __setstate__ = append = extend = add = _take
-
-
-class _Stored(NamedTuple):
-    """Where in an archive a tensor lies. It is a tuple, so that a pickle cannot set its fields."""
-
-    key: str
-    dtype: torch.dtype
-    offset: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-
-
-# The names of the standard library that honest files hold. They become inert, as all names of other packages do. Every
-# other name of the standard library, such as os.system, is a sign of an attack, which is refused although it could do
-# nothing.
-_HARMLESS = re.compile(
-    r'(argparse|collections|datetime|decimal|enum|fractions|pathlib(\._local)?|typing|uuid)\.\w+'
-    r'|builtins\.(bool|bytearray|bytes|complex|dict|float|frozenset|getattr|int|list|object|range|set|slice|str|tuple)'
-    r'|_codecs\.encode|copyreg\.(_reconstructor|__newobj__)|functools\.partial|types\.(MappingProxyType|SimpleNamespace)'
-)
-
-_STORAGES = {
-    'BFloat16Storage': torch.bfloat16,
-    'BoolStorage': torch.bool,
-    'ByteStorage': torch.uint8,
-    'CharStorage': torch.int8,
-    'DoubleStorage': torch.float64,
-    'FloatStorage': torch.float32,
-    'HalfStorage': torch.float16,
-    'IntStorage': torch.int32,
-    'LongStorage': torch.int64,
-    'ShortStorage': torch.int16,
-}
-
-
-# The types of numbers that a tensor in an untyped storage may have: only those whose numbers fill whole bytes.
-_DTYPES = (
-    'bfloat16 bool float16 float32 float64 float8_e4m3fn float8_e5m2 int8 int16 int32 int64 uint8 uint16 uint32 uint64'
-).split()
-
-
-class _Unpickler(pickle.Unpickler):
-    """Reads the structure of a file that `torch.save` wrote, and imports nothing: every class but a tensor's is inert.
-
-    All that it hands out is made anew for each file or cannot be changed, so that a file leaves no trace.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__(file, encoding='utf-8')
-
-        def rebuild(storage, offset, size, stride, *rest):
-            return _Stored(*storage, offset, size, stride)
-
-        def rebuild_v3(storage, offset, size, stride, requires_grad, hooks, dtype, *rest):
-            return _Stored(storage[0], dtype, offset, size, stride)
-
-        def parameter(data, *rest):
-            return data
-
-        def with_attributes(function, kind, args, state):
-            return function(*args)
-
-        self.known = {
-            'collections.OrderedDict': OrderedDict,
-            'torch._tensor._rebuild_from_type_v2': with_attributes,
-            'torch._utils._rebuild_parameter': parameter,
-            'torch._utils._rebuild_parameter_with_state': parameter,
-            'torch._utils._rebuild_tensor': rebuild,
-            'torch._utils._rebuild_tensor_v2': rebuild,
-            'torch._utils._rebuild_tensor_v3': rebuild_v3,
-            'torch.storage.UntypedStorage': torch.uint8,
-            **{f'torch.{name}': dtype for name, dtype in _STORAGES.items()},
-            **{f'torch.{name}': getattr(torch, name) for name in _DTYPES},
-        }
-
-    def find_class(self, module: str, name: str) -> Any:
-        # torch.save writes the names of Python 2: __builtin__ and copy_reg.
-        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
-        full_name = f'{module}.{name}'
-        if full_name in self.known:
-            return self.known[full_name]
-        if module.partition('.')[0] in sys.stdlib_module_names and not _HARMLESS.fullmatch(full_name):
-            raise _Refused(f'one that asks for {full_name}, which no weights need')
-        return type(full_name, (_Inert,), {'__slots__': ()})
-
-    def persistent_load(self, pid: Any) -> tuple[str, torch.dtype]:
-        kind, dtype, key, _, _ = pid
-        if kind != 'storage':
-            raise _Refused(f'one that refers to a {kind}')
-        return key, dtype
-
-
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn every error that a malformed file causes in a reader into a ValueError of one sentence."""
+def refusing(path: Path, needed: str = NEEDED) -> Iterator[None]:
+    """Turn every error that a malformed file causes in a reader into a ValueError of one sentence.
+
+    Args:
+        path: The file, with which the sentence begins.
+        needed: The middle of the sentence, which says what the file must be.
+    """
     try:
         yield
     except Exception as error:
-        # PyTorch's own words would advise to load the file without weights_only.
-        got = error if isinstance(error, _Refused) else f'one that cannot be read as such ({type(error).__name__})'
-        raise ValueError(
-            f'checkpoint {path} must be a .safetensors file, or a .pth file as torch.save writes it, got {got}.'
-        ) from error
+        # The text of others may hold what the file says, and PyTorch's advises to load it without weights_only.
+        got = error if isinstance(error, Refused) else f'one that cannot be read as such ({type(error).__name__})'
+        raise ValueError(f'checkpoint {path} {needed}, got {got}.') from error
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file is one of safetensors, by its name or by its beginning: the length of a JSON object, and it."""
+    if path.suffix == '.safetensors':
+        return True
+    with open(path, 'rb') as file:
+        return file.read(9)[8:] == b'{'
 
 
 def read_checkpoint(path: str | Path, which: str = 'auto') -> tuple[dict[str, Tensor], dict[str, str]]:
     """The weights in a file, under the file's own names, and the file's metadata.
 
     Nothing that the file brings along is run or imported. Of a .pth file only the chosen weights are read, and checked
-    by the archive's checksums. Files from before PyTorch 1.6 are left to PyTorch's weights-only reader.
+    by the archive's checksums, which files from before PyTorch 1.6 lack; of a .safetensors file that we wrote, all of
+    it is checked.
 
     Args:
         path: A .safetensors file, or one that `torch.save` wrote. The latter maps names to tensors, either itself or
@@ -199,69 +91,58 @@ def read_checkpoint(path: str | Path, which: str = 'auto') -> tuple[dict[str, Te
         raise ValueError(f'read_checkpoint: which must be one of {", ".join(WEIGHTS)}, got {which!r}.')
     if not path.is_file():
         raise FileNotFoundError(f'checkpoint {path} does not exist.')
-    if path.suffix == '.safetensors':
-        with _reading(path), safe_open(path, framework='pt') as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            metadata = {'weights': 'model', **(file.metadata() or {})}
+    if is_safetensors(path):
+        with refusing(path):
+            tensors, metadata = read_safetensors(path)
+            check_names(tensors)
+        metadata = {'weights': 'model', **metadata}
+        if metadata['weights'] not in WEIGHTS[1:]:
+            raise ValueError(f'checkpoint {path} must note model or model_ema as its weights, got other metadata.')
         if which not in ('auto', metadata['weights']):
             raise ValueError(f'checkpoint {path} must hold {which}, got {metadata["weights"]}.')
         return tensors, metadata
 
     with open(path, 'rb') as file:
-        with _reading(path):
-            checkpoint, load = _open_checkpoint(file)
+        with refusing(path):
+            checkpoint, load, _ = open_archive(file)
         weights, kind = _choose(path, checkpoint, which)
         weights = dict(dict.items(weights))
-        for name, value in weights.items():
-            if not isinstance(name, str):  # whose text, which may be endless, is not shown
-                raise ValueError(f'checkpoint {path} must map names to tensors, got a key of {type(name).__name__}.')
-            if not isinstance(value, (_Stored, Tensor)):
-                raise ValueError(f'checkpoint {path} must map names to tensors, got {name}: {type(value).__name__}.')
-        with _reading(path):
+        with refusing(path, 'must map names to tensors'):
+            check_names(weights)
+            for name, value in weights.items():
+                if not isinstance(value, Stored):
+                    raise Refused(f'{name}: {type(value).__name__}')
+        with refusing(path):
             tensors = {name: load(value) for name, value in weights.items()}
-            for name, value in tensors.items():
-                # An expanded tensor takes hardly any room in a file, and any amount of it once it is copied.
-                if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-                    raise _Refused(f'one in which {name} claims more numbers than there are')
+            _check_sharing(tensors)
     return tensors, {'weights': kind}
 
 
-def _open_checkpoint(file: BinaryIO) -> tuple[Any, Callable[[Any], Tensor]]:
-    """The content of a .pth file, and the function that makes a tensor of each `_Stored` in it."""
-    head = file.read(64).lstrip().lower()
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    if not size:
-        raise _Refused('an empty file')
-    if head.startswith((b'<!doctype', b'<html')):
-        raise _Refused('a web page')
-    if not head.startswith(b'pk\3\4'):
-        return torch.load(file, map_location='cpu', weights_only=True), lambda tensor: tensor
+def read_structure(path: str | Path) -> Any:
+    """What `torch.save` wrote into a .pth file, with plain values alone: all else, tensors too, is inert.
 
-    archive = zipfile.ZipFile(file)
-    records = {info.filename.partition('/')[2]: info for info in archive.infolist()}
-    # torch.save does not compress, so that it wrote no record that is larger than the file.
-    if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
-        raise _Refused('one that is compressed')
-    if sum(info.file_size for info in archive.infolist()) > size:
-        raise _Refused('one whose records claim more than it holds')
-    if 'byteorder' in records and archive.read(records['byteorder']).decode() != sys.byteorder:
-        raise _Refused('one in the byte order of another machine')
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file cannot be read safely.
+    """
+    with open(path, 'rb') as file, refusing(Path(path)):
+        return open_archive(file)[0]
 
-    @functools.cache
-    def storage(key: str) -> bytearray:
-        return bytearray(archive.read(records[f'data/{key}']))
 
-    def load(stored: _Stored) -> Tensor:
-        data = storage(stored.key)
-        numbers = torch.frombuffer(data, dtype=stored.dtype) if data else torch.empty(0, dtype=stored.dtype)
-        return numbers.as_strided(stored.size, stored.stride, stored.offset)  # refuses to look beyond the storage
+def check_names(weights: dict[Any, Any]) -> None:
+    """Refuse what no tensor is called: control characters would reach a terminal."""
+    for name in weights:
+        if not isinstance(name, str):  # whose text, which may be endless, is not shown
+            raise Refused(f'a key of {type(name).__name__}')
+        if not name.isprintable() or len(name) > 1000:
+            raise Refused(f'{printable(name[:40])!r}, which is no name')
 
-    program = archive.read(records['data.pkl'])
-    for opcode, arg, _ in pickletools.genops(program):
-        if opcode.name in ('PUT', 'LONG_BINPUT') and int(arg or 0) > len(program):  # it would take as much memory
-            raise _Refused('one that numbers more objects than it holds')
-    return _Unpickler(io.BytesIO(program)).load(), load
+
+def _check_sharing(tensors: dict[str, Tensor]) -> None:
+    """Refuse tensors that share their numbers beyond what tied weights do, and are many times the file once copied."""
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in tensors.values()}
+    if sum(value.numel() * value.element_size() for value in tensors.values()) > 4 * sum(storages.values()):
+        raise Refused('one whose tensors claim more than four times the numbers that there are')
 
 
 def _choose(path: Path, checkpoint: Any, which: str) -> tuple[dict[str, Any], str]:

@@ -10,6 +10,8 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
+from .fit import unfit_numbers
+
 __all__ = ['rename_checkpoint', 'rename_fn', 'strip_prefixes', 'unwrapped']
 
 # Rules for the mixers, which all families share; each family has further ones, which apply first.
@@ -41,12 +43,24 @@ def rename_checkpoint(
         renames: Patterns and replacements of the family, in the order in which they apply, before the mixers'.
 
     Raises:
-        ValueError: A tensor of the scan has another number of elements than the model's.
+        ValueError: A tensor of the scan has another number of elements than the model's, or weights are not finite
+            real numbers.
     """
     state_dict = unwrapped(state_dict)
     own = model.state_dict()
-    if state_dict.keys() <= own.keys():
-        return state_dict
+    if not state_dict.keys() <= own.keys():
+        state_dict = _renamed(state_dict, own, renames)
+    problems = unfit_numbers(state_dict, own)
+    if problems:
+        raise ValueError(f'checkpoint must hold the weights of a network, got {problems}.')
+    return state_dict
+
+
+def _renamed(
+    state_dict: dict[str, Tensor],
+    own: dict[str, Tensor],
+    renames: Sequence[tuple[str, str | Callable[[re.Match], str]]],
+) -> dict[str, Tensor]:
     out: OrderedDict[str, Tensor] = OrderedDict()
     if hasattr(state_dict, '_metadata'):  # the modules' versions, which load_state_dict reads
         out._metadata = state_dict._metadata  # type: ignore[attr-defined]  # torch's own attribute

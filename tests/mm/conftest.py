@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small trainings: miniature data sets, and shipped configs cut down to them."""
 
+import functools
+
 import make_datasets
 import pytest
 
@@ -10,6 +12,21 @@ def data(made_once):
     """Miniature data sets in the real layout, see make_datasets.py."""
     pytest.importorskip('mmdet', reason="mmdet is not installed: pip install '.[mmlab]'")
     return made_once('data', make_datasets.main)
+
+
+@pytest.fixture(scope='module')
+def quick_configs():
+    """Spare what takes mmengine seconds: looking for a base in all metafiles first, and setting a config's text."""
+    module = pytest.importorskip('mmengine.config.config')
+
+    def in_no_metafile(*args):
+        raise ValueError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, '_get_external_cfg_path', in_no_metafile)
+        patch.setattr(module, 'is_installed', functools.cache(module.is_installed))
+        patch.setattr(module, 'FormatCode', lambda text, **kwargs: (text, True))
+        yield
 
 
 @pytest.fixture(scope='session')

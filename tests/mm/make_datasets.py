@@ -37,13 +37,13 @@ def make_imagenet(root):
             image.save(path)
 
 
-def make_ade20k(root):
-    """images/SPLIT/NAME.jpg and annotations/SPLIT/NAME.png, in which 0 is no class and 1 to 150 are the classes."""
+def make_ade20k(root, classes=150):
+    """images/SPLIT/NAME.jpg and annotations/SPLIT/NAME.png, in which 0 is no class and the others are the classes."""
     for first, (folder, split) in enumerate(SPLITS.items()):
         for i, image in enumerate(photographs(first)):
             name = f'ADE_{split}_{i + 1:08d}'
             red, green, blue = np.moveaxis(np.asarray(image).astype(int), 2, 0)
-            labels = 1 + (red + green + blue) // 255 * 10 + 100 * (blue > red)
+            labels = 1 + ((red + green + blue) // 255 * 10 + 100 * (blue > red)) // (150 // classes)
             labels[:4] = 0
             labels = labels.astype(np.uint8)
             for kind, suffix, picture in (('images', 'jpg', image), ('annotations', 'png', Image.fromarray(labels))):

@@ -8,11 +8,11 @@ import sys
 import time
 
 
-def start(*arguments, launcher=(), **kwargs):
-    """A process with one thread whose output is read by `finish`."""
+def start(*arguments, launcher=(), host=(), **kwargs):
+    """A process with one thread whose output is read by `finish`; `host` is the command that runs it somewhere else."""
     environment = dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
     return subprocess.Popen(
-        [sys.executable, *launcher, '-m', *map(str, arguments)],
+        [*host, sys.executable, *launcher, '-m', *map(str, arguments)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -129,10 +129,6 @@ def test_the_recipe():
     mixup = MODELS.build(cfg.model.data_preprocessor).mixup
     assert (mixup.mixup_alpha, mixup.cutmix_alpha, mixup.mix_prob, mixup.switch_prob) == (0.8, 1.0, 1.0, 0.5)
     assert mixup.label_smoothing == 0.1 and mixup.num_classes == 1000
-    rates = {name: Config.fromfile(find_config(f'imagenet/{name}_8xb128-300e_in1k')) for name in NAMES}
-    assert [rates[name].model.drop_path_rate for name in NAMES] == [0.5, 0.3, 0.2, 0.6, 0.3, 0.2, 0.6, 0.3, 0.2]
-    weights = [next(hook.weight for hook in rates[name].custom_hooks if hook.type == 'MESAHook') for name in NAMES[:3]]
-    assert weights == [2.0, 1.5, 1.0]
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -161,12 +157,75 @@ def test_images_of_folders(folder):
             assert dataset.get_data_info(i)['img_path'].endswith('.png')
 
 
-def test_grey_and_transparent_images_become_rgb(folder):
-    Image.new('L', (20, 20), 90).save(folder / 'train' / 'a' / '0.png')
-    Image.new('RGBA', (20, 20), (10, 20, 30, 128)).save(folder / 'train' / 'a' / '1.png')
+RAMP = (np.arange(400, dtype=np.uint16) * 164).reshape(20, 20)  # 0 to 65436
+
+
+def portable_greymap(path):
+    path.write_bytes(b'P5 20 20 65535\n' + RAMP.astype('>u2').tobytes())
+
+
+@pytest.mark.parametrize(
+    'name, write, expected',
+    [
+        ('grey.png', lambda path: Image.new('L', (20, 20), 90).save(path), 90),
+        ('one-bit.png', lambda path: Image.new('1', (20, 20), 1).save(path), 255),
+        ('grey-alpha.png', lambda path: Image.new('LA', (20, 20), (90, 7)).save(path), 90),
+        ('alpha.png', lambda path: Image.new('RGBA', (20, 20), (10, 20, 30, 128)).save(path), (10, 20, 30)),
+        ('palette.png', lambda path: Image.new('RGB', (20, 20), (10, 20, 30)).quantize().save(path), (10, 20, 30)),
+        ('clear.png', lambda path: Image.new('P', (20, 20)).save(path, transparency=0), 0),
+        ('ink.tif', lambda path: Image.new('CMYK', (20, 20), (0, 255, 255, 0)).save(path), (255, 0, 0)),
+        ('16.png', lambda path: Image.fromarray(RAMP).save(path), RAMP // 256),
+        ('16.tif', lambda path: Image.fromarray(RAMP).save(path), RAMP // 256),
+        ('16-big-endian.tif', lambda path: Image.fromarray(RAMP.astype('>u2')).save(path), RAMP // 256),
+        ('16.pgm', portable_greymap, RAMP // 256),
+    ],
+)
+def test_images_of_every_kind_become_rgb(name, write, expected, folder):
+    """As timm takes them; of 16 bits the upper eight, where Pillow would clip all but the darkest to white."""
+    (folder / 'train' / 'a' / '0.png').unlink()
+    write(folder / 'train' / 'a' / f'0-{name}')
+    dataset = mm.ImageFolder(folder, 'train', dict(input_size=20, crop_pct=1.0))
+    image = torch.as_tensor(dataset[0]['inputs'])
+    if isinstance(expected, tuple):
+        expected = np.reshape(expected, (3, 1, 1))
+    assert image.shape == (3, 20, 20) and (image.numpy() == expected).all()
+
+
+@pytest.mark.parametrize('mode', ['F', 'I'])
+def test_images_without_a_range_are_refused_by_name(mode, folder):
+    """Of floating-point numbers, or of 32 bits, nothing says what is white; nearly all became black or white."""
+    Image.new(mode, (20, 20), 1).save(folder / 'train' / 'a' / '0.tif')
     dataset = mm.ImageFolder(folder, 'train', dict(input_size=8))
-    assert dataset[0]['inputs'].unique().tolist() == [90]
-    assert dataset[1]['inputs'][:, 0, 0].tolist() == [10, 20, 30]
+    index = dataset.paths.tolist().index(os.fsencode(folder / 'train' / 'a' / '0.tif'))
+    with pytest.raises(mm.RunError, match=r'0\.tif cannot be read \(an image must have 8 bits a channel, or 16'):
+        mm.GuardedDataset(dataset)[index]
+    skipping = mm.GuardedDataset(dataset, skip=True)
+    assert skipping[index]['inputs'].shape == (3, 8, 8) and skipping.unreadable.sum() == 1
+
+    class Detection(Lenient):
+        def __getitem__(self, index):
+            raise AssertionError('failed to load image')  # as mmcv does, since OpenCV reads none of these
+
+    with pytest.raises(mm.RunError, match=r'0\.tif cannot be read \(an image must have 8 bits'):
+        mm.GuardedDataset(Detection(folder / 'train' / 'a' / '0.tif'))[0]
+
+
+def test_orientation_is_honoured_but_for_the_published_recipes(folder):
+    """A camera that is turned writes the pixels as they came, and says in the EXIF data how they are to be turned."""
+    picture = np.zeros((20, 20, 3), np.uint8)
+    picture[:10] = 255  # bright above
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    Image.fromarray(picture).save(folder / 'train' / 'a' / '0.png', exif=exif)
+    transform = dict(input_size=20, crop_pct=1.0)
+    turned, as_stored = (mm.ImageFolder(folder, 'train', transform, upright=upright)[0] for upright in (True, False))
+    assert torch.equal(turned['inputs'], as_stored['inputs'].rot90(-1, (1, 2)))
+    assert turned['inputs'][:, 5, 15].min() == 255 and as_stored['inputs'][:, 5, 5].min() == 255
+    assert not torch.equal(turned['inputs'], as_stored['inputs'])
+    for name in IMAGENET + FINETUNE:
+        cfg = Config.fromfile(find_config(name))
+        for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+            assert loader.dataset.upright == ('folder' in name)
 
 
 def test_a_split_without_a_class_keeps_the_numbers(folder):
@@ -185,6 +244,84 @@ def test_augmentations_at_full_strength(folder):
         np.random.seed(i)
         dark += not dataset[4]['inputs'].any()
     assert 0 < dark < 150
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """What a data set logs."""
+    lines = []
+    monkeypatch.setattr('vssm.models.mm.data.print_log', lambda text, *args: lines.append(text))
+    return lines
+
+
+def test_the_numbers_of_the_classes_are_said(folder, said):
+    mm.ImageFolder(folder, 'train')
+    assert said == [f'The classes of {folder / "train"} are numbered by name: 0 a, 1 b.']
+
+
+@pytest.mark.parametrize('name', ['.ipynb_checkpoints', '__MACOSX', '@eaDir', '.hidden'])
+def test_what_systems_add_is_no_class_and_no_image(name, folder, said):
+    for place in (folder / 'train', folder / 'train' / 'a', folder / 'val'):
+        (place / name).mkdir()
+        Image.new('RGB', (8, 8)).save(place / name / '0-checkpoint.png')
+    (folder / 'train' / 'a' / '._0.png').write_bytes(b'AppleDouble')
+    for split, count in (('train', 8), ('val', 4)):
+        dataset = mm.ImageFolder(folder, split)
+        assert dataset.metainfo['classes'] == ('a', 'b') and len(dataset) == count
+    assert not [line for line in said if 'left out' in line]
+
+
+def test_other_files_are_counted_and_named(folder, said):
+    for name in ('0.gif', '1.GIF', 'photo.heic', 'notes'):
+        (folder / 'train' / 'a' / name).touch()
+    Image.new('RGB', (8, 8)).save(folder / 'train' / 'loose.png')
+    assert len(mm.ImageFolder(folder, 'train')) == 8
+    (line,) = (line for line in said if 'left out' in line)
+    for part in ('5 entries', '2 .gif', '1 .heic', '1 without an extension', '1 images beside the folders'):
+        assert part in line
+
+
+@pytest.mark.parametrize('what', ['empty', 'GIFs'])
+def test_a_class_without_images_is_refused(what, folder):
+    """It would count among the classes, and number those after it."""
+    (folder / 'train' / 'aa').mkdir()
+    if what == 'GIFs':
+        Image.new('RGB', (8, 8)).save(folder / 'train' / 'aa' / '0.gif')
+    for split in ('train', 'val'):
+        with pytest.raises(mm.RunError, match='every folder in .*train is a class .*, got none in aa'):
+            mm.ImageFolder(folder, split)
+
+
+def test_links_that_lead_in_a_circle(folder, said):
+    """To the folder itself, above it, and to the root; a link to a folder elsewhere is followed."""
+    train = folder / 'train'
+    for name, target in (('self', train / 'a'), ('above', train), ('root', folder)):
+        (train / 'a' / name).symlink_to(target)
+    (train / 'circle').symlink_to(folder)
+    elsewhere = folder.parent / 'elsewhere'
+    elsewhere.mkdir()
+    Image.new('RGB', (8, 8)).save(elsewhere / '9.png')
+    (train / 'b' / 'more').symlink_to(elsewhere)
+    dataset = mm.ImageFolder(folder, 'train')
+    assert dataset.metainfo['classes'] == ('a', 'b') and np.bincount(dataset.labels).tolist() == [4, 5]
+    assert any('3 links to a folder that is there already' in line for line in said)
+    (train / 'c').symlink_to(train / 'b')
+    with pytest.raises(mm.RunError, match='c must be a class of its own, got a link to b'):
+        mm.ImageFolder(folder, 'train')
+
+
+def test_a_folder_that_cannot_be_listed_is_no_empty_one(folder, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith('locked'):
+            raise PermissionError(13, 'Permission denied', str(path))
+        return scandir(path)
+
+    (folder / 'train' / 'a' / 'locked').mkdir()
+    monkeypatch.setattr('os.scandir', refuse)
+    with pytest.raises(mm.RunError, match='cannot be read: .*Permission denied.*locked'):
+        mm.ImageFolder(folder, 'train')
 
 
 def test_folders_that_do_not_fit_are_refused(folder):
@@ -243,7 +380,7 @@ def test_mixing(kind):
 
 def test_an_odd_batch_is_not_mixed():
     preprocessor = mm.ImagePreprocessor(mixup=dict(num_classes=3))
-    with pytest.raises(ValueError, match='even number of images, got 3: set train_dataloader.batch_size'):
+    with pytest.raises(mm.RunError, match='even number of images, got 3: set train_dataloader.batch_size'):
         preprocessor(batch(3), training=True)
 
 
@@ -309,8 +446,8 @@ def test_mesa_needs_an_average(build):
 
 
 def test_the_average_is_evaluated_and_written(build, tmp_path):
-    """With a momentum of one half, so that average and model differ after two iterations."""
-    runner = build(**{'custom_hooks.0.momentum': 0.5})
+    """With a momentum of one half, so that average and model differ after two iterations, in their statistics too."""
+    runner = build('test_spatial_mamba', **{'custom_hooks.0.momentum': 0.5})
     states = []
     original = runner.model.val_step
     runner.model.val_step = lambda data: (states.append(clone(runner.model.model)), original(data))[1]
@@ -321,6 +458,7 @@ def test_the_average_is_evaluated_and_written(build, tmp_path):
     def follow(runner, *args, **kwargs):
         weights = clone(runner.model.model)
         average[:] = [weights if not average else {k: (average[0][k] + v) / 2 for k, v in weights.items()}]
+        average[0].update({k: v for k, v in weights.items() if not v.is_floating_point()})
         update(runner, *args, **kwargs)
 
     hook.after_train_iter = follow
@@ -334,7 +472,7 @@ def test_the_average_is_evaluated_and_written(build, tmp_path):
     reported = runner.message_hub.get_scalar('val/accuracy/top1').current()
     for file in ('checkpoint.safetensors', 'epoch_1.pth'):
         assert (tmp_path / file).stat().st_mode & 0o777 == 0o666 & ~umask()
-        assert build(load_from=str(tmp_path / file)).test()['accuracy/top1'] == reported
+        assert build('test_spatial_mamba', load_from=str(tmp_path / file)).test()['accuracy/top1'] == reported
 
 
 def umask():
@@ -483,9 +621,8 @@ def test_a_run_resumes_in_the_middle_of_a_step(build, tmp_path):
 
 
 def test_averages_follow_the_steps(build):
-    runner = build(
-        **{'optim_wrapper.accumulative_counts': 2, 'train_cfg.max_epochs': 4, 'custom_hooks.0.momentum': 0.5}
-    )
+    hooks = [dict(type='EMAHook', momentum=0.5)]
+    runner = build(**{'optim_wrapper.accumulative_counts': 2, 'train_cfg.max_epochs': 4, 'custom_hooks': hooks})
     seen = []
     hook = next(h for h in runner.hooks if isinstance(h, EMAHook))
     after_train_iter = hook.after_train_iter
@@ -498,6 +635,7 @@ def test_averages_follow_the_steps(build):
     runner.train()
     changes = [not torch.equal(a, b) for a, b in itertools.pairwise(seen)]
     assert changes == [False, True, False, True, False, True, False]
+    assert hook.ema_model.update_buffers  # of mmengine's own average, too
 
 
 def test_a_run_that_was_killed_after_its_last_epoch_is_evaluated(build, tmp_path):
@@ -752,12 +890,12 @@ def test_the_position_in_an_endless_sequence():
 def test_the_last_complete_checkpoint_is_found(build, tmp_path):
     build(**{'train_cfg.max_epochs': 2}).train()
     runner = build(resume=True, **{'train_cfg.max_epochs': 3})
-    (tmp_path / '.epoch_3.pth.0123456789abcdef.tmp').write_bytes(b'half')
+    (tmp_path / f'.epoch_3.pth.{mm.current_run(tmp_path).name}.0123456789abcdef.tmp').write_bytes(b'half')
     content = (tmp_path / 'epoch_2.pth').read_bytes()
     (tmp_path / 'epoch_2.pth').write_bytes(content[: len(content) // 2])
     (tmp_path / 'epoch_x.pth').write_bytes(b'')
     runner.train()
-    assert 'epoch_2.pth cannot be read' in ''.join(path.read_text() for path in tmp_path.glob('*/*.log'))
+    assert 'epoch_2.pth must be a' in ''.join(path.read_text() for path in tmp_path.glob('*/*.log'))
     assert runner.epoch == 3 and not list(tmp_path.glob('*.tmp'))  # what a killed run left is gone, too
     for name in ('epoch_1.pth', 'epoch_2.pth', 'epoch_3.pth'):
         (tmp_path / name).write_bytes(b'nothing')
@@ -809,10 +947,11 @@ def test_what_is_no_training_checkpoint_is_refused(build, tmp_path):
     with pytest.raises(mm.RunError, match='must be one of a training, with meta, message_hub, optimizer'):
         build(resume=True, load_from=str(tmp_path / 'weights.pth')).train()
     build().train()
+    wider = {'load_from': str(tmp_path / 'epoch_1.pth'), 'model.dims': 8}
+    with pytest.raises(mm.RunError, match=r'epoch_1\.pth with another model \(model\.dims: not set -> 8\)\. --force'):
+        build(resume=True, **wider).train()
     with pytest.raises(mm.RunError, match=r'epoch_1\.pth must be one of this model, got .* misshapen'):
-        build(
-            'test_vmamba2d', tmp_path, resume=True, load_from=str(tmp_path / 'epoch_1.pth'), **{'model.dims': 8}
-        ).train()
+        build(resume=True, force=True, **wider).train()
 
 
 def test_a_resumption_without_checkpoints_begins(build, tmp_path):

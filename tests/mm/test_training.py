@@ -309,11 +309,11 @@ def test_a_checkpoint_is_replaced_as_a_whole(build, tmp_path, monkeypatch):
     path = tmp_path / 'checkpoint.safetensors'
     before = path.read_bytes()
 
-    def interrupted(tensors, filename, metadata):
+    def interrupted(filename, tensors, metadata):
         filename.write_bytes(b'half')
         raise OSError('disk full')
 
-    monkeypatch.setattr('vssm.models.mm.hooks.save_file', interrupted)
+    monkeypatch.setattr('vssm.models.mm.hooks.write_safetensors', interrupted)
     with pytest.raises(mm.RunError, match='checkpoint.safetensors cannot be written: disk full'):
         build().train()
     assert path.read_bytes() == before and not list(tmp_path.glob('*.tmp'))

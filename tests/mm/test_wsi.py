@@ -542,7 +542,7 @@ def test_the_whole_path(classification, tmp_path, capsys):
     for name in ('checkpoint.safetensors', 'best.safetensors'):
         (expected, expected_metadata), (weights, metadata) = (read_checkpoint(f / name) for f in (whole, killed))
         assert all(torch.equal(value, expected[key]) for key, value in weights.items())
-        assert metadata == expected_metadata
+        assert {**metadata, 'run': ''} == {**expected_metadata, 'run': ''}
     assert float(metadata['wsi/auc']) >= 0.5 and metadata['seed'] == '0' and metadata['model'] == 'mamba2d_mil'
 
     best, test = killed / 'best.safetensors', tmp_path / 'test'

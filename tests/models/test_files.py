@@ -15,7 +15,7 @@ def test_replacing_writes_a_whole_file(tmp_path):
     with replacing(path) as temporary:
         temporary.write_text('new')
         temporary.chmod(0o600)
-        assert path.read_text() == 'old' and leftovers(tmp_path) == [temporary]
+        assert path.read_text() == 'old' and list(tmp_path.glob('.*.tmp')) == [temporary]
     assert path.read_text() == 'new' and list(tmp_path.iterdir()) == [path]
     os.umask(umask := os.umask(0))
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask
@@ -45,8 +45,12 @@ def test_replacing_needs_something_written(tmp_path):
         temporary.touch()
 
 
-def test_leftovers_are_temporary_files_alone(tmp_path):
-    temporary = '.file.0123456789abcdef.tmp'
-    for name in (temporary, 'file', '.file', '.file.tmp', '.file.12.tmp', temporary[1:]):
+def test_leftovers_are_temporary_files_of_one_writer_alone(tmp_path):
+    for name in ('.file.0123456789abcdef.tmp', '.file.b.0123456789abcdef.tmp', '.file.ba.0123456789abcdef.tmp'):
         (tmp_path / name).touch()
-    assert leftovers(tmp_path) == [tmp_path / temporary]
+    for name in ('file', '.file', '.file.a.tmp', '.file.a.12.tmp', 'file.a.0123456789abcdef.tmp'):
+        (tmp_path / name).touch()
+    with replacing(tmp_path / 'file', owner='a') as temporary:
+        temporary.touch()
+        assert leftovers(tmp_path, 'a') == [temporary]
+    assert leftovers(tmp_path, 'a') == [] and len(leftovers(tmp_path, 'b')) == 1

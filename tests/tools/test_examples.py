@@ -77,7 +77,8 @@ def test_two_fsdp_processes_train_as_one_of_vssm_train_with_the_doubled_batch(un
 
     weights, metadata = read_checkpoint(work_dir / 'checkpoint.safetensors')
     expected, expected_metadata = read_checkpoint(tmp_path / 'checkpoint.safetensors')
-    assert metadata == expected_metadata and weights.keys() == expected.keys()
+    assert metadata == {key: value for key, value in expected_metadata.items() if key != 'run'}
+    assert weights.keys() == expected.keys()
     for name, value in weights.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
 

@@ -197,10 +197,12 @@ def test_what_is_transparent_lies_on_white(tmp_path):
     assert _pictures.read_image(tmp_path / 'clear.png', 32).min() > 0.99
 
 
-def test_sixteen_bits_are_refused(tmp_path):
-    Image.new('I;16', (40, 40), 1000).save(tmp_path / 'deep.png')
-    with pytest.raises(UsageError, match='deep.png must have at most 8 bits a channel, got mode I'):
-        _pictures.read_image(tmp_path / 'deep.png', 32)
+def test_pictures_of_more_bits(tmp_path):
+    Image.new('I;16', (40, 40), 0x80FF).save(tmp_path / 'deep.png')
+    assert (255 * _pictures.read_image(tmp_path / 'deep.png', 32) - 0x80).abs().max() < 0.01
+    Image.new('F', (40, 40), 0.5).save(tmp_path / 'float.tif')
+    with pytest.raises(UsageError, match='float.tif must be an image .* got floating-point numbers'):
+        _pictures.read_image(tmp_path / 'float.tif', 32)
 
 
 def test_a_size_that_a_network_does_not_take(tmp_path, capsys):

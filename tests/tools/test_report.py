@@ -11,12 +11,13 @@ import pytest
 import timm
 import torch
 from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
+from torch import nn
 
 from vssm.tools import _bench
 from vssm.tools._bench import Timing, median_and_spread, median_seconds, time_interleaved
 from vssm.tools._memory import NO_PEAK, fit_batch, peak_growth
 from vssm.tools.main import main
-from vssm.tools.report import measure
+from vssm.tools.report import counts, measure
 from vssm.tools.report.cli import find_models
 from vssm.tools.report.counts import accuracy_of, count
 from vssm.tools.report.plot import draw
@@ -43,7 +44,7 @@ def test_counts_of_ours_are_those_of_the_references(family, size, golden):
     variants = golden('reported.json')['variants']
     (measured,) = (v['measured'] for name, v in variants.items() if name.startswith(f'{family}_{size}'))
     row = count(f'{FAMILIES[family]}_{size}', None, depth=2)
-    assert row.error is None and row.size == 224
+    assert row.error is None and row.size == 224 and row.note is None
     assert row.params == measured['params']
     assert row.gmacs == pytest.approx(measured['flops_224'] / 1e9, rel=1e-3)
     assert row.gmacs_torch == pytest.approx(row.gmacs, rel=0.02)  # PyTorch counts no norm
@@ -72,6 +73,44 @@ def test_counts_of_peers_are_those_of_fvcore(name):
         assert counted == pytest.approx(analysis.total(), rel=1e-12), kind
     assert row.params == sum(p.numel() for p in model.parameters())
     assert (row.note is not None and 'scaled_dot_product_attention' in row.note) == (name == 'test_vit')
+    assert row.note is None or 'misses' not in row.note
+
+
+class Uncounted(nn.Module):
+    """Parameters in all the ways that a count can see them, and miss them."""
+
+    def __init__(self, missed):
+        super().__init__()
+        self.stem, self.norm, self.scale = nn.Conv2d(3, 4, 16, 16), nn.LayerNorm(4), nn.Parameter(torch.ones(4))
+        self.act, self.token = nn.PReLU(), nn.Parameter(torch.zeros(1, 1, 4))
+        self.mixers = nn.ModuleList(nn.LSTM(4, 4, batch_first=True) for _ in range(7)) if missed else ()
+        self.bank = nn.Parameter(torch.eye(4)) if missed else None
+        self.fc = nn.Linear(4, 10)
+
+    def forward(self, x):
+        x = self.act(self.norm(self.stem(x).flatten(2).mT)) * self.scale
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+        for mixer in self.mixers:
+            x = mixer(x)[0]
+        if self.bank is not None:
+            x = torch.cdist(x, self.bank.double().exp().float())
+        return self.fc(x[:, 0])
+
+
+@pytest.mark.parametrize('missed', [False, True], ids=['all counted', 'some missed'])
+def test_parameters_that_a_count_misses_are_named(missed, monkeypatch, capsys):
+    """Products and norms are counted, and what takes each value by itself costs nothing, by fvcore's rule."""
+    monkeypatch.setattr(counts, 'create_for_size', lambda *args: Uncounted(missed).eval())
+    row = count('test_vmamba', 32, 0)
+    assert row.error is None and row.note == (
+        'fvcore counts no cdist, and so misses parameters of bank; '
+        'fvcore counts no lstm, and so misses parameters of mixers.0, mixers.1, mixers.2, mixers.3, mixers.4 and 2 more'
+        if missed
+        else None
+    )
+    assert main(['report', 'test_vmamba', '--sizes', '32', '--no-throughput']) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if 'misses' in line]
+    assert lines == ([f'test_vmamba (size 32): {row.note}'] if missed else [])
 
 
 def test_counts_follow_the_size():

@@ -18,7 +18,8 @@ from rich.console import Console
 import vssm
 from vssm.models import weights as checkpoints
 from vssm.ops import selective_scan_fvcore_macs, state_fusion_fvcore_macs, use_reference
-from vssm.tools import env, info
+from vssm.tools import _common, env, info
+from vssm.tools._options import parse_option
 from vssm.tools._tables import markdown_table, print_table
 from vssm.tools.main import COMMANDS, main, make_parser
 from vssm.tools.published import IMAGENET_TOP1
@@ -189,6 +190,162 @@ def test_configs_lists_all(capsys):
     names = re.findall(r'^│ (\S+/\S+) ', capsys.readouterr().out, re.MULTILINE)
     assert len(names) == len(set(names)) == 2 + 9 + 9 + 2 * 9 + 2 + 3
     assert not [name for name in names if '/_' in name]
+
+
+def test_the_path_of_a_config_is_what_another_inherits(capsys, tmp_path):
+    assert main(['configs', '--path', 'digits/vmamba2d_test']) == 0
+    path = capsys.readouterr().out.strip()
+    own = tmp_path / 'own.py'
+    own.write_text(f"_base_ = '{path}'\nmodel = dict(num_classes=3)\n")
+    cfg = _common.load_config(str(own))
+    assert cfg.model == dict(type='ImageClassifier', model_name='test_vmamba2d', num_classes=3, in_chans=1)
+
+
+@pytest.mark.parametrize('name', ['digits/vmamba_test'])
+def test_a_copy_of_a_config_says_the_same_and_stands_alone(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(['configs', '--copy', name]) == 0
+    file = f'{name.partition("/")[2]}.py'
+    assert f'Written to {file}' in capsys.readouterr().out
+    copy = _common.load_config(file)
+    assert copy.to_dict() == _common.load_config(name).to_dict() and '_base_' not in (tmp_path / file).read_text()
+    assert main(['configs', '--copy', name]) == 2
+    assert f'must not replace a file, got {name}' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['ade20k/upernet_vmamba_tiny_4xb4-160k_ade20k-512x512'])
+def test_a_copy_keeps_no_variable_that_changes_nothing(name, tmp_path, monkeypatch):
+    pytest.importorskip('mmseg', reason="mmseg is not installed: pip install '.[mmlab]'")
+    monkeypatch.chdir(tmp_path)
+    assert main(['configs', '--copy', name]) == 0
+    copy, whole = _common.load_config(f'{name.partition("/")[2]}.py').to_dict(), _common.load_config(name).to_dict()
+    assert copy == {key: whole[key] for key in copy}
+    left_out = {
+        'backbone_norm_cfg',
+        'backend_args',
+        'crop_size',
+        'data_root',
+        'dataset_type',
+        'img_ratios',
+        'norm_cfg',
+        'optimizer',
+    }
+    left_out |= {'test_pipeline', 'train_pipeline', 'vis_backends'}
+    assert whole.keys() - copy.keys() <= left_out and 'data_root' not in copy and 'tta_pipeline' in copy
+
+
+MMENGINE_READS = ['1', '-2', '1e-3', '.5', 'inf', '-inf', 'nan', 'true', 'False', 'TRUE', 'None', 'none', 'cosine']
+MMENGINE_READS += ['a,b', 'mIoU,mDice', '1,2', '[1,2]', '(1,2)', '[a,b]', '[(1,2),[a,b],c]', '()', '[]', 'a/b.py', '08']
+MMENGINE_READS += ['[true,inf]', '(1333,800)', '[1, 2]', '[ a, b ]', 'http://h:1/x', "['a','b']", '"text"']
+
+
+@pytest.mark.parametrize('text', MMENGINE_READS)
+def test_values_are_read_as_mmengine_reads_them(text):
+    from mmengine.config import DictAction
+
+    key, value = parse_option(f'a.b={text}')
+    expected = DictAction._parse_iterable(text)
+    assert key == 'a.b' and repr(value) == repr(expected)  # NaN is not itself
+
+
+@pytest.mark.parametrize(
+    'text, value',
+    [
+        ("'1'", '1'),
+        ('"traffic light"', 'traffic light'),
+        ("['traffic light', 'car']", ['traffic light', 'car']),
+        ("{'type': 'EMAHook', 'momentum': 1e-4}", dict(type='EMAHook', momentum=1e-4)),
+        ("[{'type': 'EMAHook'}, 1]", [dict(type='EMAHook'), 1]),
+        ('/my data/images', '/my data/images'),
+        ('a=b', 'a=b'),
+    ],
+)
+def test_what_mmengine_would_garble_is_read_as_python(text, value):
+    """It has no dictionaries, and drops every blank and every quote."""
+    assert parse_option(f'key={text}') == ('key', value)
+
+
+UNKNOWN = [
+    ('max_epoch=1', "what reads the config takes no 'max_epoch'. Did you mean 'train_cfg.max_epochs'?"),
+    ('train_cfg.max_epoch=1', "train_cfg takes no 'max_epoch'. Did you mean 'train_cfg.max_epochs'?"),
+    ('optim_wrapper.optimizer.typ=SGD', "takes no 'typ'. Did you mean 'optim_wrapper.optimizer.type'?"),
+    ('optim_wrapper.acumulative_counts=2', "Did you mean 'optim_wrapper.accumulative_counts'?"),
+    ('train_dataloader.batchsize=2', "Did you mean 'train_dataloader.batch_size'?"),
+    ('train_dataloader.dataset.splt=a', "Did you mean 'train_dataloader.dataset.split'?"),
+    ('train_dataloader.sampler.shufle=true', "Did you mean 'train_dataloader.sampler.shuffle'?"),
+    ('default_hooks.checkpoint.intervall=2', "Did you mean 'default_hooks.checkpoint.interval'?"),
+    ('default_hooks.checkpont.interval=2', "Did you mean 'default_hooks.checkpoint'?"),
+    ('param_scheduler.0.ends=2', "Did you mean 'param_scheduler.0.end'?"),
+    ('param_scheduler.2.end=2', "param_scheduler has entries 0 to 1, got '2'"),
+    ('val_evaluator.topks=2', "Did you mean 'val_evaluator.topk'?"),
+    ('randomness.sed=2', "Did you mean 'randomness.seed'?"),
+    ('auto_scale_lr.enabel=true', "Did you mean 'auto_scale_lr.enable'?"),
+    ('resum=true', "Did you mean 'resume'?"),
+    ('train_cfg.max_epochs=abc', "train_cfg.max_epochs must be a number, as 30 in its place is, got 'abc'"),
+    ('optim_wrapper.optimizer.lr=fast', "must be a number, as 0.004 in its place is, got 'fast'"),
+    ('optim_wrapper.optimizer.fused=yes', "must be True or False, as True in its place is, got 'yes'"),
+    ('model.with_cp=no', "model.with_cp must be True or False, as False in its place is, got 'no'"),
+    ('model=test_vmamba', 'model must be a dictionary, as '),
+]
+
+
+@pytest.mark.parametrize('option, said', UNKNOWN, ids=[option for option, _ in UNKNOWN])
+def test_options_without_an_effect_are_refused(option, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(['train', 'digits/vmamba2d_test', '--cfg-options', option]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.startswith('vssm train: --cfg-options ') and error.count('\n') == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        ['model.dims=24', 'model.drop_path_rate=0.1', 'model.with_cp=true'],
+        ['model.pretrained=false', 'model.init_cfg.type=Pretrained', 'model.init_cfg.checkpoint=FILE'],
+        ['optim_wrapper.optimizer.momentum=0.9', 'optim_wrapper.optimizer.type=sgd'],
+        [
+            'optim_wrapper.type=AmpOptimWrapper',
+            'optim_wrapper.loss_scale=dynamic',
+            'optim_wrapper.optimizer.betas=0.9,0.99',
+        ],
+        ['optim_wrapper.optimizer.layer_decay=0.7', 'optim_wrapper.clip_grad=None', 'train_cfg.val_begin=3'],
+        ['train_cfg.by_epoch=false', 'train_cfg.max_iters=5', 'force=true'],
+        ['default_hooks.timing.type=IterTimerHook', 'default_hooks.checkpoint.save_best=auto', 'unreadable=skip'],
+        ["custom_hooks=[{'type': 'EMAHook'}]", 'find_unused_parameters=true', 'experiment_name=a', 'log_level=DEBUG'],
+        ['train_dataloader.num_batch_per_epoch=2', 'train_dataloader.dataset.affine.shear=3', 'load_from=FILE'],
+        ['val_evaluator.prefix=val', 'val_evaluator.topk=1,2', 'visualizer.type=Visualizer', 'sync_bn=torch'],
+    ],
+    ids=lambda options: options[0],
+)
+def test_options_that_something_takes_may_be_new(options, capsys):
+    args = make_parser().parse_args(['train', 'digits/vmamba2d_test', '--cfg-options', *options])
+    cfg = _common.read_config(args)
+    for option in options:
+        key, value = parse_option(option)
+        node = cfg
+        for name in key.split('.'):
+            node = node[name]
+        assert node == value
+    assert not capsys.readouterr().err
+
+
+def test_any_hook_of_a_run_may_be_left_out():
+    mm = pytest.importorskip('vssm.models.mm.runner')
+    options = [f'default_hooks.{name}=None' for name in mm.OWN_HOOKS]
+    cfg = _common.read_config(make_parser().parse_args(['train', 'digits/vmamba2d_test', '--cfg-options', *options]))
+    assert {name for name, hook in cfg.default_hooks.items() if hook is None} == mm.OWN_HOOKS.keys()
+
+
+def test_a_new_key_that_is_nearly_an_old_one_is_noted(capsys):
+    """Where anything may be new."""
+    options = ['train_dataloader.dataset.affine.degree=3']
+    _common.read_config(make_parser().parse_args(['train', 'digits/vmamba2d_test', '--cfg-options', *options]))
+    note = (
+        'note: train_dataloader.dataset.affine.degree is new to the config, where train_dataloader.dataset.affine has '
+    )
+    assert capsys.readouterr().err == f"{note}'degrees'.\n"
 
 
 @pytest.mark.parametrize(

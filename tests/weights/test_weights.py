@@ -31,10 +31,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from vssm.models.weights import cached_path, convert, identify, list_models, read_checkpoint, strip_prefixes
+from vssm.models.weights import cached_path, convert, identify, is_cached, list_models, read_checkpoint, strip_prefixes
+from vssm.models.weights.archive import _STORAGES
 from vssm.models.weights.convert import _fit
 from vssm.models.weights.identify import registered
-from vssm.models.weights.read import _STORAGES, pass_cfg_nodes
+from vssm.models.weights.read import pass_cfg_nodes
 from vssm.tools.main import main
 
 TEST_MODELS = ('test_vmamba', 'test_vmamba2d', 'test_spatial_mamba')
@@ -235,7 +236,7 @@ DAMAGE = {
             torch.save({'x': torch.arange(500.0)}, path, _use_new_zipfile_serialization=False),
             path.write_bytes(path.read_bytes()[:-99]),
         ),
-        'cannot be read as such',
+        'got one that lacks its end',
     ),
     'short record': (
         lambda path: rewrite(path, lambda name, data: data[:100] if '/data/' in name else data),
@@ -252,7 +253,7 @@ DAMAGE = {
     ),
     'expanded': (
         lambda path: torch.save({'x': torch.zeros(1).expand(10**13)}, path),
-        'x claims more numbers than there are',
+        'a tensor claims more numbers than there are',
     ),
     'list': (lambda path: torch.save([1, 2], path), 'must map names to tensors, got list'),
     'no tensors': (lambda path: torch.save({}, path), 'must map names to tensors, got an empty dict'),
@@ -283,6 +284,35 @@ def test_a_damaged_safetensors_file_is_refused(damage, tmp_path):
     path.write_bytes({'truncated': path.read_bytes()[:-1], 'nonsense': b'nonsense', 'empty': b''}[damage])
     with pytest.raises(ValueError, match=r'must be a \.safetensors file'):
         read_checkpoint(path)
+
+
+def test_our_safetensors_files_have_a_checksum(tmp_path):
+    """Of the tensors, their names, and the metadata; what reads the file with our code compares it."""
+    source, path = tmp_path / 'in.pth', tmp_path / 'file.safetensors'
+    state = {**random_state('test_vmamba'), 'head.fc.bias': torch.arange(1000.0)}
+    torch.save(state, source)
+    convert(source, path)
+    whole = path.read_bytes()
+    tensors, metadata = read_checkpoint(path)
+    assert_same(tensors, state)
+    assert 'checksum' not in metadata and metadata_of(path)['checksum'].startswith('sha256:')
+    found = whole.find(torch.arange(1000.0).numpy().tobytes())
+    for at, new in [(found + 99, b'\1'), (whole.find(b'in.pth'), b'I'), (whole.find(b'head.fc.bias'), b'H')]:
+        path.write_bytes(whole[:at] + new + whole[at + 1 :])
+        assert path.read_bytes() != whole and load_file(path)  # safetensors sees nothing
+        with pytest.raises(ValueError, match='was damaged after it was written: its checksum differs'):
+            read_checkpoint(path)
+        assert not is_cached(path)  # so that pretrained=True fetches it again
+    save_file(state, path, dict(model='test_vmamba'))  # as others write it
+    assert_same(read_checkpoint(path)[0], state)
+
+
+def test_tensors_that_share_most_of_their_numbers_are_refused(tmp_path):
+    """They would be twenty times as large once they are written apart."""
+    base = torch.ones(10_000)
+    torch.save({f'x{i}': base[i:] for i in range(20)}, tmp_path / 'file.pth')
+    with pytest.raises(ValueError, match='claim more than four times the numbers'):
+        read_checkpoint(tmp_path / 'file.pth')
 
 
 # ---- code in files ---------------------------------------------------------------------------------------------------
@@ -444,7 +474,7 @@ def test_numbers_of_no_plain_type_are_refused(dtype, tmp_path):
 def test_integers_are_no_weights(tmp_path):
     source = tmp_path / 'integers.pth'
     torch.save({name: t.int() for name, t in random_state('test_vmamba').items()}, source)
-    with pytest.raises(ValueError, match='must hold numbers like torch.float32 as .*, got torch.int32'):
+    with pytest.raises(ValueError, match='of other numbers .* must hold real numbers and holds torch.int32'):
         convert(source, tmp_path / 'out.safetensors')
 
 
@@ -590,7 +620,7 @@ def test_a_published_file_becomes_safetensors(variant, golden, tmp_path, foreign
     assert main(['convert', str(source), str(target), '--model', model, '--force']) == 0
     assert 'Taken' not in capsys.readouterr().out
     metadata = metadata_of(target)
-    assert metadata.pop('vssm')
+    assert metadata.pop('vssm') and metadata.pop('checksum')
     sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
     assert metadata == dict(model=model, model_args='{}', source='published.pth', sha256=sha256, weights='model')
     own = timm.create_model(model, device='meta').state_dict()
@@ -750,11 +780,11 @@ def test_convert_refuses_bad_arguments(tmp_path, capsys, monkeypatch):
         assert said in capsys.readouterr().err
     assert target.read_text() == 'mine'
 
-    def interrupted(tensors, path, metadata):
+    def interrupted(path, tensors, metadata):
         path.write_bytes(b'half')
         raise OSError('disk full')
 
-    monkeypatch.setattr(sys.modules['vssm.models.weights.convert'], 'save_file', interrupted)
+    monkeypatch.setattr(sys.modules['vssm.models.weights.convert'], 'write_safetensors', interrupted)
     assert main(['convert', str(source), str(target), '--force']) == 2
     assert 'disk full' in capsys.readouterr().err
     assert target.read_text() == 'mine' and set(tmp_path.iterdir()) == {source, target}

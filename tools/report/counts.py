@@ -32,8 +32,15 @@ def count(name: str, size: int | None, depth: int) -> Row:
         row.activations, row.gmacs, row.modules = cost.activations, cost.macs / 1e9, cost.modules
         if cost.uncounted:
             row.add_note(f'fvcore counts no {", ".join(cost.uncounted)}')
+        for op, modules in cost.missed.items():
+            row.add_note(f'fvcore counts no {op}, and so misses parameters of {some(modules)}')
         row.gmacs_torch = count_torch(model.to('meta'), image.to('meta')) / 1e9
     return row
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    more = len(names) - most
+    return ', '.join(names[:most]) + (f' and {more} more' if more > 0 else '')
 
 
 def written_size(shape: Sequence[int]) -> int | str:
