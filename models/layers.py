@@ -270,7 +270,8 @@ class Mlp(TimmMlp):
 
 
 _OF_TOKENS = {Linear, Mlp, nn.Dropout, nn.GELU, nn.Identity, nn.Linear}  # what maps every token alike
-_OF_IMAGES = {DropPath, nn.BatchNorm2d, nn.Conv2d, nn.LayerNorm, nn.ReLU, nn.SiLU}  # and what every image, as ours do
+# And what every image, as ours do.
+_OF_IMAGES = {DropPath, nn.BatchNorm2d, nn.Conv2d, nn.LayerNorm, nn.RMSNorm, nn.ReLU, nn.SiLU}
 
 
 def _read_out(mixer: Any, h: Tensor, x: Tensor, C: Tensor, z: Tensor) -> Tensor | None:
