@@ -45,7 +45,7 @@ def _is_eager_on_cpu(*tensors: Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or (torch._C._is_torch_function_mode_enabled() and _mode_looks_on())
         or _has_any_global_hook()
-        or not _are_torchs(nn.Module.__call__, F.conv2d, F.linear, F.batch_norm, F.layer_norm)
+        or not _are_torchs(nn.Module.__call__, F.conv2d, F.linear, F.batch_norm, F.layer_norm, F.rms_norm)
         or not _are_torchs(F.dropout, F.gelu, F.relu, F.silu)
     ) and all(type(t) is Tensor and t.device.type == 'cpu' for t in tensors)
 

@@ -192,32 +192,35 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 def constructor_args(state_dict: dict[str, Tensor]) -> dict[str, Any]:
     """The constructor's arguments that decide names and shapes, from tensors under our names.
 
-    Of the number of patches it takes that they are a square of an image of 224 pixels, or else lie side by side.
+    Patches in a square grid are taken for those of an image of 224 pixels or, where no stride gives as many, for such
+    as lie side by side. Of any other grid nothing is told.
 
     Raises:
-        LookupError: A tensor that tells an argument is missing, or the patches are no square.
+        LookupError: A tensor that tells an argument is missing, or has too few dimensions.
         ZeroDivisionError: A tensor is empty.
     """
-    embed_dim, in_chans, patch_size = state_dict['patch_embed.proj.weight'].shape[:3]
-    inner_dim, *_, d_state = state_dict['blocks.0.mixer.scan_ahead.A_log'].shape[-2:]
-    num_patches = state_dict['pos_embed'].shape[1] - 1
-    side = math.isqrt(num_patches)
-    if side < 1 or side**2 != num_patches:
-        raise LookupError(f'pos_embed must be of a square of patches, got {num_patches}.')
-    img_size, patch_stride = side * patch_size, patch_size
-    if side > 1 and (224 - patch_size) // (side - 1) <= patch_size and (224 - patch_size) % (side - 1) == 0:
-        img_size, patch_stride = 224, (224 - patch_size) // (side - 1)
-    return dict(
-        in_chans=in_chans,
+    kernel, rates = state_dict['patch_embed.proj.weight'].shape, state_dict['blocks.0.mixer.scan_ahead.A_log'].shape
+    args: dict[str, Any] = dict(
+        in_chans=kernel[1],
         num_classes=state_dict['head.weight'].shape[0] if 'head.weight' in state_dict else 0,
-        img_size=img_size,
-        patch_size=patch_size,
-        patch_stride=patch_stride,
-        embed_dim=embed_dim,
+        patch_size=kernel[2],
+        embed_dim=kernel[0],
         depth=len({name.split('.')[1] for name in state_dict if name.startswith('blocks.')}),
-        d_state=d_state,
-        ssm_ratio=inner_dim / embed_dim,
+        d_state=rates[-1],
+        ssm_ratio=rates[-2] / kernel[0],
     )
+    if 'norm.weight' not in state_dict:  # the backbone of a detector or segmentor
+        args['features_only'] = True
+        del args['num_classes']
+    num_patches = max(state_dict['pos_embed'].shape[1] - 1, 0)
+    side = math.isqrt(num_patches)
+    if side > 0 and side**2 == num_patches:
+        stride, rest = divmod(224 - kernel[2], max(side - 1, 1))
+        fits = rest == 0 and 0 < stride <= kernel[2]
+        args |= (
+            dict(img_size=224, patch_stride=stride) if fits else dict(img_size=side * kernel[2], patch_stride=kernel[2])
+        )
+    return args
 
 
 def _cfg(hub_id: str = '', file: str = '', **kwargs) -> dict[str, Any]:

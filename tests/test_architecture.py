@@ -33,7 +33,7 @@ ALSO = {  # what single files may besides
     **{f'ops/scan/triton/{way}_{n}d.py': {'triton'} for way in ('forward', 'backward') for n in (1, 2)},
     'ops/fusion/triton.py': {'triton'},
     'models/weights/convert.py': {'safetensors', 'vssm.version'},
-    'models/weights/pretrained.py': {'safetensors'},
+    'models/weights/pretrained.py': {'huggingface_hub', 'safetensors'},
     'models/weights/read.py': {'safetensors'},
     'models/mm/classification.py': {'mmengine'},
     'models/mm/data.py': {'PIL', 'mmengine', 'numpy', 'sklearn', 'torchvision'},

@@ -10,7 +10,7 @@
 
 from .convert import Converted, convert
 from .identify import identify, list_models, misfits
-from .pretrained import cached_path, download_pretrained, is_cached, pretrained_kwargs
+from .pretrained import cached_path, download_pretrained, is_cached, pretrained_kwargs, published_at
 from .read import WEIGHTS, read_checkpoint
 from .rename import rename_checkpoint, rename_fn, strip_prefixes
 
@@ -25,6 +25,7 @@ __all__ = [
     'list_models',
     'misfits',
     'pretrained_kwargs',
+    'published_at',
     'read_checkpoint',
     'rename_checkpoint',
     'rename_fn',
