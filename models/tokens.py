@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .layers import Blocks
 
-__all__ = ['PatchEmbed', 'TokenBackbone', 'fit_to_input_size', 'put_in_middle', 'take_from_middle']
+__all__ = ['PatchEmbed', 'TokenBackbone', 'fit_to_input_size', 'patches_of', 'put_in_middle', 'token_of']
 
 
 def put_in_middle(patches: Tensor, token: Tensor) -> Tensor:
@@ -34,18 +34,23 @@ def put_in_middle(patches: Tensor, token: Tensor) -> Tensor:
     return torch.cat([patches[:, :middle], token, patches[:, middle:]], dim=1)
 
 
-def take_from_middle(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens, (batch, M + 1, C) -> patches, (batch, M, C), and the token in their middle, (batch, 1, C)."""
+def token_of(tokens: Tensor) -> Tensor:
+    """Tokens, (batch, M + 1, C) -> the token in their middle, (batch, 1, C)."""
     middle = (tokens.shape[1] - 1) // 2
-    patches = torch.cat([tokens[:, :middle], tokens[:, middle + 1 :]], dim=1)
-    return patches, tokens[:, middle : middle + 1]
+    return tokens[:, middle : middle + 1]  # a slice, as an index would fix the size in a compiler's graph
+
+
+def patches_of(tokens: Tensor) -> Tensor:
+    """Tokens, (batch, M + 1, C) -> patches, (batch, M, C)."""
+    middle = (tokens.shape[1] - 1) // 2
+    return torch.cat([tokens[:, :middle], tokens[:, middle + 1 :]], dim=1)
 
 
 @torch.fx.wrap  # one node of a graph, as it looks at sizes
 def resample_positions(pos_embed: Tensor, old_grid: list[int], new_grid: list[int]) -> Tensor:
     """Position embeddings of another grid of patches, (1, M + 1, C) -> (1, M' + 1, C); the class token's stays."""
-    patches, token = take_from_middle(pos_embed)
-    return put_in_middle(resample_abs_pos_embed(patches, new_grid, old_grid, num_prefix_tokens=0), token)
+    patches = resample_abs_pos_embed(patches_of(pos_embed), new_grid, old_grid, num_prefix_tokens=0)
+    return put_in_middle(patches, token_of(pos_embed))
 
 
 class PatchEmbed(nn.Module):
@@ -279,10 +284,11 @@ class TokenBackbone(nn.Module):
         for i, block in enumerate(self.blocks[: max_index + 1] if stop_early else self.blocks):
             x = checkpoint(block, x) if self.grad_checkpointing else block(x)
             if i in take_indices:
-                patches, token = take_from_middle(self.norm(x) if norm else x)
+                tokens = self.norm(x) if norm else x
+                patches = patches_of(tokens)
                 if output_fmt == 'NCHW':
                     patches = patches.unflatten(1, grid).permute(0, 3, 1, 2).contiguous()
-                intermediates.append((patches, token) if return_prefix_tokens else patches)
+                intermediates.append((patches, token_of(tokens)) if return_prefix_tokens else patches)
 
         if intermediates_only:
             return intermediates
@@ -325,8 +331,8 @@ class TokenBackbone(nn.Module):
         if self.global_pool == '':
             return x
         if self.global_pool == 'token':
-            return x[:, (x.shape[1] - 1) // 2]  # [B, M + 1, C] -> [B, C]
-        return global_pool_nlc(take_from_middle(x)[0], self.global_pool, num_prefix_tokens=0)
+            return token_of(x).squeeze(1)  # [B, M + 1, C] -> [B, C]
+        return global_pool_nlc(patches_of(x), self.global_pool, num_prefix_tokens=0)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.head_drop(self.pool(x))
