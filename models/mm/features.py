@@ -34,6 +34,7 @@ class TimmFeatures(BaseModule):
             alone, -1 for none.
         norm_eval: Whether batch norms keep their statistics.
         with_cp: Whether gradient checkpointing is on.
+        reductions: Resolutions of the image over those of the levels that neck and heads count on; None for any.
         pretrained: Whether to start from timm's pretrained weights.
         init_cfg: Config of a file to start from, dict(type='Pretrained', checkpoint=FILE), see `read_checkpoint`.
         model_args: Further keyword arguments of `timm.create_model`, such as drop_path_rate.
@@ -50,6 +51,7 @@ class TimmFeatures(BaseModule):
         frozen_stages: int = -1,
         norm_eval: bool = False,
         with_cp: bool = False,
+        reductions: Sequence[int] | None = None,
         pretrained: bool = False,
         init_cfg: dict[str, Any] | None = None,
         **model_args: Any,
@@ -63,6 +65,12 @@ class TimmFeatures(BaseModule):
         self.pretrained = pretrained
         self.norm_eval = norm_eval
         self.levels = tuple(self.model.out_indices)
+        got = self.model.feature_info.reduction()
+        if reductions is not None and list(reductions) != got:
+            raise ValueError(
+                f'TimmFeatures: model_name must be a network whose stages reduce the image by {list(reductions)}, got '
+                f'{self.architecture}, whose stages reduce it by {got}.'
+            )
         self.out_norm = out_norm
         if out_norm:
             for level, channels in zip(self.levels, self.model.feature_info.channels(), strict=True):
