@@ -189,6 +189,7 @@ class TokenBackbone(nn.Module):
         self.patch_embed = PatchEmbed(
             img_size, patch_size, patch_stride, in_chans, embed_dim, strict_img_size=not dynamic_img_size, **dd
         )
+        self.grid_size = self.patch_embed.grid_size  # of the position embeddings
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd))
         self.pos_embed = nn.Parameter(torch.empty(1, self.patch_embed.num_patches + 1, embed_dim, **dd))
         self.blocks = Blocks(*blocks)
@@ -200,7 +201,7 @@ class TokenBackbone(nn.Module):
             dict(num_chs=embed_dim, reduction=reduction, module=f'blocks.{i}') for i in range(len(blocks))
         ]
         lecun_normal_(self.patch_embed.proj.weight)
-        nn.init.zeros_(self.patch_embed.proj.bias)
+        nn.init.zeros_(self.patch_embed.proj.bias)  # type: ignore[arg-type]  # it has one
         trunc_normal_(self.pos_embed, std=0.02)
         trunc_normal_(self.cls_token, std=0.02)
         if isinstance(self.head, nn.Linear):
@@ -250,6 +251,7 @@ class TokenBackbone(nn.Module):
         if self.patch_embed.grid_size != old_grid:
             pos_embed = resample_positions(self.pos_embed.detach(), list(old_grid), list(self.patch_embed.grid_size))
             self.pos_embed = nn.Parameter(pos_embed, requires_grad=self.pos_embed.requires_grad)
+        self.grid_size = self.patch_embed.grid_size
         for info in self.feature_info:
             info['reduction'] = self.patch_embed.feat_ratio()
 
@@ -281,7 +283,8 @@ class TokenBackbone(nn.Module):
         intermediates: list[Any] = []
 
         x = self.embed(x)
-        for i, block in enumerate(self.blocks[: max_index + 1] if stop_early else self.blocks):
+        blocks = list(self.blocks)[: max_index + 1] if stop_early else self.blocks
+        for i, block in enumerate(blocks):
             x = checkpoint(block, x) if self.grad_checkpointing else block(x)
             if i in take_indices:
                 tokens = self.norm(x) if norm else x
@@ -302,7 +305,7 @@ class TokenBackbone(nn.Module):
     ) -> list[int]:
         """Drop what `forward_intermediates` with these indices does not need, and return the kept indices."""
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: max_index + 1]
+        self.blocks = Blocks(*list(self.blocks)[: max_index + 1])
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
@@ -314,7 +317,7 @@ class TokenBackbone(nn.Module):
         x = self.patch_embed(x)
         pos_embed = self.pos_embed
         if self.dynamic_img_size:
-            pos_embed = resample_positions(pos_embed, self.patch_embed.grid_size, (x.shape[1], x.shape[2]))
+            pos_embed = resample_positions(pos_embed, self.grid_size, (x.shape[1], x.shape[2]))
         x = x.flatten(1, 2)  # [B, rows, columns, C] -> [B, M, C]
         return put_in_middle(x, self.cls_token.expand(x.shape[0], -1, -1)) + pos_embed
 

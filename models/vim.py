@@ -9,6 +9,7 @@ Tokens, (batch, M + 1, C), are M patches in raster order with the class token in
 
 import copy
 import math
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -158,7 +159,7 @@ class Vim(TokenBackbone):
             drop_rate,
             **dd,
         )
-        for block in self.blocks:  # every block adds to the same tokens
+        for block in cast(Iterable[Any], self.blocks):  # every block adds to the same tokens
             block.mixer.out_proj.weight.data.div_(math.sqrt(depth))
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:

@@ -54,7 +54,7 @@ def create_golden(tensors, metadata, dtype, **kwargs):
 
 
 @pytest.mark.parametrize('case', CASES)
-def test_golden_classifier(golden, backend, case, assert_close):
+def test_golden_tokens(golden, backend, case, assert_close):
     tensors, metadata = golden(f'vim_micro_{case}')
     model = create_golden(tensors, metadata, backend.dtype)
     value_tolerance, grad_tolerance = (1e-6, 1e-6) if backend.dtype == torch.float64 else (1e-5, 1e-4)
@@ -131,7 +131,7 @@ def test_pooling():
 
 @pytest.mark.parametrize('norm', (False, True), ids=('raw', 'norm'))
 @pytest.mark.parametrize('checkpointed', (False, True), ids=('plain', 'checkpointed'))
-def test_forward_intermediates(norm, checkpointed):
+def test_forward_intermediates_of_tokens(norm, checkpointed):
     model, x = create(img_size=(64, 48)), images(64, 48)
     model.set_grad_checkpointing(checkpointed)
     expected, tokens = [], model.embed(x)
@@ -175,7 +175,7 @@ def test_features_only():
 
 
 @pytest.mark.parametrize('indices, kept', [(1, [3]), ([0, 2], [0, 2]), ([1], [1])], ids=str)
-def test_prune_intermediate_layers(indices, kept):
+def test_prune_intermediate_layers_of_tokens(indices, kept):
     model, x = create(), images()
     expected = model.forward_intermediates(x, kept, intermediates_only=True)
     assert model.prune_intermediate_layers(indices, prune_norm=True) == kept
@@ -261,7 +261,7 @@ def test_a_grid_that_is_not_known_does_not_load():
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def test_initialisation():
+def test_initialisation_of_tokens():
     model = create(embed_dim=128, depth=4)
     scale = model.patch_embed.proj.weight[0].numel() ** -0.5  # LeCun's
     assert abs(model.patch_embed.proj.weight.std() / scale - 1) < 0.05 and not model.patch_embed.proj.bias.any()

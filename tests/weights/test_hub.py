@@ -123,7 +123,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize('failure', FAILURES)
-def test_a_bad_download_leaves_nothing(failure, hub, on_hub, tmp_path):
+def test_a_bad_download_from_the_hub_leaves_nothing(failure, hub, on_hub, tmp_path):
     files, pattern, said = FAILURES[failure]
     files = files() if callable(files) else files
     if files:
@@ -174,7 +174,7 @@ def test_where_the_weights_of_vim_are():
 
 
 @pytest.mark.parametrize('variant', KEY_FILES)
-def test_published_names_tell_the_model(variant, golden):
+def test_published_names_of_vim_tell_the_model(variant, golden):
     shapes = golden(f'keys_{variant}.json')['state_dict']
     state = {name: torch.empty(shape, device='meta') for name, shape in shapes.items()}
     assert identify(state) == (KEY_FILES[variant], {}, [])
@@ -191,7 +191,7 @@ def test_published_names_tell_the_model(variant, golden):
     ],
     ids=str,
 )
-def test_other_shapes_are_told_by_their_arguments(args):
+def test_other_shapes_of_vim_are_told_by_their_arguments(args):
     name, told, _ = identify(random_state(**args))
     assert (name, told) == (NAME, args)
 
