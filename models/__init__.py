@@ -7,9 +7,10 @@ timm's `checkpoint_path=`. The networks for slides have a registry of their own.
 
 from .mil import MIL, MambaMIL, create_mil_model, list_mil_models
 from .spatial_mamba import SpatialMamba
+from .vim import Vim
 from .vmamba import VMamba
 from .weights.read import pass_cfg_nodes
 
-__all__ = ['MIL', 'MambaMIL', 'SpatialMamba', 'VMamba', 'create_mil_model', 'list_mil_models']
+__all__ = ['MIL', 'MambaMIL', 'SpatialMamba', 'VMamba', 'Vim', 'create_mil_model', 'list_mil_models']
 
 pass_cfg_nodes()

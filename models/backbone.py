@@ -279,7 +279,7 @@ def init_linear(module: nn.Module, name: str) -> None:
             nn.init.zeros_(module.bias)
 
 
-Network = TypeVar('Network', bound=Backbone)
+Network = TypeVar('Network', bound=nn.Module)
 
 
 def build_backbone(
@@ -287,7 +287,9 @@ def build_backbone(
     variant: str,
     pretrained: bool,
     filter_fn: Callable[[dict[str, Any], nn.Module], dict[str, Tensor]],
-    output_stride: int = 32,
+    output_stride: int | None = None,
+    reduction: int = 32,
+    out_indices: int | Sequence[int] = (0, 1, 2, 3),
     **kwargs,
 ) -> Network:
     """The model of an entrypoint, through timm's builder.
@@ -297,15 +299,19 @@ def build_backbone(
         variant: Name of the model, which is its entrypoint's.
         pretrained: Whether to load the published weights.
         filter_fn: Function that brings a published checkpoint, for a network, to our names and shapes.
-        output_stride: Resolution of the image over that of the last feature map.
+        output_stride: Resolution of the image over that of the last feature map, as the user asks for it.
+        reduction: The only such ratio that the network has.
+        out_indices: Indices of the feature maps of features_only, or the number of last ones, unless the user says.
         kwargs: Further arguments of the network, and of timm's builder.
 
     Raises:
-        ValueError: output_stride is not 32; a scan has no dilated form that would keep the resolution.
+        ValueError: output_stride is not that of the network; a scan has no dilated form that would keep resolution.
         RuntimeError: There are no pretrained weights, see `pretrained_kwargs`.
     """
-    if output_stride != 32:
-        raise ValueError(f'{variant}: output_stride must be 32, the only one of its stages, got {output_stride!r}.')
+    if output_stride not in (None, reduction):
+        raise ValueError(
+            f'{variant}: output_stride must be {reduction}, the only one of its stages, got {output_stride!r}.'
+        )
     if pretrained:
         kwargs = pretrained_kwargs(variant, kwargs)
     return build_model_with_cfg(
@@ -313,7 +319,7 @@ def build_backbone(
         variant,
         pretrained,
         pretrained_filter_fn=filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls='getter'),
+        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
         **kwargs,
     )
 

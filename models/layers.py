@@ -45,7 +45,7 @@ def _is_eager_on_cpu(*tensors: Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or (torch._C._is_torch_function_mode_enabled() and _mode_looks_on())
         or _has_any_global_hook()
-        or not _are_torchs(nn.Module.__call__, F.conv2d, F.linear, F.batch_norm, F.layer_norm)
+        or not _are_torchs(nn.Module.__call__, F.conv2d, F.linear, F.batch_norm, F.layer_norm, F.rms_norm)
         or not _are_torchs(F.dropout, F.gelu, F.relu, F.silu)
     ) and all(type(t) is Tensor and t.device.type == 'cpu' for t in tensors)
 
@@ -270,7 +270,8 @@ class Mlp(TimmMlp):
 
 
 _OF_TOKENS = {Linear, Mlp, nn.Dropout, nn.GELU, nn.Identity, nn.Linear}  # what maps every token alike
-_OF_IMAGES = {DropPath, nn.BatchNorm2d, nn.Conv2d, nn.LayerNorm, nn.ReLU, nn.SiLU}  # and what every image, as ours do
+# And what every image, as ours do.
+_OF_IMAGES = {DropPath, nn.BatchNorm2d, nn.Conv2d, nn.LayerNorm, nn.RMSNorm, nn.ReLU, nn.SiLU}
 
 
 def _read_out(mixer: Any, h: Tensor, x: Tensor, C: Tensor, z: Tensor) -> Tensor | None:

@@ -34,7 +34,7 @@ ALSO = {  # what single files may besides
     'ops/fusion/triton.py': {'triton'},
     'models/weights/convert.py': {'safetensors', 'vssm.version'},
     'models/weights/checksum.py': {'safetensors'},
-    'models/weights/pretrained.py': {'safetensors'},
+    'models/weights/pretrained.py': {'huggingface_hub', 'safetensors'},
     'models/images.py': {'PIL', 'numpy'},
     'models/mm/checks.py': {'PIL', 'mmdet', 'mmengine', 'numpy'},
     'models/mm/classification.py': {'mmengine'},

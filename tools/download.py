@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Download the published weights of a model, convert and cache them.
 
-From then on pretrained=True finds them. Files on Google Drive need the extra `hub`.
+From then on pretrained=True finds them. Files on Google Drive and the Hugging Face Hub need the extra `hub`.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from timm.models import resolve_pretrained_cfg
 
-from ..models.weights import cached_path, download_pretrained, is_cached
+from ..models.weights import cached_path, download_pretrained, is_cached, published_at
 from ._common import UsageError, console
 from ._models import find_model
 
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         cfg = resolve_pretrained_cfg(model, args.model.partition('.')[2] or None)
     except RuntimeError as error:  # for an unknown tag
         raise UsageError(str(error)) from error
-    if not cfg.url and not cfg.origin_url:
+    if not published_at(cfg):
         raise UsageError(f'NAME must be a model with published weights, got {args.model}, of which there are none.')
     path = cached_path(cfg, args.cache_dir)
     said = 'already there'

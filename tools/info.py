@@ -17,7 +17,7 @@ from typing import Any
 import timm
 from timm.models import PretrainedCfg
 
-from ..models.weights import cached_path, is_cached, list_models
+from ..models.weights import cached_path, is_cached, list_models, published_at
 from ._count import count_macs
 from ._models import count_params, find_cfg, find_model, image_of
 from ._tables import print_table
@@ -53,16 +53,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def scan_of(model: Any) -> str:
-    mixer = model.stages[0].blocks[0].mixer
-    return 'fused' if hasattr(mixer, 'fusion') else f'{mixer.scan_ndim}-D'
+    mixer: Any = next(module for name, module in model.named_modules() if name.endswith('.mixer'))
+    return 'fused' if hasattr(mixer, 'fusion') else f'{getattr(mixer, "scan_ndim", 1)}-D'
 
 
 def weights_of(cfg: PretrainedCfg) -> str:
-    if not cfg.url and not cfg.origin_url:
+    if not published_at(cfg):
         return '-'
     if is_cached(cached_path(cfg)):
         return 'cached'
-    return 'url' if cfg.url else 'fetch'
+    return 'fetch' if published_at(cfg) == cfg.origin_url else 'url'
 
 
 if __name__ == '__main__':

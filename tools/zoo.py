@@ -15,6 +15,7 @@ from typing import Any
 import timm
 from torch import nn
 
+from ..models.weights import published_at
 from ._common import UsageError, console, find_config, load_config, write_file
 from ._count import DENSE_SHAPES, build_dense, count_macs, multiply_adds
 from ._models import OURS, count_params, find_cfg, image_of
@@ -89,7 +90,7 @@ def imagenet(results: Path) -> str:
                 *cost(name),
                 str(IMAGENET_TOP1.get(name, '-')),
                 source(name, IMAGENET_TOP1),
-                link('published', cfg.url or cfg.origin_url),
+                link('published', published_at(cfg)),
                 config_link(f'imagenet/{name}_8xb128-300e_in1k'),
                 speeds.get(name, '-'),
             ]

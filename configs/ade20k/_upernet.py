@@ -12,7 +12,7 @@ runner_type = 'TimmRunner'
 
 model = dict(
     data_preprocessor=dict(size=(512, 512)),
-    backbone=dict(_delete_=True, type='TimmFeatures', drop_path_rate=0.2, pretrained=True),
+    backbone=dict(_delete_=True, type='TimmFeatures', reductions=(4, 8, 16, 32), drop_path_rate=0.2, pretrained=True),
     decode_head=dict(num_classes=150),
     auxiliary_head=dict(num_classes=150),
 )

@@ -9,7 +9,7 @@ custom_imports = dict(imports=['vssm.models.mm'], allow_failed_imports=False)
 runner_type = 'TimmRunner'
 
 model = dict(
-    backbone=dict(_delete_=True, type='TimmFeatures', drop_path_rate=0.2, pretrained=True),
+    backbone=dict(_delete_=True, type='TimmFeatures', reductions=(4, 8, 16, 32), drop_path_rate=0.2, pretrained=True),
     neck=dict(in_channels=[96, 192, 384, 768]),
     roi_head=dict(  # with boxes that keep their digits when all else computes in bfloat16
         bbox_roi_extractor=dict(type='Float32RoIExtractor'),

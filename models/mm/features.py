@@ -37,6 +37,7 @@ class TimmFeatures(BaseModule):
             alone, -1 for none. Where a model has no `stages`, they are the groups of its `group_matcher()`.
         norm_eval: Whether batch norms keep their statistics.
         with_cp: Whether gradient checkpointing is on.
+        reductions: Resolutions of the image over those of the levels that neck and heads count on; None for any.
         pretrained: Whether to start from timm's pretrained weights.
         init_cfg: Config of a file to start from, dict(type='Pretrained', checkpoint=FILE), see `local_file`.
         model_args: Further keyword arguments of `timm.create_model`, such as drop_path_rate.
@@ -53,6 +54,7 @@ class TimmFeatures(BaseModule):
         frozen_stages: int = -1,
         norm_eval: bool = False,
         with_cp: bool = False,
+        reductions: Sequence[int] | None = None,
         pretrained: bool = False,
         init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
         **model_args: Any,
@@ -69,6 +71,12 @@ class TimmFeatures(BaseModule):
         self.levels = tuple(i % count for i in self.model.out_indices)  # which may count from the end
         if len(set(self.levels)) < len(self.levels):
             raise ValueError(f'TimmFeatures: out_indices must name each level once, got {self._out_indices}.')
+        got = self.model.feature_info.reduction()
+        if reductions is not None and list(reductions) != got:
+            raise ValueError(
+                f'TimmFeatures: model_name must be a network whose stages reduce the image by {list(reductions)}, got '
+                f'{self.architecture}, whose stages reduce it by {got}.'
+            )
         self.out_norm = out_norm
         if out_norm:
             for level, channels in zip(self.levels, self.model.feature_info.channels(), strict=True):

@@ -13,7 +13,7 @@ from .checksum import write_safetensors
 from .convert import Converted, convert
 from .fit import adapt_input, misfits, unfit_numbers
 from .identify import identify, list_models
-from .pretrained import cached_path, download_pretrained, is_cached, pretrained_kwargs
+from .pretrained import cached_path, download_pretrained, is_cached, pretrained_kwargs, published_at
 from .read import WEIGHTS, read_checkpoint, read_structure
 from .rename import rename_checkpoint, rename_fn, strip_prefixes
 
@@ -29,6 +29,7 @@ __all__ = [
     'list_models',
     'misfits',
     'pretrained_kwargs',
+    'published_at',
     'read_checkpoint',
     'read_structure',
     'rename_checkpoint',

@@ -78,7 +78,7 @@ def convert(
             noted = dict(json.loads(metadata.get('model_args', '{}')).items())
         except (AttributeError, RecursionError, ValueError) as error:
             raise ValueError(f'checkpoint {source} must note its model_args as a JSON object.') from error
-        args = {**{key: value for key, value in noted.items() if key in untold}, **args}
+        args |= {key: value for key, value in noted.items() if key in untold}
     tensors = _fit(tensors, name, args)
     with open(source, 'rb') as file:
         digest = hashlib.file_digest(file, 'sha256').hexdigest()
@@ -102,13 +102,18 @@ def _fit(state_dict: dict[str, Tensor], model: str, args: dict[str, Any]) -> dic
         raise ValueError(f'checkpoint must hold {model}, got one with {args}: {printable(str(error))}') from error
     features_only = args.get('features_only')
     backbone = network.model if features_only else network
-    state_dict = rename_fn(model)(state_dict, backbone)
+    rename = rename_fn(model)
+    sizes = {name: value.numel() for name, value in rename(state_dict, nn.Module()).items()}
+    state_dict = rename(state_dict, backbone)
     own = backbone.state_dict()
     if features_only:
         for i, info in enumerate(network.feature_info):
             norm = nn.LayerNorm(info['num_chs'], device='meta').state_dict(prefix=f'outnorm{i}.')
             own.update((name, value) for name, value in norm.items() if name in state_dict)
     problems = misfits(state_dict, own)
+    resampled = [name for name, value in state_dict.items() if sizes.get(name, value.numel()) != value.numel()]
+    if resampled and not problems:  # as a network that is built for it may do, a file must not
+        problems = f'{", ".join(resampled)} of another size'
     if problems:
         arguments = f' with {args}' if args else ''
         raise ValueError(

@@ -4,18 +4,22 @@
 import functools
 import inspect
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import timm
 from torch import Tensor, nn
 
 from .fit import misfits, shorten
-from .rename import rename_fn
+from .rename import family_file, rename_fn
 
 __all__ = ['identify', 'list_models']
 
 # The constructor's arguments that names and shapes of tensors tell, or that change neither.
-SHAPE_ARGS = set('in_chans num_classes depths dims d_state ssm_ratio mlp_ratio gate patches device dtype'.split())
+SHAPE_ARGS = set('in_chans num_classes depth depths dims embed_dim patch_size d_state ssm_ratio mlp_ratio'.split())
+SHAPE_ARGS |= {'gate', 'patches', 'device', 'dtype'}
+# Those that shapes suggest together, as one number of patches may be that of several grids: a file's notes go before.
+GRID_ARGS = {'img_size', 'patch_stride'}
 
 
 def list_models() -> list[str]:
@@ -36,6 +40,12 @@ def _scan_ndim(model: str) -> int:
 def _sizes(state_dict: dict[str, Tensor]) -> set[tuple[str, int]]:
     """Names with numbers of elements, which are the same in published files and ours, where shapes may differ."""
     return {(name, value.numel()) for name, value in state_dict.items()}
+
+
+def args_fn(model: str) -> Callable[[dict[str, Tensor]], dict[str, Any]]:
+    """The function that tells the constructor's arguments from tensors: `constructor_args` of the model's file, if it
+    has one, that of the pyramids otherwise."""
+    return getattr(family_file(model), 'constructor_args', constructor_args)
 
 
 def constructor_args(state_dict: dict[str, Tensor]) -> dict[str, Any]:
@@ -109,7 +119,7 @@ def identify(state_dict: dict[str, Tensor], model: str | None = None) -> tuple[s
     if len(renamed) > 16 * len(own):  # a network of as many blocks as there are names would be built
         raise ValueError(f'checkpoint must hold one of our networks, got {len(state_dict)} tensors.')
     try:
-        args = constructor_args(renamed)
+        args = args_fn(nearest)(renamed)
     except (LookupError, ZeroDivisionError):
         renamed = rename_fn(nearest)(state_dict, registered(nearest))
         raise ValueError(
@@ -117,7 +127,7 @@ def identify(state_dict: dict[str, Tensor], model: str | None = None) -> tuple[s
             f'nearest, {misfits(renamed, own)}.'
         ) from None
     takes = inspect.signature(type(registered(nearest))).parameters.keys() | {'features_only'}
-    defaults = constructor_args(own)
+    defaults = args_fn(nearest)(own)
     args = {key: value for key, value in args.items() if key in takes and value != defaults.get(key)}
     twins = [name for name in candidates if name != nearest and _sizes(registered(name).state_dict()) == _sizes(own)]
     return nearest, args, twins

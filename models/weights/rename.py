@@ -5,6 +5,7 @@ import re
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import timm
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from .fit import unfit_numbers
 
-__all__ = ['rename_checkpoint', 'rename_fn', 'strip_prefixes', 'unwrapped']
+__all__ = ['family_file', 'rename_checkpoint', 'rename_fn', 'strip_prefixes', 'unwrapped']
 
 # Rules for the mixers, which all families share; each family has further ones, which apply first.
 _MIXER_RENAMES = (
@@ -25,6 +26,8 @@ _MIXER_RENAMES = (
     (r'\.mixer\.A_logs$', '.mixer.A_log'),
     (r'\.mixer\.Ds$', '.mixer.D'),
 )
+
+_SCAN = re.compile(r'\.mixer\.(\w+\.)?(x_proj\.weight|dt_weight|dt_bias|A_log|D)$')  # its parameters, under our names
 
 
 def rename_checkpoint(
@@ -72,7 +75,7 @@ def _renamed(
             if ours in out or ours in state_dict:
                 ours = name
         # The scan's parameters are stacked over the orders; published files have the same numbers in other shapes.
-        if ours != name and ours in own and re.search(r'\.mixer\.(x_proj\.weight|dt_weight|dt_bias|A_log|D)$', ours):
+        if ours != name and ours in own and _SCAN.search(ours):
             if value.numel() != own[ours].numel():
                 raise ValueError(
                     f'checkpoint: {name} must hold {own[ours].numel()} numbers for {ours} of shape '
@@ -91,9 +94,14 @@ def unwrapped(state_dict: dict[str, Any]) -> dict[str, Any]:
     return state_dict
 
 
+def family_file(model: str) -> ModuleType:
+    """The Python module of one of our models."""
+    return sys.modules[timm.model_entrypoint(model).__module__]
+
+
 def rename_fn(model: str) -> Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]:
     """The function that brings published names of one of our models to our names."""
-    return sys.modules[timm.model_entrypoint(model).__module__].checkpoint_filter_fn
+    return family_file(model).checkpoint_filter_fn
 
 
 # The prefixes of what wraps a network: data parallelism, an average, torch.compile, our ImageClassifier, a detector and

@@ -383,6 +383,19 @@ def test_it_is_found_from_every_registry_and_takes_any_model(registry, name):
     assert len(registry.build(cfg | dict(out_norm=False)).state_dict()) == len(module.state_dict()) - 4
 
 
+def test_a_network_of_one_scale_is_no_pyramid():
+    """It says so where the configs ask for one; the maps themselves are to be had."""
+    images = torch.randn(1, 3, 64, 96)
+    assert [tuple(f.shape) for f in mm.TimmFeatures('test_vim')(images)] == [(1, 32, 4, 6)] * 4
+    for name in (COCO_1X[0], ADE20K[0]):
+        cfg = Config.fromfile(find_config(name)).model.backbone
+        said = (
+            r'stages reduce the image by \[4, 8, 16, 32\], got test_vim, whose stages reduce it by \[16, 16, 16, 16\]'
+        )
+        with pytest.raises(ValueError, match=said):
+            MODELS.build({**cfg, 'model_name': 'test_vim'})
+
+
 # ---- configs ---------------------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.hooks import EMAHook
+from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, PARAM_SCHEDULERS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
 from PIL import Image
@@ -27,6 +28,11 @@ from vssm.tools._common import find_config, list_configs
 IMAGENET = [name for name in list_configs() if name.startswith('imagenet/')]
 FINETUNE = [name for name in list_configs() if name.startswith('finetune/')]
 NAMES = [f'{family}_{size}' for family in ('spatial_mamba', 'vmamba2d', 'vmamba') for size in ('base', 'small', 'tiny')]
+
+VIM = [
+    f'imagenet/vim_{size}_patch16_224_8xb{batch}-300e_in1k'
+    for size, batch in (('base', 128), ('small', 64), ('tiny', 128))
+]
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -54,8 +60,8 @@ def build(small_config, data, tmp_path):
 
 
 def test_every_model_has_its_config():
-    assert IMAGENET == [f'imagenet/{name}_8xb128-300e_in1k' for name in NAMES]
-    assert len(FINETUNE) == 2
+    assert sorted(IMAGENET) == sorted([*(f'imagenet/{name}_8xb128-300e_in1k' for name in NAMES), *VIM])
+    assert len(FINETUNE) == 3
 
 
 @pytest.mark.parametrize('name', IMAGENET + FINETUNE)
@@ -77,11 +83,12 @@ def test_an_imagenet_config_builds_its_whole_run(name, data, tmp_path, monkeypat
     assert model.model.pretrained_cfg['architecture'] == wanted and model.pretrained == (name in FINETUNE)
 
     loop = runner.build_train_loop(runner._train_loop)
-    assert loop.max_epochs == (300 if name in IMAGENET else 30 if '384' in name else 50)
+    assert f'-{loop.max_epochs}e_' in name
     sample = loop.dataloader.dataset[1]
     assert sample['inputs'].shape == (3, size, size) and sample['inputs'].dtype == torch.uint8
     wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
-    assert type(wrapper) is mm.BFloat16OptimWrapper and type(wrapper.optimizer) is torch.optim.AdamW
+    assert type(wrapper) is (OptimWrapper if 'vim_' in name else mm.BFloat16OptimWrapper)
+    assert type(wrapper.optimizer) is torch.optim.AdamW
     rate = cfg.optim_wrapper.optimizer.lr
     processes = 1 if '_1xb' in name else 8
     runner.scale_lr(wrapper, runner.auto_scale_lr)  # one process here
@@ -93,7 +100,7 @@ def test_an_imagenet_config_builds_its_whole_run(name, data, tmp_path, monkeypat
         assert loop.dataloader.dataset[0]['inputs'].shape == (3, size, size)
     hooks = {type(hook) for hook in runner.hooks}
     assert {mm.SafetensorsHook, mm.SeedHook, mm.FiniteLossHook, mm.ProgressHook} <= hooks
-    assert (EMAHook in hooks) == (name in IMAGENET or '384' in name)
+    assert (EMAHook in hooks) == ('_8xb' in name)
     assert (mm.MESAHook in hooks) == (wanted.startswith('spatial') and name in IMAGENET)
 
 
@@ -129,6 +136,22 @@ def test_the_recipe():
     mixup = MODELS.build(cfg.model.data_preprocessor).mixup
     assert (mixup.mixup_alpha, mixup.cutmix_alpha, mixup.mix_prob, mixup.switch_prob) == (0.8, 1.0, 1.0, 0.5)
     assert mixup.label_smoothing == 0.1 and mixup.num_classes == 1000
+
+
+def test_the_recipe_of_vim():
+    """DeiT's."""
+    configs = [Config.fromfile(find_config(name)) for name in VIM]
+    assert [cfg.model.get('drop_path_rate', 0.0) for cfg in configs] == [0.4, 0.05, 0.0]
+    assert [cfg.optim_wrapper.optimizer.weight_decay for cfg in configs] == [0.1, 0.05, 0.1]
+    assert [cfg.auto_scale_lr.base_batch_size for cfg in configs] == [1024, 512, 1024]
+    assert [8 * cfg.train_dataloader.batch_size for cfg in configs] == [1024, 512, 1024]
+    for cfg in configs:
+        assert cfg.optim_wrapper.optimizer.lr == 1e-3 and cfg.optim_wrapper.clip_grad is None
+        assert [hook.momentum for hook in cfg.custom_hooks if hook.type == 'EMAHook'] == [4e-5]
+    finer = Config.fromfile(find_config('finetune/vim_tiny_patch16_224_8xb128-30e_in1k-stride8'))
+    optimizer = finer.optim_wrapper.optimizer
+    assert (optimizer.lr, optimizer.weight_decay, finer.train_cfg.max_epochs) == (5e-6, 1e-8, 30)
+    assert MODELS.build({**finer.model, 'pretrained': False}).model.patch_embed.grid_size == (27, 27)
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
