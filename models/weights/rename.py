@@ -15,13 +15,13 @@ __all__ = ['rename_checkpoint', 'rename_fn', 'strip_prefixes', 'unwrapped']
 # Rules for the mixers, which all families share; each family has further ones, which apply first.
 _MIXER_RENAMES = (
     (r'\.(op|self_attention)\.', '.mixer.'),
-    (r'\.mixer\.conv2d\.', '.mixer.conv.'),
-    (r'\.mixer\.out_norm\.', '.mixer.norm.'),
-    (r'\.mixer\.x_proj_weight$', '.mixer.x_proj.weight'),
-    (r'\.mixer\.dt_projs(_|\.)weight$', '.mixer.dt_weight'),
-    (r'\.mixer\.dt_projs(_|\.)bias$', '.mixer.dt_bias'),
-    (r'\.mixer\.A_logs$', '.mixer.A_log'),
-    (r'\.mixer\.Ds$', '.mixer.D'),
+    (r'\.conv2d\.', '.conv.'),
+    (r'\.out_norm\.', '.norm.'),
+    (r'\.x_proj_weight$', '.x_proj.weight'),
+    (r'\.dt_projs(_|\.)weight$', '.dt_weight'),
+    (r'\.dt_projs(_|\.)bias$', '.dt_bias'),
+    (r'\.A_logs$', '.A_log'),
+    (r'\.Ds$', '.D'),
 )
 
 
@@ -58,7 +58,7 @@ def rename_checkpoint(
             if ours in out or ours in state_dict:
                 ours = name
         # The scan's parameters are stacked over the orders; published files have the same numbers in other shapes.
-        if ours != name and ours in own and re.search(r'\.mixer\.(x_proj\.weight|dt_weight|dt_bias|A_log|D)$', ours):
+        if ours != name and ours in own and re.search(r'\.(x_proj\.weight|dt_weight|dt_bias|A_log|D)$', ours):
             if value.numel() != own[ours].numel():
                 raise ValueError(
                     f'checkpoint: {name} must hold {own[ours].numel()} numbers for {ours} of shape '
