@@ -50,9 +50,9 @@ class NamedModel(BaseModel):
         self.model: Any = model
 
     @property
-    def head(self) -> str:
-        """The name of the module of the network that another number of classes changes."""
-        return 'head'
+    def heads(self) -> tuple[str, ...]:
+        """The names of the modules of the network that another number of classes changes."""
+        return ('head',)
 
     @property
     def architecture(self) -> str:
@@ -163,8 +163,9 @@ class ImageClassifier(NamedModel):
         self._teacher: tuple[nn.Module, float] | None = None
 
     @property
-    def head(self) -> str:
-        return self.model.pretrained_cfg['classifier']
+    def heads(self) -> tuple[str, ...]:
+        names = self.model.pretrained_cfg['classifier']
+        return (names,) if isinstance(names, str) else tuple(names)  # distilled networks have two
 
     @property
     def architecture(self) -> str:
@@ -256,7 +257,7 @@ def load_weights(classifier: NamedModel, path: str | Path, any_head: bool = Fals
     state_dict = classifier.rename(state_dict)
     own = classifier.model.state_dict()
     if any_head:
-        head = [name for name in own if name.startswith(f'{classifier.head}.')]
+        head = [name for name in own if name.startswith(tuple(f'{module}.' for module in classifier.heads))]
         if any(name in state_dict and state_dict[name].shape != own[name].shape for name in head):
             for name in head:
                 state_dict[name] = own[name]
