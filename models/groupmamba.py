@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, calculate_drop_path_rates
-from timm.models import generate_default_cfgs, named_apply, register_model
+from timm.models import generate_default_cfgs, named_apply, register_model, register_notrace_module
 from torch import Tensor, nn
 
 from .backbone import Backbone, NormPoolHead, Stage, build_backbone, init_linear, stage_dims
@@ -73,6 +73,7 @@ class ChannelAffinity(nn.Module):
         return self.gate(self.fc2(self.act(self.fc1(x))))
 
 
+@register_notrace_module  # a node of timm's FX graphs, so that its shortcuts are taken there
 class GroupMixer(nn.Module):
     """The paper's modulated group Mamba layer: four mixers of a quarter of the channels and one order each.
 
@@ -83,17 +84,20 @@ class GroupMixer(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.norm = nn.LayerNorm(dim, **dd)
-        self.groups = nn.ModuleList(SS2D(dim // 4, scan_ndim=1, gate=True, orders=[i], **dd) for i in range(4))
+        group_args: dict[str, Any] = dict(scan_ndim=1, gate=True, **dd)
+        self.group0 = SS2D(dim // 4, orders=[0], **group_args)
+        self.group1 = SS2D(dim // 4, orders=[1], **group_args)
+        self.group2 = SS2D(dim // 4, orders=[2], **group_args)
+        self.group3 = SS2D(dim // 4, orders=[3], **group_args)
         self.skip_scale = nn.Parameter(torch.ones(1, **dd))
         self.affinity = ChannelAffinity(dim, **dd)
         self.proj = Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x)
-        parts, ys = x.chunk(4, dim=-1), []  # [B, H, W, C] -> four [B, H, W, C/4]
-        for i, group in enumerate(self.groups):
-            ys.append(group(parts[i]))
-        y = torch.cat(ys, dim=-1) * x * (self.skip_scale * self.affinity(x))
+        x0, x1, x2, x3 = x.chunk(4, dim=-1)  # [B, H, W, C] -> four [B, H, W, C/4]
+        y = torch.cat([self.group0(x0), self.group1(x1), self.group2(x2), self.group3(x3)], dim=-1)
+        y = y * x * (self.skip_scale * self.affinity(x))
         return self.proj(self.norm(y))
 
 
@@ -301,7 +305,7 @@ _RENAMES = (
     (r'^dist_head\.', 'head.fc_dist.'),
     (r'\.dwconv\.dwconv\.', '.conv.'),
     (r'\.attn\.(fc[12])\.', r'.mixer.affinity.\1.'),
-    (r'\.attn\.mamba_g(\d)\.', lambda m: f'.mixer.groups.{int(m[1]) - 1}.'),
+    (r'\.attn\.mamba_g(\d)\.', lambda m: f'.mixer.group{int(m[1]) - 1}.'),
     (r'\.attn\.(norm|proj|skip_scale)\b', r'.mixer.\1'),
 )
 
