@@ -179,6 +179,7 @@ class DistilledHead(NormPoolHead):
         super().__init__(dim, num_classes, pool_type, drop_rate, norm_layer=LayerNorm, **dd)
         self.attn: nn.Module = ClassAttention(dim, mlp_ratio=mlp_ratio, **dd)
         self.fc_dist = self._second_classifier(num_classes, **dd)
+        self.pools = bool(pool_type)
         self.distilled_training = False
 
     def _second_classifier(self, num_classes: int, device=None, dtype=None) -> nn.Module:
@@ -188,16 +189,17 @@ class DistilledHead(NormPoolHead):
 
     def reset(self, num_classes: int, pool_type: str | None = None, device=None, dtype=None) -> None:
         super().reset(num_classes, pool_type, device=device, dtype=dtype)
+        self.pools = not self.global_pool.is_identity()
         self.fc_dist = self._second_classifier(num_classes, device=device, dtype=dtype)
         self.fc_dist.train(self.training)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.global_pool(x)
-        if self.global_pool.is_identity():
-            x = self.norm(x)
-        else:
+        if self.pools:
             x = x.unflatten(-1, (-1, self.in_features))  # [B, C or 2C] -> [B, 1 or 2, C]
             x = self.norm(self.attn(x)).flatten(1)
+        else:
+            x = self.norm(x)
         x = self.drop(x)
         if pre_logits:
             return x
