@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import torch
@@ -90,7 +90,8 @@ def download_pretrained(
 
 def _check_against_cfg(args: dict[str, Any], cfg: PretrainedCfg) -> None:
     """Refuse weights with other channels or classes than the configuration says, from which timm adapts them."""
-    defaults = args_fn(cfg.architecture)(registered(cfg.architecture).state_dict())
+    architecture = cast(str, cfg.architecture)
+    defaults = args_fn(architecture)(registered(architecture).state_dict())
     got = {key: defaults[key] for key in ('in_chans', 'num_classes')}
     got |= {key: value for key, value in args.items() if key in SHAPE_ARGS | {'features_only'}}
     needed = dict(in_chans=cfg.input_size[0], num_classes=cfg.num_classes)
