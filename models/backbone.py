@@ -155,8 +155,8 @@ class Backbone(nn.Module):
             else [
                 (r'^stages\.(\d+)\.downsample', (0,)),
                 (r'^stages\.(\d+)\.blocks\.(\d+)', None),
-                (r'^stages\.(\d+)\.norm', (99998,)),
-                (r'^head\.norm', (99999,)),
+                (r'^stages\.(\d+)\.norm', (99999,)),
+                (r'^head\.(?!fc)', (99999,)),
             ],
         )
 

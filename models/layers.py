@@ -271,7 +271,7 @@ class Mlp(TimmMlp):
 
 _OF_TOKENS = {Linear, Mlp, nn.Dropout, nn.GELU, nn.Identity, nn.Linear}  # what maps every token alike
 # And what every image, as ours do.
-_OF_IMAGES = {DropPath, nn.BatchNorm2d, nn.Conv2d, nn.LayerNorm, nn.RMSNorm, nn.ReLU, nn.SiLU}
+_OF_IMAGES = {DropPath, nn.BatchNorm2d, nn.Conv2d, nn.LayerNorm, nn.RMSNorm, nn.ReLU, nn.Sigmoid, nn.SiLU}
 
 
 def _read_out(mixer: Any, h: Tensor, x: Tensor, C: Tensor, z: Tensor) -> Tensor | None:

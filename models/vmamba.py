@@ -11,6 +11,7 @@ Feature maps are channels-last, (batch, height, width, channels), from the stem'
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -93,7 +94,7 @@ class PatchStem(nn.Module):
 
 
 class SS2D(nn.Module):
-    """The mixer: a depthwise convolution, then a selective scan of the map in four orders, perhaps with a gate."""
+    """The mixer: a depthwise convolution, then a selective scan of the map in some orders, perhaps with a gate."""
 
     def __init__(
         self,
@@ -102,6 +103,7 @@ class SS2D(nn.Module):
         ssm_ratio: float = 1.0,
         scan_ndim: int = 2,
         gate: bool = False,
+        orders: Sequence[int] = (0, 1, 2, 3),
         device=None,
         dtype=None,
     ) -> None:
@@ -111,7 +113,7 @@ class SS2D(nn.Module):
         self.d_state = d_state
         self.dt_rank = math.ceil(dim / 16)
         self.scan_ndim = scan_ndim
-        self.orders = [0, 1, 2, 3]
+        self.orders = list(orders)
         K = len(self.orders)
 
         self.in_proj = Linear(dim, 2 * inner_dim if gate else inner_dim, bias=False, **dd)

@@ -52,9 +52,9 @@ class NamedModel(BaseModel):
         self.model: Any = model
 
     @property
-    def head(self) -> str:
-        """The name of the module of the network that another number of classes changes."""
-        return 'head'
+    def heads(self) -> tuple[str, ...]:
+        """The names of the modules of the network that another number of classes changes."""
+        return ('head',)
 
     @property
     def architecture(self) -> str:
@@ -173,8 +173,9 @@ class ImageClassifier(NamedModel):
         self._teacher: tuple[nn.Module, float] | None = None
 
     @property
-    def head(self) -> str:
-        return self.model.pretrained_cfg['classifier']
+    def heads(self) -> tuple[str, ...]:
+        names = self.model.pretrained_cfg['classifier']
+        return (names,) if isinstance(names, str) else tuple(names)  # distilled networks have two
 
     @property
     def architecture(self) -> str:
@@ -270,7 +271,7 @@ def load_weights(classifier: NamedModel, path: str | Path, start: bool = False) 
     own = classifier.model.state_dict()
     if start:
         fitted = adapt_input(state_dict, classifier.model)
-        head = [name for name in own if name.startswith(f'{classifier.head}.')]
+        head = [name for name in own if name.startswith(tuple(f'{module}.' for module in classifier.heads))]
         changed = [name for name in head if name in state_dict and state_dict[name].shape != own[name].shape]
         log_changes(path, fitted, changed, state_dict, own)
         state_dict.update({name: own[name] for name in (head if changed else ())})

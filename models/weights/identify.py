@@ -4,6 +4,10 @@
 import functools
 import inspect
 import re
+<<<<<<< HEAD
+=======
+import sys
+>>>>>>> group
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,10 +20,16 @@ from .rename import family_file, rename_fn
 __all__ = ['identify', 'list_models']
 
 # The constructor's arguments that names and shapes of tensors tell, or that change neither.
+<<<<<<< HEAD
 SHAPE_ARGS = set('in_chans num_classes depth depths dims embed_dim patch_size d_state ssm_ratio mlp_ratio'.split())
 SHAPE_ARGS |= {'gate', 'patches', 'device', 'dtype'}
 # Those that shapes suggest together, as one number of patches may be that of several grids: a file's notes go before.
 GRID_ARGS = {'img_size', 'patch_stride'}
+=======
+SHAPE_ARGS = set(
+    'in_chans num_classes stem_dim depths dims d_state ssm_ratio mlp_ratio gate patches device dtype'.split()
+)
+>>>>>>> group
 
 
 def list_models() -> list[str]:
@@ -42,6 +52,7 @@ def _sizes(state_dict: dict[str, Tensor]) -> set[tuple[str, int]]:
     return {(name, value.numel()) for name, value in state_dict.items()}
 
 
+<<<<<<< HEAD
 def args_fn(model: str) -> Callable[[dict[str, Tensor]], dict[str, Any]]:
     """The function that tells the constructor's arguments from tensors: `constructor_args` of the model's file, if it
     has one, that of the pyramids otherwise."""
@@ -50,17 +61,40 @@ def args_fn(model: str) -> Callable[[dict[str, Tensor]], dict[str, Any]]:
 
 def constructor_args(state_dict: dict[str, Tensor]) -> dict[str, Any]:
     """The constructor's arguments that decide names and shapes, from tensors under our names.
+=======
+def _kinds(state_dict: dict[str, Tensor]) -> set[str]:
+    """Names without their numbers, which tell the kind of a network whatever its depths and widths."""
+    return {re.sub(r'\d+', '', name) for name in state_dict}
+>>>>>>> group
 
-    Raises:
-        LookupError: A tensor that tells an argument is missing, or has too few dimensions.
-        ZeroDivisionError: A tensor is empty.
-    """
+
+def common_args(state_dict: dict[str, Tensor]) -> dict[str, Any]:
+    """The constructor's arguments that all pyramids have and tensors under our names tell; see `constructor_args`."""
     blocks: dict[int, set[str]] = {}
     for name in state_dict:
         match = re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', name)
         if match:
             blocks.setdefault(int(match[1]), set()).add(match[2])
-    first = [f'stages.{i}.blocks.0.' for i in sorted(blocks)]
+    args: dict[str, Any] = dict(
+        in_chans=state_dict['stem.conv1.weight'].shape[1],
+        depths=[len(blocks[i]) for i in sorted(blocks)],  # counted, so that a large number in a name stays a name
+    )
+    if 'head.norm.weight' not in state_dict:  # the backbone of a detector or segmentor
+        return dict(args, features_only=True)
+    return dict(args, num_classes=state_dict['head.fc.weight'].shape[0] if 'head.fc.weight' in state_dict else 0)
+
+
+def constructor_args(state_dict: dict[str, Tensor]) -> dict[str, Any]:
+    """The constructor's arguments that decide names and shapes, from tensors under our names.
+
+    Families with other arguments have a function of this name in their file, see `args_fn`.
+
+    Raises:
+        LookupError: A tensor that tells an argument is missing, or has too few dimensions.
+        ZeroDivisionError: A tensor is empty.
+    """
+    args = common_args(state_dict)
+    first = [f'stages.{i}.blocks.0.' for i in range(len(args['depths']))]
     dims = [state_dict[f'{prefix}norm1.weight'].shape[0] for prefix in first]
 
     def ratio(name: str, dim: int) -> float:
@@ -68,10 +102,8 @@ def constructor_args(state_dict: dict[str, Tensor]) -> dict[str, Any]:
         return max(state_dict[f'{prefix}{name}'].shape[dim] / width for prefix, width in zip(first, dims, strict=True))
 
     inner = state_dict[f'{first[0]}mixer.out_proj.weight'].shape[1]
-    args: dict[str, Any] = dict(
-        in_chans=state_dict['stem.conv1.weight'].shape[1],
-        num_classes=state_dict['head.fc.weight'].shape[0] if 'head.fc.weight' in state_dict else 0,
-        depths=[len(blocks[i]) for i in sorted(blocks)],  # counted, so that a large number in a name stays a name
+    return dict(
+        args,
         dims=dims,
         d_state=state_dict[f'{first[0]}mixer.A_log'].numel() // state_dict[f'{first[0]}mixer.D'].numel(),
         ssm_ratio=ratio('mixer.out_proj.weight', 1),
@@ -79,10 +111,11 @@ def constructor_args(state_dict: dict[str, Tensor]) -> dict[str, Any]:
         gate=state_dict[f'{first[0]}mixer.in_proj.weight'].shape[0] > inner,
         patches=any(name.endswith('.downsample.reduction.weight') for name in state_dict),
     )
-    if 'head.norm.weight' not in state_dict:  # the backbone of a detector or segmentor
-        args['features_only'] = True
-        del args['num_classes']
-    return args
+
+
+def args_fn(model: str) -> Callable[[dict[str, Tensor]], dict[str, Any]]:
+    """The `constructor_args` of one of our models: its family's own, or that of this file."""
+    return getattr(sys.modules[timm.model_entrypoint(model).__module__], 'constructor_args', constructor_args)
 
 
 def identify(state_dict: dict[str, Tensor], model: str | None = None) -> tuple[str, dict[str, Any], list[str]]:
@@ -106,8 +139,9 @@ def identify(state_dict: dict[str, Tensor], model: str | None = None) -> tuple[s
     candidates = [model] if model else list_models()
     families = {rename: rename(state_dict, nn.Module()) for rename in set(map(rename_fn, candidates))}
 
-    def distance(name: str) -> tuple[int, int]:
-        return len(_sizes(families[rename_fn(name)]) ^ _sizes(registered(name).state_dict())), _scan_ndim(name)
+    def distance(name: str) -> tuple[int, int, int]:
+        theirs, own = families[rename_fn(name)], registered(name).state_dict()
+        return len(_kinds(theirs) ^ _kinds(own)), len(_sizes(theirs) ^ _sizes(own)), _scan_ndim(name)
 
     nearest = min(candidates, key=distance)
     renamed, own = families[rename_fn(nearest)], registered(nearest).state_dict()

@@ -18,13 +18,13 @@ __all__ = ['family_file', 'rename_checkpoint', 'rename_fn', 'strip_prefixes', 'u
 # Rules for the mixers, which all families share; each family has further ones, which apply first.
 _MIXER_RENAMES = (
     (r'\.(op|self_attention)\.', '.mixer.'),
-    (r'\.mixer\.conv2d\.', '.mixer.conv.'),
-    (r'\.mixer\.out_norm\.', '.mixer.norm.'),
-    (r'\.mixer\.x_proj_weight$', '.mixer.x_proj.weight'),
-    (r'\.mixer\.dt_projs(_|\.)weight$', '.mixer.dt_weight'),
-    (r'\.mixer\.dt_projs(_|\.)bias$', '.mixer.dt_bias'),
-    (r'\.mixer\.A_logs$', '.mixer.A_log'),
-    (r'\.mixer\.Ds$', '.mixer.D'),
+    (r'\.conv2d\.', '.conv.'),
+    (r'\.out_norm\.', '.norm.'),
+    (r'\.x_proj_weight$', '.x_proj.weight'),
+    (r'\.dt_projs(_|\.)weight$', '.dt_weight'),
+    (r'\.dt_projs(_|\.)bias$', '.dt_bias'),
+    (r'\.A_logs$', '.A_log'),
+    (r'\.Ds$', '.D'),
 )
 
 _SCAN = re.compile(r'\.mixer\.(\w+\.)?(x_proj\.weight|dt_weight|dt_bias|A_log|D)$')  # its parameters, under our names

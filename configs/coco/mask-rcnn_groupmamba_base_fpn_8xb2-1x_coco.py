@@ -1,0 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mask R-CNN on GroupMamba-B, COCO, 12 epochs; the stochastic depth is a choice by size."""
+
+_base_ = ['./_groupmamba_base.py', './_1x.py']

@@ -1,0 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mask R-CNN on GroupMamba-S, COCO, 12 epochs; the stochastic depth is a choice by size."""
+
+_base_ = ['./_groupmamba_small.py', './_1x.py']
