@@ -5,11 +5,12 @@ Importing this package registers the backbones with timm, and lets the checkpoin
 timm's `checkpoint_path=`. The networks for slides have a registry of their own.
 """
 
+from .mambavision import MambaVision
 from .mil import MIL, MambaMIL, create_mil_model, list_mil_models
 from .spatial_mamba import SpatialMamba
 from .vmamba import VMamba
 from .weights.read import pass_cfg_nodes
 
-__all__ = ['MIL', 'MambaMIL', 'SpatialMamba', 'VMamba', 'create_mil_model', 'list_mil_models']
+__all__ = ['MIL', 'MambaMIL', 'MambaVision', 'SpatialMamba', 'VMamba', 'create_mil_model', 'list_mil_models']
 
 pass_cfg_nodes()

@@ -5,12 +5,13 @@ import re
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import timm
 from torch import Tensor, nn
 
-__all__ = ['rename_checkpoint', 'rename_fn', 'strip_prefixes', 'unwrapped']
+__all__ = ['family_file', 'rename_checkpoint', 'rename_fn', 'strip_prefixes', 'unwrapped']
 
 # Rules for the mixers, which all families share; each family has further ones, which apply first.
 _MIXER_RENAMES = (
@@ -23,6 +24,10 @@ _MIXER_RENAMES = (
     (r'\.mixer\.A_logs$', '.mixer.A_log'),
     (r'\.mixer\.Ds$', '.mixer.D'),
 )
+
+# The scan's parameters are stacked over the orders, and convolutions of sequences are 2-D ones of maps of one row;
+# published files have the same numbers in other shapes.
+_RESHAPED = re.compile(r'\.mixer\.(conv\w*\.weight|x_proj\.weight|dt_weight|dt_bias|A_log|D)$')
 
 
 def rename_checkpoint(
@@ -41,7 +46,7 @@ def rename_checkpoint(
         renames: Patterns and replacements of the family, in the order in which they apply, before the mixers'.
 
     Raises:
-        ValueError: A tensor of the scan has another number of elements than the model's.
+        ValueError: A tensor of a scan or of its convolution has another number of elements than the model's.
     """
     state_dict = unwrapped(state_dict)
     own = model.state_dict()
@@ -57,8 +62,7 @@ def rename_checkpoint(
                 ours = re.sub(pattern, replacement, ours)
             if ours in out or ours in state_dict:
                 ours = name
-        # The scan's parameters are stacked over the orders; published files have the same numbers in other shapes.
-        if ours != name and ours in own and re.search(r'\.mixer\.(x_proj\.weight|dt_weight|dt_bias|A_log|D)$', ours):
+        if ours != name and ours in own and _RESHAPED.search(ours):
             if value.numel() != own[ours].numel():
                 raise ValueError(
                     f'checkpoint: {name} must hold {own[ours].numel()} numbers for {ours} of shape '
@@ -77,9 +81,14 @@ def unwrapped(state_dict: dict[str, Any]) -> dict[str, Any]:
     return state_dict
 
 
+def family_file(model: str) -> ModuleType:
+    """The Python module of one of our models."""
+    return sys.modules[timm.model_entrypoint(model).__module__]
+
+
 def rename_fn(model: str) -> Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]:
     """The function that brings published names of one of our models to our names."""
-    return sys.modules[timm.model_entrypoint(model).__module__].checkpoint_filter_fn
+    return family_file(model).checkpoint_filter_fn
 
 
 # The prefixes of what wraps a network: data parallelism, an average, torch.compile, our ImageClassifier, a detector and
