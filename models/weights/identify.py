@@ -4,18 +4,19 @@
 import functools
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import timm
 from torch import Tensor, nn
 
-from .rename import rename_fn
+from .rename import family_file, rename_fn
 
 __all__ = ['identify', 'list_models', 'misfits']
 
 # The constructor's arguments that names and shapes of tensors tell, or that change neither.
-SHAPE_ARGS = set('in_chans num_classes depths dims d_state ssm_ratio mlp_ratio gate patches device dtype'.split())
+SHAPE_ARGS = set('in_chans num_classes depths dims stem_dim d_state ssm_ratio mlp_ratio layer_scale'.split())
+SHAPE_ARGS |= set('gate patches device dtype'.split())
 
 
 def list_models() -> list[str]:
@@ -62,6 +63,41 @@ def _sizes(state_dict: dict[str, Tensor]) -> set[tuple[str, int]]:
     return {(name, value.numel()) for name, value in state_dict.items()}
 
 
+def args_fn(model: str) -> Callable[[dict[str, Tensor]], dict[str, Any]]:
+    """The function that tells the constructor's arguments from tensors: `constructor_args` of the model's file, if it
+    has one, that of the pyramids otherwise."""
+    return getattr(family_file(model), 'constructor_args', constructor_args)
+
+
+def first_blocks(state_dict: dict[str, Tensor]) -> list[str]:
+    """The prefix of the first block of each stage of a pyramid."""
+    stages = {int(match[1]) for name in state_dict if (match := re.match(r'stages\.(\d+)\.blocks\.', name))}
+    return [f'stages.{i}.blocks.0.' for i in sorted(stages)]
+
+
+def pyramid_args(state_dict: dict[str, Tensor]) -> dict[str, Any]:
+    """The constructor's arguments that all pyramids have, of those that decide names and shapes.
+
+    Raises:
+        LookupError: A tensor that tells an argument is missing, or has too few dimensions.
+    """
+    blocks: dict[int, set[str]] = {}
+    for name in state_dict:
+        match = re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', name)
+        if match:
+            blocks.setdefault(int(match[1]), set()).add(match[2])
+    args: dict[str, Any] = dict(
+        in_chans=state_dict['stem.conv1.weight'].shape[1],
+        num_classes=state_dict['head.fc.weight'].shape[0] if 'head.fc.weight' in state_dict else 0,
+        depths=[len(blocks[i]) for i in sorted(blocks)],  # counted, so that a large number in a name stays a name
+        dims=[state_dict[f'{prefix}norm1.weight'].shape[0] for prefix in first_blocks(state_dict)],
+    )
+    if 'head.norm.weight' not in state_dict:  # the backbone of a detector or segmentor
+        args['features_only'] = True
+        del args['num_classes']
+    return args
+
+
 def constructor_args(state_dict: dict[str, Tensor]) -> dict[str, Any]:
     """The constructor's arguments that decide names and shapes, from tensors under our names.
 
@@ -69,34 +105,23 @@ def constructor_args(state_dict: dict[str, Tensor]) -> dict[str, Any]:
         LookupError: A tensor that tells an argument is missing, or has too few dimensions.
         ZeroDivisionError: A tensor is empty.
     """
-    blocks: dict[int, set[str]] = {}
-    for name in state_dict:
-        match = re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', name)
-        if match:
-            blocks.setdefault(int(match[1]), set()).add(match[2])
-    first = [f'stages.{i}.blocks.0.' for i in sorted(blocks)]
-    dims = [state_dict[f'{prefix}norm1.weight'].shape[0] for prefix in first]
+    args = pyramid_args(state_dict)
+    first = first_blocks(state_dict)
 
     def ratio(name: str, dim: int) -> float:
         # Widths were rounded down, so that the largest quotient gives them all again.
-        return max(state_dict[f'{prefix}{name}'].shape[dim] / width for prefix, width in zip(first, dims, strict=True))
+        widths = zip(first, args['dims'], strict=True)
+        return max(state_dict[f'{prefix}{name}'].shape[dim] / width for prefix, width in widths)
 
     inner = state_dict[f'{first[0]}mixer.out_proj.weight'].shape[1]
-    args: dict[str, Any] = dict(
-        in_chans=state_dict['stem.conv1.weight'].shape[1],
-        num_classes=state_dict['head.fc.weight'].shape[0] if 'head.fc.weight' in state_dict else 0,
-        depths=[len(blocks[i]) for i in sorted(blocks)],  # counted, so that a large number in a name stays a name
-        dims=dims,
+    return dict(
+        **args,
         d_state=state_dict[f'{first[0]}mixer.A_log'].numel() // state_dict[f'{first[0]}mixer.D'].numel(),
         ssm_ratio=ratio('mixer.out_proj.weight', 1),
         mlp_ratio=ratio('mlp.fc1.weight', 0) if f'{first[0]}mlp.fc1.weight' in state_dict else 0.0,
         gate=state_dict[f'{first[0]}mixer.in_proj.weight'].shape[0] > inner,
         patches=any(name.endswith('.downsample.reduction.weight') for name in state_dict),
     )
-    if 'head.norm.weight' not in state_dict:  # the backbone of a detector or segmentor
-        args['features_only'] = True
-        del args['num_classes']
-    return args
 
 
 def identify(state_dict: dict[str, Tensor], model: str | None = None) -> tuple[str, dict[str, Any], list[str]]:
@@ -133,7 +158,7 @@ def identify(state_dict: dict[str, Tensor], model: str | None = None) -> tuple[s
     if len(renamed) > 16 * len(own):  # a network of as many blocks as there are names would be built
         raise ValueError(f'checkpoint must hold one of our networks, got {len(state_dict)} tensors.')
     try:
-        args = constructor_args(renamed)
+        args = args_fn(nearest)(renamed)
     except (LookupError, ZeroDivisionError):
         renamed = rename_fn(nearest)(state_dict, registered(nearest))
         raise ValueError(
@@ -141,7 +166,7 @@ def identify(state_dict: dict[str, Tensor], model: str | None = None) -> tuple[s
             f'nearest, {misfits(renamed, own)}.'
         ) from None
     takes = inspect.signature(type(registered(nearest))).parameters.keys() | {'features_only'}
-    defaults = constructor_args(own)
+    defaults = args_fn(nearest)(own)
     args = {key: value for key, value in args.items() if key in takes and value != defaults.get(key)}
     twins = [name for name in candidates if name != nearest and _sizes(registered(name).state_dict()) == _sizes(own)]
     return nearest, args, twins

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from timm.models import PretrainedCfg, resolve_pretrained_cfg
 
 from .convert import convert
-from .identify import SHAPE_ARGS, constructor_args, registered
+from .identify import SHAPE_ARGS, args_fn, registered
 
 __all__ = ['cached_path', 'download_pretrained', 'is_cached', 'pretrained_kwargs']
 
@@ -90,7 +90,7 @@ def download_pretrained(
 
 def _check_against_cfg(args: dict[str, Any], cfg: PretrainedCfg) -> None:
     """Refuse weights with other channels or classes than the configuration says, from which timm adapts them."""
-    defaults = constructor_args(registered(cfg.architecture).state_dict())
+    defaults = args_fn(cfg.architecture)(registered(cfg.architecture).state_dict())
     got = {key: defaults[key] for key in ('in_chans', 'num_classes')}
     got |= {key: value for key, value in args.items() if key in SHAPE_ARGS | {'features_only'}}
     needed = dict(in_chans=cfg.input_size[0], num_classes=cfg.num_classes)
