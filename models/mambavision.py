@@ -415,7 +415,7 @@ def mambavision_large3_512(pretrained: bool = False, **kwargs) -> MambaVision:
 
 @register_model
 def test_mambavision(pretrained: bool = False, **kwargs) -> MambaVision:
-    model_args: dict[str, Any] = dict(depths=(1, 1, 2, 2), dims=(32, 48, 64, 96), stem_dim=16)
+    model_args: dict[str, Any] = dict(depths=(1, 1, 3, 2), dims=(32, 48, 64, 96), stem_dim=16)
     model_args.update(num_heads=(2, 2, 2, 4), window_size=(4, 4, 4, 2), layer_scale=1e-2)
     return _create_mambavision('test_mambavision', pretrained, **dict(model_args, **kwargs))
 
