@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the ImageNet-1K configs of MambaVision share: 310 epochs, batches of 4096, LAMB, MESA.
 
-Stochastic depth, learning rate, epochs, lowest rate, clipping, augmentation and the weight of MESA are the authors'. That they
-used LAMB, batches of 4096 and a weight decay of 0.05 could not be checked here; their warm-up, label smoothing, erasing and
-average are not known, and those are VMamba's.
+Stochastic depth, learning rate, epochs, lowest rate, clipping, augmentation and the weight of MESA are the authors'.
+That they used LAMB, batches of 4096 and a weight decay of 0.05 could not be checked here; their warm-up, label
+smoothing, erasing and average are not known, and those are VMamba's.
 """
 
 _base_ = './_8xb128-300e.py'
