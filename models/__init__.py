@@ -6,6 +6,7 @@ timm's `checkpoint_path=`. The networks for slides have a registry of their own.
 """
 
 from .groupmamba import GroupMamba
+from .mambavision import MambaVision
 from .mil import MIL, MambaMIL, create_mil_model, list_mil_models
 from .spatial_mamba import SpatialMamba
 from .vim import Vim
@@ -16,6 +17,7 @@ __all__ = [
     'GroupMamba',
     'MIL',
     'MambaMIL',
+    'MambaVision',
     'SpatialMamba',
     'VMamba',
     'Vim',

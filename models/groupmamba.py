@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .backbone import Backbone, NormPoolHead, Stage, build_backbone, init_linear, stage_dims
 from .layers import Linear, Mlp, in_groups
 from .vmamba import SS2D, Conv3x3s2
-from .weights.identify import common_args
+from .weights.identify import first_blocks, pyramid_args
 from .weights.rename import rename_checkpoint
 
 __all__ = ['GroupMamba']
@@ -318,14 +318,17 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
 
 def constructor_args(state_dict: dict[str, Tensor]) -> dict[str, Any]:
-    """The constructor's arguments that decide names and shapes, from tensors under our names; see `identify`."""
-    args = common_args(state_dict)
-    shapes = [state_dict[f'stages.{i}.blocks.0.mlp.fc1.weight'].shape for i in range(len(args['depths']))]
+    """The constructor's arguments that decide names and shapes, from tensors under our names.
+
+    Raises:
+        LookupError: A tensor that tells an argument is missing, or has too few dimensions.
+        ZeroDivisionError: A tensor is empty.
+    """
+    mlps = [state_dict[f'{block}mlp.fc1.weight'].shape for block in first_blocks(state_dict)]
     return dict(
-        args,
+        **pyramid_args(state_dict),
         stem_dim=state_dict['stem.conv1.weight'].shape[0],
-        dims=[dim for _, dim in shapes],
-        mlp_ratio=[hidden_dim / dim for hidden_dim, dim in shapes],
+        mlp_ratio=[hidden_dim / dim for hidden_dim, dim in mlps],
     )
 
 

@@ -16,7 +16,7 @@ from types import BuiltinFunctionType
 from typing import Any, TypeVar, cast
 
 import torch
-from timm.layers import DropPath
+from timm.layers import DropPath, LayerScale
 from timm.layers import Mlp as TimmMlp
 from timm.models import register_notrace_module
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ def _is_eager_on_cpu(*tensors: Tensor) -> bool:
         or (torch._C._is_torch_function_mode_enabled() and _mode_looks_on())
         or _has_any_global_hook()
         or not _are_torchs(nn.Module.__call__, F.conv2d, F.linear, F.batch_norm, F.layer_norm, F.rms_norm)
-        or not _are_torchs(F.dropout, F.gelu, F.relu, F.silu)
+        or not _are_torchs(F.dropout, F.gelu, F.relu, F.scaled_dot_product_attention, F.silu)
     ) and all(type(t) is Tensor and t.device.type == 'cpu' for t in tensors)
 
 
@@ -269,8 +269,8 @@ class Mlp(TimmMlp):
         return super().forward(x)
 
 
-_OF_TOKENS = {Linear, Mlp, nn.Dropout, nn.GELU, nn.Identity, nn.Linear}  # what maps every token alike
-# And what every image, as ours do.
+# What maps every token alike, and what every image, as ours do.
+_OF_TOKENS = {LayerScale, Linear, Mlp, nn.Dropout, nn.GELU, nn.Identity, nn.Linear}
 _OF_IMAGES = {DropPath, nn.BatchNorm2d, nn.Conv2d, nn.LayerNorm, nn.RMSNorm, nn.ReLU, nn.Sigmoid, nn.SiLU}
 
 

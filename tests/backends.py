@@ -193,6 +193,7 @@ SLOW_IF_INTERPRETED = {
     'test_golden_classifier',
     'test_golden_fusions',
     'test_golden_groupmamba',
+    'test_golden_mambavision',
     'test_golden_scans',
     'test_golden_tokens',
     'test_nothing_is_a_multiple_of_the_map',

@@ -4,11 +4,7 @@
 import functools
 import inspect
 import re
-<<<<<<< HEAD
-=======
-import sys
->>>>>>> group
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import timm
@@ -20,16 +16,10 @@ from .rename import family_file, rename_fn
 __all__ = ['identify', 'list_models']
 
 # The constructor's arguments that names and shapes of tensors tell, or that change neither.
-<<<<<<< HEAD
-SHAPE_ARGS = set('in_chans num_classes depth depths dims embed_dim patch_size d_state ssm_ratio mlp_ratio'.split())
-SHAPE_ARGS |= {'gate', 'patches', 'device', 'dtype'}
+SHAPE_ARGS = set('in_chans num_classes patch_size embed_dim depth stem_dim dims depths'.split())
+SHAPE_ARGS |= set('d_state ssm_ratio mlp_ratio gate patches layer_scale device dtype'.split())
 # Those that shapes suggest together, as one number of patches may be that of several grids: a file's notes go before.
 GRID_ARGS = {'img_size', 'patch_stride'}
-=======
-SHAPE_ARGS = set(
-    'in_chans num_classes stem_dim depths dims d_state ssm_ratio mlp_ratio gate patches device dtype'.split()
-)
->>>>>>> group
 
 
 def list_models() -> list[str]:
@@ -52,24 +42,29 @@ def _sizes(state_dict: dict[str, Tensor]) -> set[tuple[str, int]]:
     return {(name, value.numel()) for name, value in state_dict.items()}
 
 
-<<<<<<< HEAD
+def _kinds(state_dict: dict[str, Tensor]) -> set[str]:
+    """Names without their numbers, which tell the kind of a network whatever its depths and widths."""
+    return {re.sub(r'\d+', '', name) for name in state_dict}
+
+
 def args_fn(model: str) -> Callable[[dict[str, Tensor]], dict[str, Any]]:
     """The function that tells the constructor's arguments from tensors: `constructor_args` of the model's file, if it
     has one, that of the pyramids otherwise."""
     return getattr(family_file(model), 'constructor_args', constructor_args)
 
 
-def constructor_args(state_dict: dict[str, Tensor]) -> dict[str, Any]:
-    """The constructor's arguments that decide names and shapes, from tensors under our names.
-=======
-def _kinds(state_dict: dict[str, Tensor]) -> set[str]:
-    """Names without their numbers, which tell the kind of a network whatever its depths and widths."""
-    return {re.sub(r'\d+', '', name) for name in state_dict}
->>>>>>> group
+def first_blocks(state_dict: dict[str, Tensor]) -> list[str]:
+    """The prefix of the first block of each stage of a pyramid."""
+    stages = {int(match[1]) for name in state_dict if (match := re.match(r'stages\.(\d+)\.blocks\.', name))}
+    return [f'stages.{i}.blocks.0.' for i in sorted(stages)]
 
 
-def common_args(state_dict: dict[str, Tensor]) -> dict[str, Any]:
-    """The constructor's arguments that all pyramids have and tensors under our names tell; see `constructor_args`."""
+def pyramid_args(state_dict: dict[str, Tensor]) -> dict[str, Any]:
+    """The constructor's arguments that all pyramids have, of those that decide names and shapes.
+
+    Raises:
+        LookupError: A tensor that tells an argument is missing, or has too few dimensions.
+    """
     blocks: dict[int, set[str]] = {}
     for name in state_dict:
         match = re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', name)
@@ -77,45 +72,40 @@ def common_args(state_dict: dict[str, Tensor]) -> dict[str, Any]:
             blocks.setdefault(int(match[1]), set()).add(match[2])
     args: dict[str, Any] = dict(
         in_chans=state_dict['stem.conv1.weight'].shape[1],
+        num_classes=state_dict['head.fc.weight'].shape[0] if 'head.fc.weight' in state_dict else 0,
         depths=[len(blocks[i]) for i in sorted(blocks)],  # counted, so that a large number in a name stays a name
+        dims=[state_dict[f'{prefix}norm1.weight'].shape[0] for prefix in first_blocks(state_dict)],
     )
     if 'head.norm.weight' not in state_dict:  # the backbone of a detector or segmentor
-        return dict(args, features_only=True)
-    return dict(args, num_classes=state_dict['head.fc.weight'].shape[0] if 'head.fc.weight' in state_dict else 0)
+        args['features_only'] = True
+        del args['num_classes']
+    return args
 
 
 def constructor_args(state_dict: dict[str, Tensor]) -> dict[str, Any]:
     """The constructor's arguments that decide names and shapes, from tensors under our names.
 
-    Families with other arguments have a function of this name in their file, see `args_fn`.
-
     Raises:
         LookupError: A tensor that tells an argument is missing, or has too few dimensions.
         ZeroDivisionError: A tensor is empty.
     """
-    args = common_args(state_dict)
-    first = [f'stages.{i}.blocks.0.' for i in range(len(args['depths']))]
-    dims = [state_dict[f'{prefix}norm1.weight'].shape[0] for prefix in first]
+    args = pyramid_args(state_dict)
+    first = first_blocks(state_dict)
 
     def ratio(name: str, dim: int) -> float:
         # Widths were rounded down, so that the largest quotient gives them all again.
-        return max(state_dict[f'{prefix}{name}'].shape[dim] / width for prefix, width in zip(first, dims, strict=True))
+        widths = zip(first, args['dims'], strict=True)
+        return max(state_dict[f'{prefix}{name}'].shape[dim] / width for prefix, width in widths)
 
     inner = state_dict[f'{first[0]}mixer.out_proj.weight'].shape[1]
     return dict(
-        args,
-        dims=dims,
+        **args,
         d_state=state_dict[f'{first[0]}mixer.A_log'].numel() // state_dict[f'{first[0]}mixer.D'].numel(),
         ssm_ratio=ratio('mixer.out_proj.weight', 1),
         mlp_ratio=ratio('mlp.fc1.weight', 0) if f'{first[0]}mlp.fc1.weight' in state_dict else 0.0,
         gate=state_dict[f'{first[0]}mixer.in_proj.weight'].shape[0] > inner,
         patches=any(name.endswith('.downsample.reduction.weight') for name in state_dict),
     )
-
-
-def args_fn(model: str) -> Callable[[dict[str, Tensor]], dict[str, Any]]:
-    """The `constructor_args` of one of our models: its family's own, or that of this file."""
-    return getattr(sys.modules[timm.model_entrypoint(model).__module__], 'constructor_args', constructor_args)
 
 
 def identify(state_dict: dict[str, Tensor], model: str | None = None) -> tuple[str, dict[str, Any], list[str]]:

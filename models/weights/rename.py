@@ -27,7 +27,9 @@ _MIXER_RENAMES = (
     (r'\.Ds$', '.D'),
 )
 
-_SCAN = re.compile(r'\.mixer\.(\w+\.)?(x_proj\.weight|dt_weight|dt_bias|A_log|D)$')  # its parameters, under our names
+# The scan's parameters are stacked over the orders, and convolutions of sequences are 2-D ones of maps of one row;
+# published files have the same numbers in other shapes.
+_RESHAPED = re.compile(r'\.mixer\.(\w+\.)?(conv\w*\.weight|x_proj\.weight|dt_weight|dt_bias|A_log|D)$')
 
 
 def rename_checkpoint(
@@ -46,8 +48,8 @@ def rename_checkpoint(
         renames: Patterns and replacements of the family, in the order in which they apply, before the mixers'.
 
     Raises:
-        ValueError: A tensor of the scan has another number of elements than the model's, or weights are not finite
-            real numbers.
+        ValueError: A tensor of a scan or of its convolution has another number of elements than the model's, or weights
+            are not finite real numbers.
     """
     state_dict = unwrapped(state_dict)
     own = model.state_dict()
@@ -74,8 +76,7 @@ def _renamed(
                 ours = re.sub(pattern, replacement, ours)
             if ours in out or ours in state_dict:
                 ours = name
-        # The scan's parameters are stacked over the orders; published files have the same numbers in other shapes.
-        if ours != name and ours in own and _SCAN.search(ours):
+        if ours != name and ours in own and _RESHAPED.search(ours):
             if value.numel() != own[ours].numel():
                 raise ValueError(
                     f'checkpoint: {name} must hold {own[ours].numel()} numbers for {ours} of shape '
