@@ -29,7 +29,7 @@ _MIXER_RENAMES = (
 
 # The scan's parameters are stacked over the orders, and convolutions of sequences are 2-D ones of maps of one row;
 # published files have the same numbers in other shapes.
-_RESHAPED = re.compile(r'\.mixer\.(\w+\.)?(conv\w*\.weight|x_proj\.weight|dt_weight|dt_bias|A_log|D)$')
+_RESHAPED = re.compile(r'\.mixer\.(conv\w*\.weight|(\w+\.)?(x_proj\.weight|dt_weight|dt_bias|A_log|D))$')
 
 
 def rename_checkpoint(
