@@ -328,6 +328,7 @@ def constructor_args(state_dict: dict[str, Tensor]) -> dict[str, Any]:
     return dict(
         **pyramid_args(state_dict),
         stem_dim=state_dict['stem.conv1.weight'].shape[0],
+        dims=[dim for _, dim in mlps],
         mlp_ratio=[hidden_dim / dim for hidden_dim, dim in mlps],
     )
 

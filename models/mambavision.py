@@ -298,11 +298,13 @@ def constructor_args(state_dict: dict[str, Tensor]) -> dict[str, Any]:
         LookupError: A tensor that tells an argument is missing, or has too few dimensions.
         ZeroDivisionError: A tensor is empty.
     """
-    windows = first_blocks(state_dict)[_CONV_STAGES:]
+    first = first_blocks(state_dict)
+    windows = first[_CONV_STAGES:]
     mlps = [state_dict[f'{block}mlp.fc1.weight'].shape for block in windows]
     return dict(
         **pyramid_args(state_dict),
         stem_dim=state_dict['stem.conv1.weight'].shape[0],
+        dims=[state_dict[f'{block}norm1.weight'].shape[0] for block in first],
         mlp_ratio=max(hidden_dim / dim for hidden_dim, dim in mlps),  # widths were rounded down
         layer_scale=1e-5 if f'{windows[0]}ls1.gamma' in state_dict else None,  # there is one, whatever it began with
     )

@@ -74,7 +74,6 @@ def pyramid_args(state_dict: dict[str, Tensor]) -> dict[str, Any]:
         in_chans=state_dict['stem.conv1.weight'].shape[1],
         num_classes=state_dict['head.fc.weight'].shape[0] if 'head.fc.weight' in state_dict else 0,
         depths=[len(blocks[i]) for i in sorted(blocks)],  # counted, so that a large number in a name stays a name
-        dims=[state_dict[f'{prefix}norm1.weight'].shape[0] for prefix in first_blocks(state_dict)],
     )
     if 'head.norm.weight' not in state_dict:  # the backbone of a detector or segmentor
         args['features_only'] = True
@@ -89,17 +88,17 @@ def constructor_args(state_dict: dict[str, Tensor]) -> dict[str, Any]:
         LookupError: A tensor that tells an argument is missing, or has too few dimensions.
         ZeroDivisionError: A tensor is empty.
     """
-    args = pyramid_args(state_dict)
     first = first_blocks(state_dict)
+    dims = [state_dict[f'{prefix}norm1.weight'].shape[0] for prefix in first]
 
     def ratio(name: str, dim: int) -> float:
         # Widths were rounded down, so that the largest quotient gives them all again.
-        widths = zip(first, args['dims'], strict=True)
-        return max(state_dict[f'{prefix}{name}'].shape[dim] / width for prefix, width in widths)
+        return max(state_dict[f'{prefix}{name}'].shape[dim] / width for prefix, width in zip(first, dims, strict=True))
 
     inner = state_dict[f'{first[0]}mixer.out_proj.weight'].shape[1]
     return dict(
-        **args,
+        **pyramid_args(state_dict),
+        dims=dims,
         d_state=state_dict[f'{first[0]}mixer.A_log'].numel() // state_dict[f'{first[0]}mixer.D'].numel(),
         ssm_ratio=ratio('mixer.out_proj.weight', 1),
         mlp_ratio=ratio('mlp.fc1.weight', 0) if f'{first[0]}mlp.fc1.weight' in state_dict else 0.0,
