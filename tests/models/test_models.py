@@ -228,14 +228,14 @@ def test_macs(name):
         macs = analysis.total()
     assert round(macs / 1e9, 4) == FULL_SIZE[name][1]
     uncounted = {'add', 'addcmul', 'div', 'mul', 'gelu', 'silu', 'sigmoid', 'unflatten', 'pad', 'exp', 'neg', 'mean'}
-    uncounted |= {'scaled_dot_product_attention'}
+    uncounted |= {'sub', 'rms_norm', 'scaled_dot_product_attention'}
     assert {op.removeprefix('aten::') for op in analysis.unsupported_ops()} <= uncounted
 
 
 # ---- shapes ----------------------------------------------------------------------------------------------------------
 
 
-@every_model
+@every_test_model
 def test_output_shapes(name):
     model = on_meta(name)
     for size in SIZES:
@@ -497,22 +497,24 @@ def test_grad_checkpointing_changes_nothing(name):
 
 
 def check_gradients(model, autocast=False):
-    """Every parameter gets a gradient; but in a map of one position a decay has nothing to act on."""
-    without_effect = set()
+    """Every parameter gets a gradient, but a decay that has nothing to act on, of a map of one position, and the layers
+    around a ReLU that lets nothing through."""
+    idle = set()
+
+    def look(module, args, y, name):
+        if 'A_log' in module._parameters and y.numel() == y.shape[0] * y.shape[-1]:
+            idle.add(f'{name}.A_log')
+        elif isinstance(module, nn.ReLU) and not y.any():
+            idle.add(f'{name.rpartition(".")[0]}.')
+
     for name, module in model.named_modules():
-        if 'A_log' in module._parameters:
-
-            def look(module, args, name=name):
-                if args[0].numel() == args[0].shape[0] * args[0].shape[-1]:
-                    without_effect.add(f'{name}.A_log')
-
-            module.register_forward_pre_hook(look)
+        module.register_forward_hook(functools.partial(look, name=name))
     with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
         y = model.train()(images())
     nn.functional.cross_entropy(y.float(), torch.tensor([1, 2])).backward()
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all(), name
-        assert p.grad.any() or name in without_effect, name
+        assert p.grad.any() or name.startswith(tuple(idle)), name
 
 
 @every_small_model
@@ -860,7 +862,7 @@ def test_plain_fx_of_features_only(name, assert_close):
 
 
 @pytest.mark.filterwarnings('ignore:.*torch.jit.*:DeprecationWarning')
-@pytest.mark.parametrize('graph', (False, True), ids=('modules', 'graph'))
+@pytest.mark.parametrize('graph', (False, pytest.param(True, marks=pytest.mark.slow)), ids=('modules', 'graph'))
 @every_small_model
 def test_torchscript(name, graph, assert_close):
     model = spread(create(name))
@@ -874,7 +876,7 @@ def test_torchscript(name, graph, assert_close):
 def test_torch_jit_trace(name, assert_close):
     model = spread(create(name))
     x = images()
-    assert_close(torch.jit.trace(model, x)(x), model(x), GRAPH_TOLERANCE)
+    assert_close(torch.jit.trace(model, x, check_trace=False)(x), model(x), GRAPH_TOLERANCE)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
