@@ -8,6 +8,7 @@ these small maps exceed them, and one without.
 
 import contextlib
 import functools
+import inspect
 import itertools
 import re
 
@@ -30,7 +31,13 @@ from vssm.models.weights import list_models
 # VMamba's layers are 2DVMamba's, and take the same shortcuts.
 SMALL = [name for name in list_models() if name.startswith('test_') and name != 'test_vmamba']
 TINY = ('vmamba2d_tiny', 'spatial_mamba_tiny')
+FIRST = ('test_vmamba2d', 'test_spatial_mamba')  # which have all that is decorated in `layers.py`
+FIRST_AND_SLOW = (
+    *FIRST,
+    *(pytest.param(name, marks=pytest.mark.slow) for name in (*SMALL, *TINY) if name not in FIRST),
+)
 SIZES = {  # of the small models; one block in each of two stages, where nothing else is said
+    'test_groupmamba': dict(depths=(1,), dims=(16,), stem_dim=16),  # with another in the head
     'test_mambavision': dict(depths=(1, 1, 2, 1), dims=16),  # the first two stages are convolutions
     'test_vim': dict(depth=2, patch_size=4, patch_stride=4, img_size=(8, 16)),
 }
@@ -44,7 +51,7 @@ STATEFUL = (nn.BatchNorm2d, nn.Dropout, DropPath)  # what evaluation changes
 
 @functools.cache
 def make_model(name):
-    """A small model of two or four levels, a larger one with one block in each of its own stages."""
+    """A small model of a few blocks, a larger one with one in each of its own stages."""
     torch.manual_seed(1)
     size = SIZES.get(name, dict(depths=(1, 1), dims=(16, 64))) if name in SMALL else dict(depths=(1, 1, 1, 1))
     model = timm.create_model(name, num_classes=3, drop_path_rate=0.3, drop_rate=0.2, **size)
@@ -380,15 +387,18 @@ class Page:
 
 
 def regions(model, names):
-    """The inner modules by name, in lists of which no shortcut takes in two: each stage, and what is around them."""
+    """The inner modules by name, in lists of which no shortcut takes in two: each stage, and what is around them. Of
+    those that stand in one place of one kind of module, as in parallel mixers, a list has one."""
     by_region = {}
     for name in [name for name, _ in model.named_modules() if name and name in names]:
-        by_region.setdefault(name.split('.')[1] if name.startswith('stages.') else '', []).append(name)
-    return by_region.values()
+        parent, _, last = name.rpartition('.')
+        region = by_region.setdefault(name.split('.')[1] if name.startswith('stages.') else '', {})
+        region.setdefault((type(model.get_submodule(parent)), last), name)
+    return [list(region.values()) for region in by_region.values()]
 
 
 @pytest.mark.parametrize('change', CHANGES, ids=lambda change: change.__name__)
-@pytest.mark.parametrize('name', (*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in TINY)))
+@pytest.mark.parametrize('name', FIRST_AND_SLOW)
 def test_every_change_of_every_module_is_honoured(name, change):
     """One of each region at a time. The runs take turns: of layers of a kind there are many, which see them all."""
     model = make_model(name)
@@ -426,9 +436,14 @@ def batch_norm_of_tokens(*shape):
     return BatchNormOfTokens(shape[-1])
 
 
+def response_norm(*shape):
+    kind = functools.partial(GlobalResponseNorm, channels_last=True) if len(shape) == 4 else BatchNormOfTokens
+    return kind(shape[-1])
+
+
 PARTS = {  # by the end of their names; each is made for the shape of what it takes
     'mlp.norm': (
-        lambda *shape: GlobalResponseNorm(shape[-1], channels_last=True),
+        response_norm,
         batch_norm_of_rows,
         lambda *shape: nn.LayerNorm(shape[-2:]),
         batch_norm_of_tokens,
@@ -455,7 +470,7 @@ def test_another_part_is_honoured(name):
     with restored(model):
         for n, module in model.named_modules():
             if 'blocks.' in n:
-                module.register_forward_pre_hook(lambda module, args, n=n: shapes.setdefault(n, args[0].shape))
+                module.register_forward_pre_hook(lambda module, args, n=n: shapes.update({n: args[0].shape}))
         run(model.eval(), 1, 'evaluation', [], contextlib.nullcontext)
     for part, makes in PARTS.items():
         full_name = next((n for n in shapes if n.endswith(f'.{part}')), None)
@@ -491,17 +506,24 @@ def test_a_patched_function_is_honoured(name, monkeypatch):
         assert bool(seen) == any(isinstance(module, FUNCTIONS[function]) for module in model.modules()), function
 
 
+def reaches(kind, base):
+    """Whether a call of a module comes to the `forward` of a base of its class: those before it pass it on."""
+    before = itertools.takewhile(lambda c: c is not base, kind.__mro__)
+    forwards = [inspect.unwrap(vars(c)['forward']) for c in before if 'forward' in vars(c)]
+    return issubclass(kind, base) and all('super' in forward.__code__.co_names for forward in forwards)
+
+
 @pytest.mark.parametrize('name', SMALL)
 def test_a_patched_class_is_honoured(name, monkeypatch):
     """Bases too: our linear layers and MLPs are PyTorch's and timm's."""
     model = make_model(name)
+    modules = [model.get_submodule(n) for n in called(name)]
     kinds = {c for m in model.modules() for c in type(m).__mro__ if 'forward' in vars(c) and c is not nn.Module}
     for kind in sorted(kinds, key=str):
         with monkeypatch.context() as patch:
             patch.setattr(kind, 'forward', mixing(kind.forward, log := []))
             seen = compare(kind.__name__, model.eval(), 5, 'gradients', log)
-        modules = [model.get_submodule(n) for n in called(name)]
-        assert len(seen) >= sum(isinstance(m, kind) and not isinstance(m, layers.Blocks) for m in modules), kind
+        assert len(seen) >= sum(reaches(type(module), kind) for module in modules), kind
 
 
 @contextlib.contextmanager
@@ -597,18 +619,30 @@ def test_parameters_elsewhere_are_an_error(name):
 # ---- and what nobody changed -----------------------------------------------------------------------------------------
 
 
+ALWAYS = {  # by file, the shortcuts in any mode
+    'vmamba': {'layers.Mlp.forward'},
+    'spatial_mamba': {'layers.Mlp.forward', '2 convolutions', 'readout'},
+    'vim': {'2 convolutions'},
+    'groupmamba': {'2 convolutions'},
+    'mambavision': {'layers.Mlp.forward', '2 convolutions'},
+}
+OF_SEVERAL_IMAGES = {  # those that cut a batch, of images or of one token each
+    'spatial_mamba': {'spatial_mamba.Downsample.convolve'},
+    'groupmamba': {'layers.Mlp.forward'},
+}
+WITHOUT_STEM = {'test_vanilla_vmamba', 'test_vim'}  # of one convolution, whose shortcut would be none
+
+
 @pytest.mark.parametrize('name', (*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in TINY)))
 def test_an_untouched_model_takes_every_shortcut(name, taken):
     model = make_model(name)
-    module = type(model).__module__
-    always = {'vssm.models.layers.Mlp.forward', '1 convolutions'}
-    in_evaluation = {f'{module}.Stem.forward', 'vssm.models.layers.Blocks.forward'}
-    if 'spatial' in name:
-        always |= {f'{module}.Downsample.convolve', '2 convolutions', 'readout'}
+    file = type(model).__module__.rpartition('.')[2]
+    always = {'1 convolutions', *({'2 convolutions'} if name == 'test_vanilla_vmamba' else ALWAYS[file])}
+    several = OF_SEVERAL_IMAGES.get(file, set())
+    evaluation = several | {'layers.Blocks.forward', *(() if name in WITHOUT_STEM else [f'{file}.Stem.forward'])}
+    training = several | ({'groupmamba.ConvMlp.forward'} if file == 'groupmamba' else set())  # else blocks are cut
     for batch, mode in RUNS:
         taken.clear()
         compare('untouched', model.train(mode == 'training'), batch, mode, [])
-        expected = always if mode == 'training' else always | in_evaluation
-        if batch == 1:  # an image is not cut
-            expected = expected - in_evaluation - {f'{module}.Downsample.convolve'}
-        assert taken == expected, (batch, mode)
+        cut = set() if batch == 1 else training if mode == 'training' else evaluation
+        assert {shortcut.removeprefix('vssm.models.') for shortcut in taken} == always | cut, (batch, mode)
