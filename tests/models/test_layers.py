@@ -3,6 +3,7 @@
 
 import contextlib
 import copy
+import re
 import types
 
 import pytest
@@ -13,9 +14,10 @@ from torch.nn.functional import linear
 from torch.nn.utils import parametrizations, prune
 
 from vssm.models import layers, spatial_mamba
+from vssm.models.weights import list_models
 from vssm.ops import gated_readout, readout, use_reference
 
-SMALL = timm.list_models('test_*', module=['vmamba', 'spatial_mamba'])
+SMALL = [name for name in list_models() if name.startswith('test_')]
 
 
 class Recorder(nn.Module):
@@ -86,8 +88,8 @@ def test_groups_and_convolutions_change_nothing(name, training, monkeypatch, ass
     found = results(other, x)
     assert not torch.equal(found['y'], expected['y'])  # they did run
     for key in expected:
-        if training and key.endswith('conv3.bias'):
-            continue  # a batch norm takes it away again: its gradient is rounding
+        if key.endswith('skip_scale') or training and re.search(r'\bconv\d\.bias$', key):
+            continue  # a norm takes it away again: its gradient is rounding
         assert_close(found[key], expected[key], 2e-5, key)
 
 

@@ -8,12 +8,14 @@ these small maps exceed them, and one without.
 
 import contextlib
 import functools
+import inspect
 import itertools
+import re
 
 import pytest
 import timm
 import torch
-from timm.layers import DropPath
+from timm.layers import Attention, DropPath
 from timm.layers.grn import GlobalResponseNorm
 from torch import nn
 from torch.nn import functional as F
@@ -24,10 +26,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from vssm.models import layers
+from vssm.models.weights import list_models
 
 # VMamba's layers are 2DVMamba's, and take the same shortcuts.
-SMALL = [name for name in timm.list_models('test_*', module=['vmamba', 'spatial_mamba']) if name != 'test_vmamba']
-TINY = [name for name in timm.list_models('*_tiny', module=['vmamba', 'spatial_mamba']) if name != 'vmamba_tiny']
+SMALL = [name for name in list_models() if name.startswith('test_') and name != 'test_vmamba']
+TINY = ('vmamba2d_tiny', 'spatial_mamba_tiny')
+FIRST = ('test_vmamba2d', 'test_spatial_mamba')  # which have all that is decorated in `layers.py`
+FIRST_AND_SLOW = (
+    *FIRST,
+    *(pytest.param(name, marks=pytest.mark.slow) for name in (*SMALL, *TINY) if name not in FIRST),
+)
+SIZES = {  # of the small models; one block in each of two stages, where nothing else is said
+    'test_groupmamba': dict(depths=(1,), dims=(16,), stem_dim=16),  # with another in the head
+    'test_mambavision': dict(depths=(1, 1, 2, 1), dims=16),  # the first two stages are convolutions
+    'test_vim': dict(depth=2, patch_size=4, patch_stride=4, img_size=(8, 16)),
+}
 RUNS = tuple(itertools.product((5, 2, 1), ('evaluation', 'gradients', 'training')))  # gradients are those of evaluation
 
 STATEFUL = (nn.BatchNorm2d, nn.Dropout, DropPath)  # what evaluation changes
@@ -38,9 +51,9 @@ STATEFUL = (nn.BatchNorm2d, nn.Dropout, DropPath)  # what evaluation changes
 
 @functools.cache
 def make_model(name):
-    """A small model with one block in each of two stages, a larger one with one in each of its own."""
+    """A small model of a few blocks, a larger one with one in each of its own stages."""
     torch.manual_seed(1)
-    size = dict(depths=(1, 1), dims=(16, 64)) if name in SMALL else dict(depths=(1, 1, 1, 1))
+    size = SIZES.get(name, dict(depths=(1, 1), dims=(16, 64))) if name in SMALL else dict(depths=(1, 1, 1, 1))
     model = timm.create_model(name, num_classes=3, drop_path_rate=0.3, drop_rate=0.2, **size)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -52,6 +65,17 @@ def make_model(name):
         elif isinstance(module, nn.ReLU):
             module.inplace = False  # for hooks of the backward, which PyTorch refuses before an operation in place
     return model
+
+
+@functools.cache
+def called(name):
+    """Names of the modules that a model calls."""
+    model, names = make_model(name), set()
+    with restored(model):
+        for n, module in model.named_modules():
+            module.register_forward_pre_hook(lambda module, args, n=n: names.add(n))
+        run(model.eval(), 1, 'evaluation', [], contextlib.nullcontext)
+    return names
 
 
 @pytest.fixture(autouse=True)
@@ -102,8 +126,8 @@ def differences(found, expected, kinks):
 def is_close(key, a, b, kinks, least):
     if a is None or b is None or torch.equal(a, b):
         return (a is None) == (b is None)
-    if key.endswith('conv3.bias'):
-        return True  # a batch norm takes it away again: in training its gradient is rounding
+    if re.search(r'\bconv\d\.bias$|skip_scale$', key):
+        return True  # a norm takes it away again: its gradient is rounding, that of a bias in training
     tolerance = 2e-2 if kinks and key.startswith('gradient') else 2e-5
     return a.shape == b.shape and bool((a - b).abs().max() <= tolerance * max(b.abs().max(), least))
 
@@ -362,22 +386,26 @@ class Page:
         self.log.append((self.name, entry))
 
 
-def regions(model):
-    """The inner modules by name, in lists of which no shortcut takes in two: each stage, and what is around them."""
-    names = [name for name, _ in model.named_modules()][1:]
+def regions(model, names):
+    """The inner modules by name, in lists of which no shortcut takes in two: each stage, and what is around them. Of
+    those that stand in one place of one kind of module, as in parallel mixers, a list has one."""
     by_region = {}
-    for name in names:
-        by_region.setdefault(name.split('.')[1] if name.startswith('stages.') else '', []).append(name)
-    return by_region.values()
+    for name in [name for name, _ in model.named_modules() if name and name in names]:
+        parent, _, last = name.rpartition('.')
+        region = by_region.setdefault(name.split('.')[1] if name.startswith('stages.') else '', {})
+        region.setdefault((type(model.get_submodule(parent)), last), name)
+    return [list(region.values()) for region in by_region.values()]
 
 
 @pytest.mark.parametrize('change', CHANGES, ids=lambda change: change.__name__)
-@pytest.mark.parametrize('name', (*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in TINY)))
+@pytest.mark.parametrize('name', FIRST_AND_SLOW)
 def test_every_change_of_every_module_is_honoured(name, change):
     """One of each region at a time. The runs take turns: of layers of a kind there are many, which see them all."""
     model = make_model(name)
     concerns, is_seen = CHANGES[change]
-    concerned = ([name for name in names if concerns(model.get_submodule(name))] for names in regions(model))
+    concerned = (
+        [name for name in names if concerns(model.get_submodule(name))] for names in regions(model, called(name))
+    )
     runs = itertools.cycle(RUNS)
     for row in itertools.zip_longest(*concerned):
         modules = {name: model.get_submodule(name) for name in row if name}
@@ -400,46 +428,72 @@ class BatchNormOfTokens(nn.BatchNorm1d):
         return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
 
-PARTS = {  # for the first stage, whose map is 2x4; C is the width of what they take
+def batch_norm_of_rows(*shape):
+    return nn.BatchNorm2d(shape[1]) if len(shape) == 4 else nn.BatchNorm1d(shape[1])
+
+
+def batch_norm_of_tokens(*shape):
+    return BatchNormOfTokens(shape[-1])
+
+
+def response_norm(*shape):
+    kind = functools.partial(GlobalResponseNorm, channels_last=True) if len(shape) == 4 else BatchNormOfTokens
+    return kind(shape[-1])
+
+
+PARTS = {  # by the end of their names; each is made for the shape of what it takes
     'mlp.norm': (
-        lambda C: GlobalResponseNorm(C, channels_last=True),
-        lambda C: nn.BatchNorm2d(2),
-        lambda C: nn.LayerNorm((4, C)),
-        BatchNormOfTokens,
+        response_norm,
+        batch_norm_of_rows,
+        lambda *shape: nn.LayerNorm(shape[-2:]),
+        batch_norm_of_tokens,
     ),
-    'mlp.fc1': (lambda C: nn.Sequential(layers.Linear(C, 4 * C), nn.Softmax(1)),),
-    'mlp.act': (lambda C: nn.Softmax(0), lambda C: nn.BatchNorm2d(2)),
-    'mlp.drop1': (lambda C: nn.Dropout(0.5), lambda C: DropPath(0.5)),
+    'mlp.fc1': (lambda *shape: nn.Sequential(layers.Linear(shape[-1], 4 * shape[-1]), nn.Softmax(1)),),
+    'mlp.act': (lambda *shape: nn.Softmax(0), batch_norm_of_rows),
+    'mlp.drop1': (lambda *shape: nn.Dropout(0.5), lambda *shape: DropPath(0.5)),
     'mixer.norm': (
-        lambda C: nn.LayerNorm((4, C)),
-        lambda C: nn.LayerNorm(C, bias=False),
-        lambda C: nn.LayerNorm(C, elementwise_affine=False),
-        BatchNormOfTokens,
+        lambda *shape: nn.LayerNorm(shape[-2:]),
+        lambda *shape: nn.LayerNorm(shape[-1], bias=False),
+        lambda *shape: nn.LayerNorm(shape[-1], elementwise_affine=False),
+        batch_norm_of_tokens,
     ),
-    'mixer.act': (lambda C: nn.Softmax(1), lambda C: nn.Sequential(nn.SiLU(), nn.Dropout(0.5))),
-    'norm1': (lambda C: nn.BatchNorm2d(2), BatchNormOfTokens),
+    'mixer.act': (lambda *shape: nn.Softmax(1), lambda *shape: nn.Sequential(nn.SiLU(), nn.Dropout(0.5))),
+    'norm1': (batch_norm_of_rows, batch_norm_of_tokens),
 }
 
 
 @pytest.mark.parametrize('name', SMALL)
 def test_another_part_is_honoured(name):
+    """The first one of the network, in a block."""
     model = make_model(name)
-    inputs = {}
+    shapes = {}
     with restored(model):
-        for part in PARTS:
-            module = model.get_submodule(f'stages.0.blocks.0.{part}')
-            module.register_forward_pre_hook(lambda module, args, part=part: inputs.update({part: args[0]}))
+        for n, module in model.named_modules():
+            if 'blocks.' in n:
+                module.register_forward_pre_hook(lambda module, args, n=n: shapes.update({n: args[0].shape}))
         run(model.eval(), 1, 'evaluation', [], contextlib.nullcontext)
     for part, makes in PARTS.items():
-        for make, (batch, mode) in itertools.product(makes, ((5, 'evaluation'), (2, 'training'))):
+        full_name = next((n for n in shapes if n.endswith(f'.{part}')), None)
+        for make, (batch, mode) in itertools.product(makes, ((5, 'evaluation'), (2, 'training'))) if full_name else ():
             with restored(model):
-                model.set_submodule(f'stages.0.blocks.0.{part}', make(inputs[part].shape[-1]))
-                compare(part, model.train(mode == 'training'), batch, mode, [])
+                model.set_submodule(full_name, make(*shapes[full_name]))
+                compare(full_name, model.train(mode == 'training'), batch, mode, [])
 
 
 # ---- changes of everything -------------------------------------------------------------------------------------------
 
-FUNCTIONS = ('batch_norm', 'conv2d', 'dropout', 'gelu', 'layer_norm', 'linear', 'relu', 'silu')
+FUNCTIONS = {  # by which layers compute
+    'batch_norm': nn.BatchNorm2d,
+    'conv2d': nn.Conv2d,
+    'dropout': nn.Dropout,
+    'gelu': nn.GELU,
+    'layer_norm': nn.LayerNorm,
+    'linear': nn.Linear,
+    'relu': nn.ReLU,
+    'rms_norm': nn.RMSNorm,
+    'scaled_dot_product_attention': Attention,
+    'silu': nn.SiLU,
+}
 
 
 @pytest.mark.parametrize('name', SMALL)
@@ -449,19 +503,27 @@ def test_a_patched_function_is_honoured(name, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(F, function, mixing(getattr(F, function), log := []))
             seen = compare(function, model.train(mode == 'training'), batch, mode, log)
-        assert seen or (function in ('batch_norm', 'relu') and 'spatial' not in name), function
+        assert bool(seen) == any(isinstance(module, FUNCTIONS[function]) for module in model.modules()), function
+
+
+def reaches(kind, base):
+    """Whether a call of a module comes to the `forward` of a base of its class: those before it pass it on."""
+    before = itertools.takewhile(lambda c: c is not base, kind.__mro__)
+    forwards = [inspect.unwrap(vars(c)['forward']) for c in before if 'forward' in vars(c)]
+    return issubclass(kind, base) and all('super' in forward.__code__.co_names for forward in forwards)
 
 
 @pytest.mark.parametrize('name', SMALL)
 def test_a_patched_class_is_honoured(name, monkeypatch):
     """Bases too: our linear layers and MLPs are PyTorch's and timm's."""
     model = make_model(name)
+    modules = [model.get_submodule(n) for n in called(name)]
     kinds = {c for m in model.modules() for c in type(m).__mro__ if 'forward' in vars(c) and c is not nn.Module}
     for kind in sorted(kinds, key=str):
         with monkeypatch.context() as patch:
             patch.setattr(kind, 'forward', mixing(kind.forward, log := []))
             seen = compare(kind.__name__, model.eval(), 5, 'gradients', log)
-        assert len(seen) >= sum(isinstance(m, kind) and not isinstance(m, layers.Blocks) for m in model.modules()), kind
+        assert len(seen) >= sum(reaches(type(module), kind) for module in modules), kind
 
 
 @contextlib.contextmanager
@@ -529,7 +591,7 @@ def test_onlookers_see_every_layer_and_whole_batches(name, onlooker):
     for batch, mode in RUNS:
         seen = compare(onlooker.__name__, model.train(mode == 'training'), batch, mode, [], onlooker)
         if onlooker in (patched_call, hooks_of_all_modules):
-            assert {kind for kind, _ in seen} == {type(m) for m in model.modules()}
+            assert {kind for kind, _ in seen} == {type(model.get_submodule(n)) for n in called(name)}
             assert {shape[0] for _, shape in seen} == {batch}
 
 
@@ -557,18 +619,30 @@ def test_parameters_elsewhere_are_an_error(name):
 # ---- and what nobody changed -----------------------------------------------------------------------------------------
 
 
+ALWAYS = {  # by file, the shortcuts in any mode
+    'vmamba': {'layers.Mlp.forward'},
+    'spatial_mamba': {'layers.Mlp.forward', '2 convolutions', 'readout'},
+    'vim': {'2 convolutions'},
+    'groupmamba': {'2 convolutions'},
+    'mambavision': {'layers.Mlp.forward', '2 convolutions'},
+}
+OF_SEVERAL_IMAGES = {  # those that cut a batch, of images or of one token each
+    'spatial_mamba': {'spatial_mamba.Downsample.convolve'},
+    'groupmamba': {'layers.Mlp.forward'},
+}
+WITHOUT_STEM = {'test_vanilla_vmamba', 'test_vim'}  # of one convolution, whose shortcut would be none
+
+
 @pytest.mark.parametrize('name', (*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in TINY)))
 def test_an_untouched_model_takes_every_shortcut(name, taken):
     model = make_model(name)
-    module = type(model).__module__
-    always = {'vssm.models.layers.Mlp.forward', '1 convolutions'}
-    in_evaluation = {f'{module}.Stem.forward', 'vssm.models.layers.Blocks.forward'}
-    if 'spatial' in name:
-        always |= {f'{module}.Downsample.convolve', '2 convolutions', 'readout'}
+    file = type(model).__module__.rpartition('.')[2]
+    always = {'1 convolutions', *({'2 convolutions'} if name == 'test_vanilla_vmamba' else ALWAYS[file])}
+    several = OF_SEVERAL_IMAGES.get(file, set())
+    evaluation = several | {'layers.Blocks.forward', *(() if name in WITHOUT_STEM else [f'{file}.Stem.forward'])}
+    training = several | ({'groupmamba.ConvMlp.forward'} if file == 'groupmamba' else set())  # else blocks are cut
     for batch, mode in RUNS:
         taken.clear()
         compare('untouched', model.train(mode == 'training'), batch, mode, [])
-        expected = always if mode == 'training' else always | in_evaluation
-        if batch == 1:  # an image is not cut
-            expected = expected - in_evaluation - {f'{module}.Downsample.convolve'}
-        assert taken == expected, (batch, mode)
+        cut = set() if batch == 1 else training if mode == 'training' else evaluation
+        assert {shortcut.removeprefix('vssm.models.') for shortcut in taken} == always | cut, (batch, mode)
