@@ -42,8 +42,8 @@ OPERATIONS = {
 def rules_of(model: nn.Module) -> dict[str, int]:
     """The rules for a model: RULES, but for our classifiers what their authors counted.
 
-    They counted a batch norm as in training, and VMamba's mean as the pooling layer that it was. Of Vim nothing is known;
-    fvcore has no rule for its RMS norms, which are layer norms without a mean.
+    They counted a batch norm as in training, and VMamba's mean as the pooling layer that it was. What Vim's
+    authors counted is not known; fvcore has no rule for its RMS norms, which are layer norms without a mean.
     """
     if isinstance(model, (SpatialMamba, VMamba)):
         return RULES | dict(batch_norm=5, mean=int(isinstance(model, VMamba)))

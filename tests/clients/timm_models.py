@@ -6,10 +6,10 @@ They ask for models of timm's files by name, and so of ours none: here each list
 
 import timm
 
-import vssm  # noqa: F401
+from vssm.models import weights
 
 _list_models = timm.list_models
-OURS = {*_list_models(module=['vmamba', 'spatial_mamba'])}
+OURS = {*weights.list_models()}
 
 
 def list_models(filter='', module='', **kwargs):
