@@ -235,7 +235,7 @@ def test_a_published_detector_loads_as_a_whole(golden):
         detector().load_state_dict({k: v for k, v in published.items() if k != 'backbone.patch_embed.0.bias'})
 
 
-@pytest.mark.parametrize('name', ['test_vmamba2d', 'test_spatial_mamba'])
+@pytest.mark.parametrize('name', ['test_vmamba2d', 'test_spatial_mamba', 'test_groupmamba', 'test_mambavision'])
 def test_frozen_stages_and_norms(name):
     images = torch.randn(2, 3, 64, 64)
     for frozen_stages in (-1, 0, 2, 4):
@@ -579,7 +579,15 @@ def small_run(small_config, data, tmp_path):
 METRICS = dict(ade20k={'mIoU', 'aAcc', 'mAcc'}, coco={'coco/bbox_mAP', 'coco/segm_mAP'})
 
 
-@pytest.mark.parametrize('task, model_name', [('ade20k', 'test_spatial_mamba'), ('coco', 'test_vmamba2d')])
+@pytest.mark.parametrize(
+    'task, model_name',
+    [
+        ('ade20k', 'test_spatial_mamba'),
+        ('coco', 'test_vmamba2d'),
+        pytest.param('ade20k', 'test_groupmamba', marks=pytest.mark.slow),
+        pytest.param('coco', 'test_mambavision', marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_trains_evaluates_and_its_checkpoint_starts_another(task, model_name, small_run, tmp_path):
     runner = Runner.from_cfg(small_run(task, model_name))
     before = {name: value.detach().clone() for name, value in runner.model.named_parameters()}

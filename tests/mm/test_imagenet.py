@@ -104,6 +104,13 @@ def test_an_imagenet_config_builds_its_whole_run(name, data, tmp_path, monkeypat
     assert (mm.MESAHook in hooks) == (wanted.startswith(('spatial', 'mambavision')) and name in IMAGENET)
 
 
+def test_finer_patches_start_from_coarse_ones():
+    cfg = Config.fromfile(find_config('finetune/vim_tiny_patch16_224_8xb128-30e_in1k-stride8'))
+    optimizer = cfg.optim_wrapper.optimizer
+    assert (optimizer.lr, optimizer.weight_decay, cfg.train_cfg.max_epochs) == (5e-6, 1e-8, 30)
+    assert MODELS.build({**cfg.model, 'pretrained': False}).model.patch_embed.grid_size == (27, 27)
+
+
 def test_the_recipe():
     """VMamba's, which is Swin's; the others use it too."""
     cfg = Config.fromfile(find_config('imagenet/vmamba_tiny_8xb128-300e_in1k'))
