@@ -273,7 +273,7 @@ def init_linear(module: nn.Module, name: str) -> None:
 
     All other modules, and x_proj, stay as their constructors made them.
     """
-    if isinstance(module, nn.Linear) and not name.endswith('x_proj'):
+    if isinstance(module, nn.Linear) and not module.weight.is_meta and not name.endswith('x_proj'):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -65,6 +65,10 @@ def init_scan_(A_log: Tensor, D: Tensor, dt_weight: Tensor, dt_bias: Tensor) -> 
         dt_weight: Low-rank expansion of the step sizes, (..., E, R).
         dt_bias: Bias of the step sizes, (..., E).
     """
+    if (
+        A_log.is_meta
+    ):  # where there is nothing to fill, and the arithmetic would take most of the time to build a network
+        return
     A_log.copy_(torch.arange(1, A_log.shape[-1] + 1, dtype=torch.float32, device=A_log.device).log().expand_as(A_log))
     nn.init.ones_(D)
     bound = dt_weight.shape[-1] ** -0.5

@@ -13,6 +13,37 @@ from safetensors import safe_open
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(os.environ.get('VSSM_GOLDEN', ROOT.parent / 'shared' / 'golden'))
 
+KEY_FILES = {  # keys_NAME.json, with the names and shapes of a published file: our model
+    **{
+        f'{theirs}_{size}': f'{ours}_{size}'
+        for theirs, ours in {
+            '2dvmamba': 'vmamba2d',
+            'spatialmamba': 'spatial_mamba',
+            'vanilla_vmamba': 'vanilla_vmamba',
+            'groupmamba': 'groupmamba',
+        }.items()
+        for size in ('tiny', 'small', 'base')
+    },
+    'vmamba_tiny_s1l8': 'vmamba_tiny',
+    'vmamba_small_s2l15': 'vmamba_small',
+    'vmamba_base_s2l15': 'vmamba_base',
+    'vmamba_tiny_s2l5': 'vmamba_tiny_s2l5',
+    'vmamba_small_s1l20': 'vmamba_small_s1l20',
+    'vmamba_base_s1l20': 'vmamba_base_s1l20',
+    'vim_tiny': 'vim_tiny_patch16_224',
+    'vim_small': 'vim_small_patch16_224',
+    'vim_base': 'vim_base_patch16_224',
+    'vim_tiny_stride8': 'vim_tiny_patch16_stride8_224',
+    'vim_small_stride8': 'vim_small_patch16_stride8_224',
+    'mambavision_T': 'mambavision_tiny',
+    'mambavision_T2': 'mambavision_tiny2',
+    'mambavision_S': 'mambavision_small',
+    'mambavision_B': 'mambavision_base',
+    'mambavision_L': 'mambavision_large',
+    'mambavision_L2': 'mambavision_large2',
+    'mambavision_L3_256_21k': 'mambavision_large3',
+}
+
 need_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f'golden files not found, set VSSM_GOLDEN (now {GOLDEN})')
 
 

@@ -4,14 +4,17 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..models import SpatialMamba, VMamba
+from ..models import SpatialMamba, Vim, VMamba
 from ..ops import use_reference
 from ..ops.counting import ACTIVATIONS, MACS
 from ._models import count_params
@@ -32,7 +35,6 @@ OPERATIONS = {
     aten.native_batch_norm: 'batch_norm',
     aten.native_batch_norm.default: 'batch_norm',
     aten.mean: 'mean',
-    aten._adaptive_avg_pool2d: 'adaptive_avg_pool2d',
     aten.upsample_bilinear2d: 'upsample_bilinear2d',
 }
 
@@ -40,10 +42,13 @@ OPERATIONS = {
 def rules_of(model: nn.Module) -> dict[str, int]:
     """The rules for a model: RULES, but for our classifiers what their authors counted.
 
-    They counted a batch norm as in training, and VMamba's mean as the pooling layer that it was.
+    They counted a batch norm as in training, and VMamba's mean as the pooling layer that it was. What Vim's
+    authors counted is not known; fvcore has no rule for its RMS norms, which are layer norms without a mean.
     """
     if isinstance(model, (SpatialMamba, VMamba)):
         return RULES | dict(batch_norm=5, mean=int(isinstance(model, VMamba)))
+    if isinstance(model, Vim):
+        return RULES | dict(rms_norm=4)
     return RULES
 
 
@@ -83,8 +88,9 @@ def count_fvcore(model: nn.Module, image: Tensor, depth: int = 0) -> Cost:
     macs.set_op_handle(**MACS)
     activations.set_op_handle(**ACTIVATIONS)
     rules = rules_of(model)
-    for name in ('batch_norm', 'mean') if rules != RULES else ():
-        macs.set_op_handle(f'aten::{name}', elementwise_flop_counter(rules[name], 0))
+    for name in rules:
+        if rules[name] != RULES.get(name):
+            macs.set_op_handle(f'aten::{name}', elementwise_flop_counter(rules[name], 0))
 
     both = Trace(model, image)  # one for the two
     for name in {**macs._op_handles, **activations._op_handles}:
@@ -121,6 +127,23 @@ def _both(macs: Callable | None, activations: Callable | None) -> Callable:
     return lambda *values: Counter(macs=total(macs, *values), activations=total(activations, *values))
 
 
+class _WholeOperations(TorchFunctionMode):
+    """Counts those operations of which PyTorch's counter sees the parts, and leaves out attention, as fvcore does."""
+
+    RULES = {F.rms_norm: 'rms_norm', F.adaptive_avg_pool2d: 'adaptive_avg_pool2d'}
+
+    def __init__(self, rules: Mapping[str, int]) -> None:
+        super().__init__()
+        self.rules, self.macs = rules, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return torch.empty_like(args[0])
+        if func in self.RULES:
+            self.macs += self.rules.get(self.RULES[func], 0) * args[0].numel()
+        return func(*args, **(kwargs or {}))
+
+
 def count_torch(forward: Callable[[Tensor], Any], image: Tensor, rules: Mapping[str, int] | None = None) -> int:
     """Multiply-accumulates by PyTorch's FlopCounterMode; on the meta device they cost no computation.
 
@@ -131,9 +154,10 @@ def count_torch(forward: Callable[[Tensor], Any], image: Tensor, rules: Mapping[
     """
     formulas = {op: _formula(name, rules[name]) for op, name in OPERATIONS.items()} if rules else {}
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
-    with torch.no_grad(), use_reference(False), counter:  # the reference has other operations, which cost otherwise
+    whole = _WholeOperations(rules) if rules else None
+    with torch.no_grad(), use_reference(False), counter, whole or nullcontext():  # the reference costs otherwise
         forward(image)
-    return counter.get_total_flops() // 2  # it counts two for a multiply-accumulate
+    return counter.get_total_flops() // 2 + (whole.macs if whole else 0)  # it counts two for a multiply-accumulate
 
 
 def _formula(name: str, macs: int) -> Callable[..., int]:

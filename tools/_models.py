@@ -13,9 +13,23 @@ from ..models.weights import list_models
 from ._common import UsageError, did_you_mean
 from .published import SOURCES
 
-SIZES = ('tiny', 'small', 'base')
-OURS = tuple(f'{family}_{size}' for family in SOURCES for size in SIZES)
+SIZES = ('tiny', 'small', 'base', 'large')
 PEERS = ('swin_tiny_patch4_window7_224', 'convnext_tiny')
+
+
+def family_of(name: str) -> str:
+    """The family of one of our models, as `published.SOURCES` names it."""
+    return next(family for family in SOURCES if name.startswith(f'{family}_'))
+
+
+def _place(name: str) -> tuple[int, int]:
+    """The place of a model in a list: families in their order, sizes in theirs."""
+    family = family_of(name)
+    size = next(size for size in SIZES if name.startswith(f'{family}_{size}'))
+    return list(SOURCES).index(family), SIZES.index(size)
+
+
+OURS = tuple(sorted((name for name in list_models() if not name.startswith('test_')), key=_place))
 
 
 def find_model(name: str) -> str:

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     if twins:
         names = ', '.join(twins)
         lines.append(
-            f'Taken for the 1-D scan; {names} has the same names and shapes: --model {twins[0]} if it is that.'
+            f'Taken for {metadata["model"]}; {names} has the same names and shapes: --model {twins[0]} if it is that.'
         )
     if left_out:
         lines.append(f'Left out what is not the network: {left_out[0]}{", ..." if len(left_out) > 1 else ""}')

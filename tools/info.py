@@ -5,8 +5,9 @@ The scan is 1-D, 2-D, or 'fused': 1-D with its states then fused over their neig
 
 GMACs are billions of multiply-accumulates of one image at the given input size, counted as the papers count: a norm as
 5 per element, VMamba's pooling as 1, activations, sums and products as none, the ops by the formulas in ops/. The
-accuracy on ImageNet-1K is what the papers report. Weights are downloaded by pretrained=True ('url'), first fetched by
-`vssm download` ('fetch'), already in the cache ('cached'), or published nowhere ('-').
+accuracy on ImageNet-1K is what the papers report. Weights are downloaded by pretrained=True, from a URL ('url') or from
+the repository of the Hugging Face Hub that is named, first fetched by `vssm download` ('fetch'), already in the cache
+('cached'), or published nowhere ('-'); the licence is theirs.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from timm.models import PretrainedCfg
 from ..models.weights import cached_path, is_cached, list_models, published_at
 from ._count import count_macs
 from ._models import count_params, find_cfg, find_model, image_of
-from ._tables import print_table
+from ._tables import print_table, wide_console
 from .published import IMAGENET_TOP1
 
 EXAMPLE = "vssm info 'vmamba2d_*'"
@@ -37,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     rows = []
     for name in names:
         model, image = timm.create_model(name, device='meta').eval(), image_of(name, device='meta')
+        cfg = find_cfg(name)
         rows.append(
             [
                 name,
@@ -45,10 +47,12 @@ def run(args: argparse.Namespace) -> int:
                 f'{count_macs(model, image) / 1e9:.4f}',
                 'x'.join(map(str, image.shape[2:])),
                 str(IMAGENET_TOP1.get(name, '-')),
-                weights_of(find_cfg(name)),
+                weights_of(cfg),
+                cfg.license if published_at(cfg) else '-',
             ]
         )
-    print_table(['model', 'scan', 'params/M', 'GMACs', 'input', 'top-1', 'weights'], rows)
+    header = ['model', 'scan', 'params/M', 'GMACs', 'input', 'top-1', 'weights', 'licence']
+    print_table(header, rows, to=wide_console())
     return 0
 
 
@@ -62,7 +66,9 @@ def weights_of(cfg: PretrainedCfg) -> str:
         return '-'
     if is_cached(cached_path(cfg)):
         return 'cached'
-    return 'fetch' if published_at(cfg) == cfg.origin_url else 'url'
+    if cfg.url:
+        return 'url'
+    return cfg.hf_hub_id or 'fetch'
 
 
 if __name__ == '__main__':

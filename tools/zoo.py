@@ -7,6 +7,7 @@ accuracies and links are those of the papers and their repositories; speeds thos
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +17,12 @@ import timm
 from torch import nn
 
 from ..models.weights import published_at
-from ._common import UsageError, console, find_config, load_config, write_file
+from ._common import UsageError, console, list_configs, load_config, write_file
 from ._count import DENSE_SHAPES, build_dense, count_macs, multiply_adds
-from ._models import OURS, count_params, find_cfg, image_of
+from ._models import OURS, count_params, family_of, find_cfg, image_of
 from ._tables import markdown_table
 from .info import scan_of
-from .published import ADE20K_MIOU, COCO_1X_AP, COCO_3X_AP, DENSE_WEIGHTS, IMAGENET_TOP1, SOURCES
+from .published import ADE20K_MIOU, COCO_1X_AP, COCO_3X_AP, DENSE_WEIGHTS, IMAGENET_COST, IMAGENET_TOP1, SOURCES
 
 EXAMPLE = 'vssm zoo --check'
 
@@ -88,22 +89,31 @@ def imagenet(results: Path) -> str:
             [
                 f'`{name}`',
                 *cost(name),
+                ', '.join(IMAGENET_COST.get(name, '-')),
                 str(IMAGENET_TOP1.get(name, '-')),
                 source(name, IMAGENET_TOP1),
                 link('published', published_at(cfg)),
-                config_link(f'imagenet/{name}_8xb128-300e_in1k'),
+                cfg.license if published_at(cfg) else '-',
+                config_link(find_imagenet(name)),
                 speeds.get(name, '-'),
             ]
         )
-    header = ['model', 'scan', 'parameters', 'GMACs', 'top-1', 'source', 'weights', 'config', 'images/s']
+    header = ['model', 'scan', 'parameters', 'GMACs', 'as published', 'top-1', 'source', 'weights', 'their licence']
+    header += ['config', 'images/s']
     return f'{markdown_table(header, rows)}\nimages/s: {conditions}\n'
 
 
 def cost(name: str) -> tuple[str, str, str]:
-    """Scan, parameters and multiply-accumulates of a classifier, on the meta device."""
+    """Scan, parameters and multiply-accumulates of a classifier for its own images, on the meta device."""
     model = timm.create_model(name, device='meta').eval()
-    macs = count_macs(model, image_of(name, 224, 'meta'))
+    macs = count_macs(model, image_of(name, device='meta'))
     return scan_of(model), millions(model), f'{macs / 1e9:.2f}'
+
+
+def find_imagenet(name: str) -> str | None:
+    """The config that trains a model on ImageNet-1K from the beginning; not every model has one."""
+    found = [config for config in list_configs() if re.fullmatch(rf'imagenet/{name}_\d+xb\d+-\d+e_in1k', config)]
+    return found[0] if found else None
 
 
 def read_speeds(results: Path) -> tuple[dict[str, str], str]:
@@ -126,8 +136,11 @@ def read_speeds(results: Path) -> tuple[dict[str, str], str]:
 def dense(pattern: str, accuracies: dict[str, tuple[float, float]], shape: tuple[int, int]) -> str:
     """The table of segmentors or detectors, with the cost at the size at which papers count it."""
     rows = []
+    configs = list_configs()
     for name in OURS:
         config = pattern.format(name)
+        if config not in configs:
+            continue
         params, macs = dense_cost(config, shape)
         accuracy = accuracies.get(name, ('-', '-'))
         weights = link('published', DENSE_WEIGHTS.get(config))
@@ -141,8 +154,15 @@ def dense(pattern: str, accuracies: dict[str, tuple[float, float]], shape: tuple
 
 def dense_cost(config: str, shape: tuple[int, int]) -> tuple[str, str]:
     """Parameters and multiply-accumulates of a whole segmentor or detector, on the meta device."""
-    model = build_dense(load_config(config))
-    return millions(model), f'{multiply_adds(model, shape) / 1e9:.0f}'
+    cfg = load_config(config)
+    key = repr(cfg.model)
+    if key not in _COUNTED:  # long and short trainings are of the same models
+        model = build_dense(cfg)
+        _COUNTED[key] = millions(model), f'{multiply_adds(model, shape) / 1e9:.0f}'
+    return _COUNTED[key]
+
+
+_COUNTED: dict[str, tuple[str, str]] = {}
 
 
 def millions(model: nn.Module) -> str:
@@ -150,16 +170,15 @@ def millions(model: nn.Module) -> str:
 
 
 def source(name: str, accuracies: dict[str, Any]) -> str:
-    return SOURCES[name.rpartition('_')[0]] if name in accuracies else '-'
+    return SOURCES[family_of(name)] if name in accuracies else '-'
 
 
 def link(text: str, url: Any) -> str:
     return f'[{text}]({url})' if url else 'none published'
 
 
-def config_link(name: str) -> str:
-    find_config(name)
-    return f'[config](configs/{name}.py)'
+def config_link(name: str | None) -> str:
+    return f'[config](configs/{name}.py)' if name else '-'
 
 
 if __name__ == '__main__':

@@ -10,6 +10,7 @@ _base_ = './_8xb128-300e.py'
 
 # 32 GPUs x 128 = 4096
 optim_wrapper = dict(
+    paramwise_cfg=dict(no_decay=['*.D', '*.dt_bias']),  # vectors, where they are published
     optimizer=dict(_delete_=True, type='lamb', lr=5e-3, weight_decay=0.05),
 )
 auto_scale_lr = dict(base_batch_size=4096)
@@ -19,7 +20,7 @@ param_scheduler = [  # the last ten epochs stay at the lowest rate
 ]
 train_cfg = dict(max_epochs=310)
 custom_hooks = [
-    dict(type='EMAHook', momentum=1e-4),
+    dict(type='EMAHook', ema_type='StateAverage', momentum=1e-4),
     dict(type='MESAHook', weight=0.5),
     dict(type='SafetensorsHook'),
 ]

@@ -6,10 +6,9 @@ import timm
 import torch
 from torch import nn
 
-from vssm.models import layers
-from vssm.models.weights import list_models
+from vssm.models import layers, weights
 
-NAMES = [name for name in list_models() if name.startswith('test_')]
+NAMES = [name for name in weights.list_models() if name.startswith('test_')]
 
 
 @pytest.fixture(params=NAMES)

@@ -6,10 +6,10 @@ They ask for models of timm's files by name, and so of ours none: here each list
 
 import timm
 
-import vssm
+from vssm.models import weights
 
 _list_models = timm.list_models
-OURS = {*vssm.models.weights.list_models()}
+OURS = {*weights.list_models()}
 
 
 def list_models(filter='', module='', **kwargs):

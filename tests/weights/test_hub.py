@@ -13,8 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from vssm.models.weights import convert, identify, list_models
-from vssm.models.weights.pretrained import published_at
+from vssm.models.weights import convert, identify
 from vssm.tools.main import main
 
 NAME, REPOSITORY = 'test_vim', 'someone/Vim-test'
@@ -154,30 +153,6 @@ def test_a_repository_of_the_user_is_left_to_timm(hub, on_hub, tmp_path, monkeyp
 
 
 # ---- the files of Vim ------------------------------------------------------------------------------------------------
-
-KEY_FILES = {
-    'vim_tiny': 'vim_tiny_patch16_224',
-    'vim_small': 'vim_small_patch16_224',
-    'vim_base': 'vim_base_patch16_224',
-    'vim_tiny_stride8': 'vim_tiny_patch16_stride8_224',
-    'vim_small_stride8': 'vim_small_patch16_stride8_224',
-}
-
-
-def test_where_the_weights_of_vim_are():
-    for name in KEY_FILES.values():
-        cfg, size = timm.get_pretrained_cfg(name), name.split('_')[1]
-        assert (
-            published_at(cfg) == f'https://huggingface.co/hustvl/Vim-{size}-midclstok' and cfg.license == 'apache-2.0'
-        )
-    assert not published_at(timm.get_pretrained_cfg('test_vim')) and 'test_vim' in list_models()
-
-
-@pytest.mark.parametrize('variant', KEY_FILES)
-def test_published_names_of_vim_tell_the_model(variant, golden):
-    shapes = golden(f'keys_{variant}.json')['state_dict']
-    state = {name: torch.empty(shape, device='meta') for name, shape in shapes.items()}
-    assert identify(state) == (KEY_FILES[variant], {}, [])
 
 
 @pytest.mark.parametrize(

@@ -28,28 +28,32 @@ import numpy as np
 import pytest
 import timm
 import torch
+from golden_files import KEY_FILES
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from timm.models import get_arch_pretrained_cfgs
 
 from vssm.models.weights import cached_path, convert, identify, is_cached, list_models, read_checkpoint, strip_prefixes
 from vssm.models.weights.archive import _STORAGES
 from vssm.models.weights.convert import _fit
 from vssm.models.weights.identify import registered
+from vssm.models.weights.pretrained import published_at
 from vssm.models.weights.read import pass_cfg_nodes
+from vssm.models.weights.rename import rename_fn
 from vssm.tools.main import main
 
-TEST_MODELS = ('test_vmamba', 'test_vmamba2d', 'test_spatial_mamba')
-KEY_FILES = {  # of the golden folder: our model
-    'vmamba_tiny_s1l8': 'vmamba_tiny',
-    'vmamba_small_s2l15': 'vmamba_small',
-    'vmamba_base_s2l15': 'vmamba_base',
-    '2dvmamba_tiny': 'vmamba2d_tiny',
-    '2dvmamba_small': 'vmamba2d_small',
-    '2dvmamba_base': 'vmamba2d_base',
-    'spatialmamba_tiny': 'spatial_mamba_tiny',
-    'spatialmamba_small': 'spatial_mamba_small',
-    'spatialmamba_base': 'spatial_mamba_base',
+TEST_MODELS = [name for name in list_models() if name.startswith('test_')]
+PYRAMIDS = [name for name in TEST_MODELS if name != 'test_vim']
+LIKE = {  # key file of the same names as a test model's
+    'test_vmamba': 'vmamba_tiny_s1l8',
+    'test_vmamba2d': '2dvmamba_tiny',
+    'test_vanilla_vmamba': 'vanilla_vmamba_tiny',
+    'test_spatial_mamba': 'spatialmamba_tiny',
+    'test_vim': 'vim_tiny',
+    'test_groupmamba': 'groupmamba_tiny',
+    'test_mambavision': 'mambavision_B',
 }
+WITH_BACKBONE = [name for name in KEY_FILES if re.match('2dvmamba|spatialmamba|vmamba.*(s1l8|s2l15)', name)]
 
 
 def random_state(name, seed=0, **kwargs):
@@ -61,6 +65,10 @@ def random_state(name, seed=0, **kwargs):
     return {
         key: torch.randn(t.shape, generator=g) if t.is_floating_point() else torch.tensor(7) for key, t in state.items()
     }
+
+
+def meta_tensors(shapes):
+    return {name: torch.empty(shape, device='meta') for name, shape in shapes.items()}
 
 
 def assert_same(actual, expected):
@@ -79,15 +87,24 @@ def publish(golden):
     """publish(model, state): a state dict of a test model under published names and in published shapes."""
 
     def publish(name, state):
-        keys = golden('keys_spatialmamba_tiny.json' if 'spatial' in name else 'keys_vmamba_tiny_s1l8.json')
-        rename = sys.modules[timm.model_entrypoint(name).__module__].checkpoint_filter_fn
-        published = dict(zip(rename(keys['state_dict'], torch.nn.Module()), keys['state_dict'].items(), strict=True))
+        published = {}
+        shapes = golden(f'keys_{LIKE[name]}.json')['state_dict']
+        for ours, (theirs, shape) in zip(
+            rename_fn(name)(meta_tensors(shapes), torch.nn.Module()), shapes.items(), strict=True
+        ):
+            if 'blocks.' in ours:  # whose number goes from one name to the other
+                theirs = re.sub(r'(.*\b(?:blocks|block\d|layers)\.)\d+', r'\1{}', theirs)
+            published[re.sub(r'blocks\.\d+', 'blocks', ours)] = theirs, shape
         out = {}
         for ours, value in state.items():
-            theirs, shape = published[ours]
+            theirs, shape = published[re.sub(r'blocks\.\d+', 'blocks', ours)]
             if value.dim() < len(shape):
-                value = value.unflatten(0, (4, -1))
-            out[theirs] = value.flatten(0, 1) if value.dim() > len(shape) else value
+                value = value.unflatten(0, (shape[0], -1))
+            elif value.dim() > len(shape):
+                value = value.flatten(0, 1)
+            if 'scan_back.conv.weight' in ours:  # Vim's taps in the direction's own order
+                value = value.flip(-1)
+            out[theirs.format(*re.findall(r'blocks\.(\d+)', ours))] = value
         return out
 
     return publish
@@ -516,20 +533,22 @@ def test_harmless_names_of_the_standard_library_stay_inert(call, tmp_path):
 # ---- which network ---------------------------------------------------------------------------------------------------
 
 
-def meta_tensors(shapes):
-    return {name: torch.empty(shape, device='meta') for name, shape in shapes.items()}
-
-
 def without_twin(model):
     """1-D and 2-D scans have the same names and shapes; a file alone is taken for the 1-D one."""
     return model.replace('vmamba2d', 'vmamba')
 
 
+def twins_of(model):
+    """Our other models of the same names and shapes: with a 2-D scan, or for larger images."""
+    return sorted({model.replace('vmamba', 'vmamba2d', 1), f'{model}_512'} & {*list_models()} - {model})
+
+
 @pytest.mark.parametrize(
     'variant, kind',
     [
-        *[(variant, kind) for variant in KEY_FILES for kind in ('classifier', 'backbone')],
-        *[(variant, 'newer names') for variant in KEY_FILES if variant.startswith('vmamba')],  # the others' is one
+        *[(variant, 'classifier') for variant in KEY_FILES],
+        *[(variant, 'backbone') for variant in WITH_BACKBONE],
+        *[(variant, 'newer names') for variant in WITH_BACKBONE if variant.startswith('vmamba')],  # the others' is one
     ],
 )
 def test_published_names_tell_the_model(variant, kind, golden):
@@ -545,8 +564,7 @@ def test_published_names_tell_the_model(variant, kind, golden):
         shapes |= keys['backbone_state_dict_extra']
         expected = {'features_only': True}
     state = meta_tensors(shapes)
-    twins = [model] if '2d' in model else [model.replace('vmamba', 'vmamba2d')] if model.startswith('vmamba') else []
-    assert identify(state) == (without_twin(model), expected, twins)
+    assert identify(state) == (without_twin(model), expected, twins_of(without_twin(model)))
     assert identify(state, model) == (model, expected, [])
     assert len(_fit(state, model, expected)) == len(shapes)
 
@@ -554,9 +572,8 @@ def test_published_names_tell_the_model(variant, kind, golden):
 @pytest.mark.parametrize(
     'like, args',
     [
-        ('vmamba_small', dict(depths=[2, 2, 5, 2])),  # VMamba-T[s2l5]
-        ('vmamba_tiny', dict(depths=[2, 2, 20, 2])),  # VMamba-S[s1l20]
-        ('vmamba_base', dict(depths=[2, 2, 20, 2], ssm_ratio=1.0)),  # VMamba-B[s1l20]
+        ('vmamba_small', dict(depths=[2, 2, 14, 2])),
+        ('vanilla_vmamba_tiny', dict(depths=[2, 2, 10, 2], num_classes=7)),
         ('vmamba_tiny', dict(num_classes=7, in_chans=1)),
         ('vmamba_tiny', dict(num_classes=0)),
         ('test_vmamba', dict(d_state=2, mlp_ratio=1.3)),
@@ -574,38 +591,18 @@ def test_other_shapes_are_told_by_their_arguments(like, args):
     assert told == args | ({'mlp_ratio': 83 / 64} if args.get('mlp_ratio') == 1.3 else {})  # widths are whole numbers
 
 
-def test_vanilla_vmamba_is_refused():
-    """Its names and shapes, a block of each kind."""
-    C, E, N = 96, 192, 16
-    block = {
-        'ln_1.weight': [C],
-        'ln_1.bias': [C],
-        'self_attention.A_logs': [4 * E, N],
-        'self_attention.Ds': [4 * E],
-        'self_attention.x_proj_weight': [4, C // 16 + 2 * N, E],
-        'self_attention.dt_projs_weight': [4, E, C // 16],
-        'self_attention.dt_projs_bias': [4, E],
-        'self_attention.in_proj.weight': [2 * E, C],
-        'self_attention.conv2d.weight': [E, 1, 3, 3],
-        'self_attention.conv2d.bias': [E],
-        'self_attention.out_norm.weight': [E],
-        'self_attention.out_norm.bias': [E],
-        'self_attention.out_proj.weight': [C, E],
-    }
-    shapes = {'patch_embed.proj.weight': [C, 3, 4, 4], 'patch_embed.proj.bias': [C]}
-    shapes |= {'patch_embed.norm.weight': [C], 'patch_embed.norm.bias': [C]}
-    shapes |= {f'layers.0.blocks.{i}.{name}': shape for i in range(2) for name, shape in block.items()}
-    shapes |= {'layers.0.downsample.reduction.weight': [192, 384], 'layers.0.downsample.norm.weight': [384]}
-    shapes |= {'norm.weight': [768], 'norm.bias': [768], 'head.weight': [1000, 768], 'head.bias': [1000]}
-    for model in (None, 'vmamba_tiny'):
-        with pytest.raises(ValueError, match='got a Vanilla VMamba: its block, with a gate, is older'):
-            identify(meta_tensors(shapes), model)
+def test_a_family_is_told_before_its_networks_are_built(monkeypatch):
+    """Of the other families the small networks for tests alone are, as all would take many times as long."""
+    built = set()
+    monkeypatch.setitem(identify.__globals__, 'registered', lambda name: built.add(name) or registered(name))
+    assert identify(registered('test_vim').state_dict()) == ('test_vim', {}, [])
+    assert built == {*TEST_MODELS, *(name for name in list_models() if name.startswith('vim_'))}
 
 
 # ---- conversion ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('variant', [variant for variant in KEY_FILES if 'tiny' in variant])
+@pytest.mark.parametrize('variant', ['2dvmamba_tiny', 'spatialmamba_tiny'])
 def test_a_published_file_becomes_safetensors(variant, golden, tmp_path, foreign, capsys):
     """Of the full size, in numbers of one byte."""
     keys, model = golden(f'keys_{variant}.json'), KEY_FILES[variant]
@@ -616,7 +613,7 @@ def test_a_published_file_becomes_safetensors(variant, golden, tmp_path, foreign
     assert main(['convert', str(source), str(target)]) == 0
     out = capsys.readouterr().out
     assert f'Wrote {target}: {without_twin(model)}, weights: model\n' in out
-    assert ('Taken for the 1-D scan' in out) == ('spatial' not in model)
+    assert (f'Taken for {without_twin(model)}; ' in out) == bool(twins_of(without_twin(model)))
     assert main(['convert', str(source), str(target), '--model', model, '--force']) == 0
     assert 'Taken' not in capsys.readouterr().out
     metadata = metadata_of(target)
@@ -632,8 +629,10 @@ def test_a_published_file_becomes_safetensors(variant, golden, tmp_path, foreign
 PREFIXES = ('', 'module.', '_orig_mod.', 'module._orig_mod.', 'model.')
 
 
-@pytest.mark.parametrize('name', TEST_MODELS)
-@pytest.mark.parametrize('prefix', PREFIXES)
+@pytest.mark.parametrize(
+    'name, prefix',
+    [*[('test_vmamba', prefix) for prefix in PREFIXES], *[(name, 'module.') for name in TEST_MODELS[1:]]],
+)
 def test_convert_puts_every_value_in_its_place(name, prefix, publish, tmp_path):
     expected = random_state(name)
     state = {f'{prefix}{key}': value for key, value in publish(name, expected).items()}
@@ -645,7 +644,7 @@ def test_convert_puts_every_value_in_its_place(name, prefix, publish, tmp_path):
     assert_same(model.state_dict(), expected)
 
 
-@pytest.mark.parametrize('name', TEST_MODELS)
+@pytest.mark.parametrize('name', PYRAMIDS)
 def test_the_backbone_of_a_detector(name, publish, tmp_path, capsys):
     full = random_state(name)
     body = {key: value for key, value in full.items() if not key.startswith('head.')}
@@ -825,8 +824,10 @@ def test_a_safe_global_of_the_user_is_left_alone():
         torch.serialization.add_safe_globals(before)
 
 
-@pytest.mark.parametrize('name', TEST_MODELS)
-@pytest.mark.parametrize('serialization', [False, True], ids=['pickle', 'safetensors'])
+@pytest.mark.parametrize(
+    'name, serialization',
+    [('test_vmamba', False), *[(name, True) for name in TEST_MODELS if name != 'test_vmamba2d']],  # told alike
+)
 def test_hugging_face_round_trip(name, serialization, tmp_path, monkeypatch):
     """local-dir: as it is, hf-hub: with the hub's calls sent to a folder."""
     hub = timm.models._hub
@@ -1045,13 +1046,25 @@ def test_where_nothing_is_published_pretrained_says_so(name, capsys):
     assert 'NAME must be a model with published weights' in capsys.readouterr().err
 
 
+SOURCES = {  # of the weights of each family, and the licence under which they are published
+    'vmamba_': (r'https://github\.com/MzeroMiko/VMamba/releases/download/%23v2cls/vssm.*\.pth', 'mit'),
+    'vanilla_vmamba_': (r'https://github\.com/MzeroMiko/VMamba/releases/download/%23v0cls/vssm.*\.pth', 'mit'),
+    'spatial_mamba_': (r'https://drive\.google\.com/uc\?id=[\w-]{33}', 'apache-2.0'),
+    'vim_': (r'https://huggingface\.co/hustvl/Vim-\w+-midclstok', 'apache-2.0'),
+    'groupmamba_': (r'https://huggingface\.co/Abdelrahman-shaker/GroupMamba-\w+', 'mit'),
+    'mambavision_': (r'https://huggingface\.co/nvidia/MambaVision-[\w-]+', 'cc-by-nc-sa-4.0'),
+}
+
+
 def test_every_model_says_where_its_weights_are():
     for name in list_models():
-        cfg = timm.get_pretrained_cfg(name)
-        source = 'https://github.com/MzeroMiko/VMamba/releases/download/%23v2cls/' if name.startswith('vmamba_') else ''
-        assert (cfg.url or '').startswith(source) and bool(cfg.url) == bool(source)
-        drive = re.fullmatch(r'https://drive\.google\.com/uc\?id=[\w-]{33}', cfg.origin_url or '')
-        assert bool(drive) == name.startswith('spatial_mamba_')
+        source, license = next(
+            (found for family, found in SOURCES.items() if name.startswith(family)), ('', 'apache-2.0')
+        )
+        for cfg in get_arch_pretrained_cfgs(name).values():  # of each of its tags
+            assert re.fullmatch(source, published_at(cfg)) and cfg.license == license, name
+    groups = [timm.get_pretrained_cfg(f'groupmamba_{size}').origin_url for size in ('tiny', 'small', 'base')]
+    assert len(set(groups)) == 3 and all(re.fullmatch(SOURCES['spatial_mamba_'][0], url) for url in groups)
 
 
 def test_a_file_on_google_drive_is_downloaded_once(server, publish, published, tmp_path, capsys, monkeypatch):
