@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
                 'x'.join(map(str, image.shape[2:])),
                 str(IMAGENET_TOP1.get(name, '-')),
                 weights_of(cfg),
-                cfg.license if published_at(cfg) else '-',
+                str(cfg.license) if published_at(cfg) else '-',
             ]
         )
     header = ['model', 'scan', 'params/M', 'GMACs', 'input', 'top-1', 'weights', 'licence']

@@ -93,7 +93,7 @@ def imagenet(results: Path) -> str:
                 str(IMAGENET_TOP1.get(name, '-')),
                 source(name, IMAGENET_TOP1),
                 link('published', published_at(cfg)),
-                (cfg.license or '-') if published_at(cfg) else '-',
+                str(cfg.license) if published_at(cfg) else '-',
                 config_link(find_imagenet(name)),
                 speeds.get(name, '-'),
             ]

@@ -46,21 +46,6 @@ def log(runner):
     return ''.join(path.read_text() for path in Path(runner.log_dir).glob('*.log'))
 
 
-FAMILIES = ('test_vanilla_vmamba', 'test_vim', 'test_groupmamba', 'test_mambavision')  # the others are in test_runs.py
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('model_name', FAMILIES)
-def test_every_family_goes_on_bit_for_bit(model_name, tmp_path):
-    options = {'model.model_name': model_name, 'model.drop_path_rate': 0.2}
-    for folder, epochs, resume in (('whole', 2, False), ('parts', 1, False), ('parts', 2, True)):
-        build(tmp_path / folder, resume=resume, **{**options, 'train_cfg.max_epochs': epochs}).train()
-    whole, parts = (torch.load(tmp_path / folder / 'epoch_2.pth', weights_only=True) for folder in ('whole', 'parts'))
-    for kind in ('state_dict', 'ema_state_dict'):
-        assert whole[kind].keys() == parts[kind].keys()
-        assert all(torch.equal(value, parts[kind][name]) for name, value in whole[kind].items())
-
-
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
     """A work dir with one epoch of a run that keeps averages."""
