@@ -43,7 +43,15 @@ def command(small_config, data):
 # The way from file to loss differs by task, that from map to map by family: each has its turn.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    'task, model_name', [('imagenet', 'test_spatial_mamba'), ('ade20k', 'test_vmamba2d'), ('coco', 'test_vmamba')]
+    'task, model_name',
+    [
+        ('imagenet', 'test_spatial_mamba'),
+        ('imagenet', 'test_vim'),
+        ('imagenet', 'test_groupmamba'),
+        ('imagenet', 'test_mambavision'),
+        ('ade20k', 'test_vmamba2d'),
+        ('coco', 'test_vmamba'),
+    ],
 )
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(task, model_name, command, tmp_path):
     """Bit for bit, although other workers make its samples."""
