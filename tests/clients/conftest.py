@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 from vssm.models import layers
-from vssm.models.weights import list_models
 
-NAMES = [name for name in list_models() if name.startswith('test_')]
+NAMES = timm.list_models('test_*', module=['vmamba', 'spatial_mamba'])
 
 
 @pytest.fixture(params=NAMES)
