@@ -6,9 +6,9 @@ import timm
 import torch
 from torch import nn
 
-from vssm.models import layers, weights
+from vssm.models import layers
 
-NAMES = [name for name in weights.list_models() if name.startswith('test_')]
+NAMES = timm.list_models('test_*', module=['vmamba', 'spatial_mamba'])
 
 
 @pytest.fixture(params=NAMES)

@@ -76,7 +76,7 @@ def results(model, x):
 
 @pytest.mark.parametrize('training', (False, True), ids=('evaluation', 'training'))
 @pytest.mark.parametrize('name', SMALL)
-def test_groups_and_convolutions_change_nothing(name, training, monkeypatch, assert_close):
+def test_groups_and_convolutions_change_nothing(name, training, monkeypatch):
     model = timm.create_model(name, num_classes=10).train(training)
     other = copy.deepcopy(model)
     x = torch.randn(3, 3, 48, 80)
@@ -86,11 +86,14 @@ def test_groups_and_convolutions_change_nothing(name, training, monkeypatch, ass
     monkeypatch.setattr(layers, '_GROUP_BYTES', 1e-9)
     monkeypatch.setattr(layers, '_CONV_ROWS', 0)
     found = results(other, x)
-    assert not torch.equal(found['y'], expected['y'])  # they did run
-    for key in expected:
-        if key.endswith('skip_scale') or training and re.search(r'\bconv\d\.bias$', key):
-            continue  # a norm takes it away again: its gradient is rounding
-        assert_close(found[key], expected[key], 2e-5, key)
+    assert not all(torch.equal(found[key], expected[key]) for key in expected)  # they did run
+    # A norm takes some parameters away again, whose gradients are rounding: small ones are held against the large.
+    least = 1e-3 * max(value.abs().max() for value in expected.values())
+    for key, value in expected.items():
+        if training and re.search(r'\bconv\d\.bias$', key):
+            continue  # before a batch norm: nothing but rounding
+        error = (found[key] - value).abs().max() / max(value.abs().max(), least)
+        assert error <= 5e-5, key
 
 
 def test_groups_are_even(monkeypatch):

@@ -1,23 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vim: the golden files, and what tokens with a class token in their middle ask of timm's contract."""
+"""Vim: what tokens with a class token in their middle ask of timm's contract."""
 
 import sys
 
 import pytest
 import timm
 import torch
-from timm.models import group_parameters
-from timm.optim import param_groups_weight_decay
+from golden_files import under
 from torch import nn
-
-VARIANTS = {
-    'vim_tiny_patch16_224': 'vim_tiny',
-    'vim_small_patch16_224': 'vim_small',
-    'vim_base_patch16_224': 'vim_base',
-    'vim_tiny_patch16_stride8_224': 'vim_tiny_stride8',
-    'vim_small_patch16_stride8_224': 'vim_small_stride8',
-}
-CASES = ('square', 'nonsquare', 'stride8')
 
 
 def create(name='test_vim', **kwargs):
@@ -26,10 +16,6 @@ def create(name='test_vim', **kwargs):
 
 def filter_fn(model):
     return sys.modules[type(model).__module__].checkpoint_filter_fn
-
-
-def under(tensors, prefix):
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def create_golden(tensors, metadata, dtype, **kwargs):
@@ -48,40 +34,6 @@ def create_golden(tensors, metadata, dtype, **kwargs):
     )
     model.load_state_dict(under(tensors, 'state_dict.'))
     return model
-
-
-# ---- golden files ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize('case', CASES)
-def test_golden_tokens(golden, backend, case, assert_close):
-    tensors, metadata = golden(f'vim_micro_{case}')
-    model = create_golden(tensors, metadata, backend.dtype)
-    value_tolerance, grad_tolerance = (1e-6, 1e-6) if backend.dtype == torch.float64 else (1e-5, 1e-4)
-    x = tensors[f'{case}.input'].to(backend.dtype).requires_grad_()
-    logits = model(x)
-    assert_close(logits, tensors[f'{case}.logits'], value_tolerance, 'logits')
-
-    (logits * tensors[f'{case}.loss_weight']).sum().backward()
-    expected = under(tensors, f'{case}.grad.')
-    assert_close(x.grad, expected.pop('input'), grad_tolerance, 'gradient of the image')
-    parameters = dict(model.named_parameters())
-    expected = filter_fn(model)(expected, model)  # a gradient is named and laid out as its parameter
-    assert expected.keys() == (set() if case == 'stride8' else parameters.keys())
-    for name, grad in expected.items():
-        assert_close(parameters[name].grad, grad, grad_tolerance, f'gradient of {name}')
-
-
-@pytest.mark.parametrize('name', VARIANTS)
-def test_published_names_and_sizes(golden, name):
-    published = golden(f'keys_{VARIANTS[name]}.json')
-    model = create(name, device='meta')
-    assert sum(p.numel() for p in model.parameters()) == published['num_params']
-    state = {key: torch.empty(shape, device='meta') for key, shape in published['state_dict'].items()}
-    renamed = filter_fn(model)(state, model)
-    assert {n: t.shape for n, t in renamed.items()} == {n: t.shape for n, t in model.state_dict().items()}
-    assert not list(model.buffers()) and not published['buffers']
-    model.load_state_dict(state)
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
@@ -154,13 +106,6 @@ def test_forward_intermediates_of_tokens(norm, checkpointed):
         model.forward_intermediates(x, output_fmt='NHWC')
 
 
-def test_stopping_early_leaves_out_blocks():
-    model, calls = create(), []
-    model.blocks[3].register_forward_hook(lambda *_: calls.append(1))
-    model.forward_intermediates(images(), [1], stop_early=True)
-    assert not calls
-
-
 def test_features_only():
     model = create('vim_tiny_patch16_stride8_224', device='meta', features_only=True, dynamic_img_size=True)
     assert model.feature_info.reduction() == [8, 8, 8] and model.feature_info.channels() == [192] * 3
@@ -183,13 +128,6 @@ def test_prune_intermediate_layers_of_tokens(indices, kept):
     assert all(map(torch.equal, model.forward_intermediates(x, kept, intermediates_only=True), expected))
     assert isinstance(model.norm, nn.Identity) and isinstance(model.head, nn.Identity)
     assert model(x).shape == (2, 17, 32)
-
-
-def test_only_one_stride_is_to_be_had():
-    for name, stride in (('vim_tiny_patch16_224', 16), ('vim_tiny_patch16_stride8_224', 8)):
-        create(name, device='meta', output_stride=stride)
-        with pytest.raises(ValueError, match=f'{name}: output_stride must be {stride}, .*got 32'):
-            create(name, device='meta', output_stride=32)
 
 
 # ---- sizes -----------------------------------------------------------------------------------------------------------
@@ -276,35 +214,3 @@ def test_initialisation_of_tokens():
             steps = nn.functional.softplus(scan.dt_bias).log10()
             assert -3.001 <= steps.min() and steps.max() <= -0.999 and abs(steps.mean() + 2) < 0.2
             assert (scan.D == 1).all() and torch.allclose(scan.A_log.exp(), torch.arange(1.0, 17))
-
-
-def test_what_does_not_decay_and_layer_groups():
-    model = create('vim_tiny_patch16_224', device='meta')
-    groups = param_groups_weight_decay(model, 0.1, no_weight_decay_list=model.no_weight_decay())
-    decaying = {id(p) for p in groups[1]['params']}
-    for name, p in model.named_parameters():
-        matrix = name.endswith(('proj.weight', 'conv.weight', 'head.weight', 'dt_weight'))
-        assert (id(p) in decaying) == matrix, name
-    groups = group_parameters(model, model.group_matcher(), reverse=True)
-    assert groups.keys() == dict(model.named_parameters()).keys()
-    assert {groups[name] for name in ('cls_token', 'pos_embed', 'patch_embed.proj.weight')} == {0}
-    assert {groups[n] for n in groups if n.startswith('blocks.7.')} == {8}
-    assert groups['norm.weight'] == 24 and groups['head.bias'] == 25
-
-
-def test_every_parameter_gets_a_gradient_with_checkpointing_too(assert_close):
-    model, x = create(drop_path_rate=0.0).train(), images()
-    model(x).square().mean().backward()
-    grads = {name: p.grad for name, p in model.named_parameters()}
-    assert all(g is not None and g.isfinite().all() and g.any() for g in grads.values())
-    model.zero_grad()
-    model.set_grad_checkpointing()
-    model(x).square().mean().backward()
-    for name, p in model.named_parameters():
-        assert_close(p.grad, grads[name], 1e-5, name)
-
-
-def test_drop_path_grows_linearly():
-    model = create(drop_path_rate=0.3)
-    rates = [getattr(block.drop_path1, 'drop_prob', 0.0) for block in model.blocks]
-    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3])
