@@ -72,10 +72,19 @@ VSSM_INLINE void scan_state(const ForwardChunk<T>& c) {
   for (int v = 0; v < NV; ++v) store(c.carry + v * W, along[v]);
 }
 
+// 2^(rate step) of M / NV states.
+template <bool BOUNDED, class T, int NV, int M>
+VSSM_INLINE void decay(const T* rate, const Vec<T> (&step)[NV], Vec<T> (&a)[M]) {
+  VSSM_UNROLL
+  for (int m = 0; m < M; ++m) a[m] = load(rate + m * kWidth<T>) * step[m % NV];
+  exp2_<BOUNDED>(a);
+}
+
 // G of many states, from the n-th on, at position t, decays included: so neither these nor partial sums go through
-// memory. `step` is d / ln(2), for a = exp(d A) = 2^(step A).
-template <class T, int NV, Form FORM, bool BOUNDED, int G>
-VSSM_INLINE void advance(const ForwardChunk<T>& c, int64_t t, int64_t n, const Vec<T> (&step)[NV],
+// memory. `step` is d / ln(2), for a = exp(d A) = 2^(step A). A branch rather than a function of its own for bounded
+// decays, so that the recurrence is rounded alike: what other channels hold must not show.
+template <class T, int NV, Form FORM, int G>
+VSSM_INLINE void advance(const ForwardChunk<T>& c, bool bounded, int64_t t, int64_t n, const Vec<T> (&step)[NV],
                          const Vec<T> (&dx)[NV], Vec<T> (&y)[NV]) {
   typedef Vec<T> V;
   constexpr int W = kWidth<T>, L = NV * W, M = G * NV;
@@ -85,9 +94,8 @@ VSSM_INLINE void advance(const ForwardChunk<T>& c, int64_t t, int64_t n, const V
   VSSM_UNROLL
   for (int g = 0; g < G; ++g) Bt[g] = B[g], Ct[g] = C[g];
   V a[M];
-  VSSM_UNROLL
-  for (int m = 0; m < M; ++m) a[m] = load(A + m * W) * step[m % NV];
-  exp2_<BOUNDED>(a);
+  if (bounded) decay<true, T>(A, step, a);
+  else decay<false, T>(A, step, a);
   VSSM_UNROLL
   for (int m = 0; m < M; ++m) {
     V along = load(carry + m * W);
@@ -97,8 +105,8 @@ VSSM_INLINE void advance(const ForwardChunk<T>& c, int64_t t, int64_t n, const V
   }
 }
 
-template <class T, int NV, Form FORM, bool BOUNDED>
-VSSM_INLINE void scan_states(const ForwardChunk<T>& c) {
+template <class T, int NV, Form FORM>
+VSSM_INLINE void scan_states(const ForwardChunk<T>& c, bool bounded) {
   typedef Vec<T> V;
   constexpr int W = kWidth<T>, L = NV * W, G = kGroup / NV;
   for (int64_t t = 0; t < c.length; ++t) {
@@ -111,8 +119,8 @@ VSSM_INLINE void scan_states(const ForwardChunk<T>& c) {
       y[v] = c.D ? load(c.D + v * W) * x : load(c.y[t] + v * W);
     }
     int64_t n = 0;
-    for (; n + G <= c.states; n += G) advance<T, NV, FORM, BOUNDED, G>(c, t, n, step, dx, y);
-    for (; n < c.states; ++n) advance<T, NV, FORM, BOUNDED, 1>(c, t, n, step, dx, y);
+    for (; n + G <= c.states; n += G) advance<T, NV, FORM, G>(c, bounded, t, n, step, dx, y);
+    for (; n < c.states; ++n) advance<T, NV, FORM, 1>(c, bounded, t, n, step, dx, y);
     VSSM_UNROLL
     for (int v = 0; v < NV; ++v) store(c.y[t] + v * W, y[v]);
   }
@@ -122,8 +130,7 @@ template <class T, int NV, Form FORM>
 void scan_chunk(const ForwardChunk<T>& chunk) {
   const ForwardChunk<T> c = chunk;  // a copy, which no store can change: what it says may stay in registers
   if (c.states == 1) scan_state<T, NV, FORM>(c);
-  else if (out_of_reach<T, NV>(c.A, c.states, c.d, c.length)) scan_states<T, NV, FORM, true>(c);
-  else scan_states<T, NV, FORM, false>(c);
+  else scan_states<T, NV, FORM>(c, out_of_reach<T, NV>(c.A, c.states, c.d, c.length));
 }
 
 // The order in which a walk's chunks follow one another. In 2-D, what one line leaves to the next is a state for each of
