@@ -9,20 +9,31 @@ from torch import Tensor
 
 # Height (and width) of the map and channels E in the four stages, at 224x224.
 VMAMBA_STAGES = ((56, 96), (28, 192), (14, 384), (7, 768))
+# Maps whose scans have many states: vanilla VMamba's third stage, Vim's tokens at both strides, MambaVision's windows.
+TOKEN_MAPS = ((14, 14), (1, 197), (1, 730), (1, 49), (1, 196))
+TOKEN_STATES = (1, 8, 16)
 SPATIAL_MAMBA_STAGES = ((56, 128), (28, 256), (14, 512), (7, 1024))
 
 
 def scan_inputs(
-    batch: int, size: int, dim: int, N: int = 1, dtype: torch.dtype = torch.float32, device: str = 'cpu'
+    batch: int,
+    size: int | tuple[int, int],
+    dim: int,
+    N: int = 1,
+    dtype: torch.dtype = torch.float32,
+    device: str = 'cpu',
+    K: int = 4,
 ) -> dict[str, Tensor]:
-    """Inputs of the scan in four orders: dt, B and C are slices of one projection, and parameters are in float32."""
-    K, R = 4, -(-dim // 16)
-    proj = torch.randn(batch, size, size, K, R + 2 * N, dtype=dtype, device=device) * 0.5
+    """Inputs of the scan in K orders on a map of `size` x `size`, or of a height and a width: dt, B and C are slices of
+    one projection, and parameters are in float32."""
+    height, width = (size, size) if isinstance(size, int) else size
+    R = -(-dim // 16)
+    proj = torch.randn(batch, height, width, K, R + 2 * N, dtype=dtype, device=device) * 0.5
     dt, B, C = proj.split([R, N, N], dim=-1)
     return dict(
-        x=torch.randn(batch, size, size, dim, dtype=dtype, device=device),
+        x=torch.randn(batch, height, width, dim, dtype=dtype, device=device),
         dt=dt,
-        A=-torch.ones(K, dim, N, device=device),
+        A=-torch.arange(1.0, N + 1, device=device).expand(K, dim, N).contiguous(),
         B=B,
         C=C,
         D=torch.ones(K, dim, device=device),

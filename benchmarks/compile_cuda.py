@@ -3,7 +3,8 @@
 
     python benchmarks/compile_cuda.py                      # the default tiles, every type and option, every card
     python benchmarks/compile_cuda.py --all-tiles          # and the tiles among which the autotuner chooses
-    python benchmarks/compile_cuda.py --options models     # those options alone that the image models use
+    python benchmarks/compile_cuda.py --options models     # those options alone that the pyramids of maps use
+    python benchmarks/compile_cuda.py --options tokens     # sequences and windows of tokens, with many states
     python benchmarks/compile_cuda.py --capability 9.0 --json kernels.json
 
 Exits with 1 where a kernel does not compile, or where one spills more than a little with its default tile. The backward
@@ -52,16 +53,16 @@ def calls(dtype: str, all_tiles: bool, which: str) -> Iterator[tuple[bool, str]]
 
     type_ = getattr(torch, dtype)
 
-    def inputs(channels: int, K: int, rank: int, **options: Any) -> tuple:
-        maps = torch.zeros(1, 8, 40, K, max(rank, channels), dtype=type_)
+    def inputs(channels: int, K: int, rank: int, grid: tuple[int, int] = (8, 40), N: int = 1, **options: Any) -> tuple:
+        maps = torch.zeros(1, *grid, K, max(rank, channels), dtype=type_)
         parameter = torch.zeros(K, channels)
         full = options.get('has_C', True)
         return (
-            torch.zeros(1, 8, 40, channels, dtype=type_),
+            torch.zeros(1, *grid, channels, dtype=type_),
             maps[..., : rank or channels],
-            torch.zeros(K, channels, 1),
-            maps[..., :1],
-            maps[..., 1:2] if full else None,
+            torch.zeros(K, channels, N),
+            maps[..., :N],
+            maps[..., N : 2 * N] if full else None,
             parameter if full else None,
             parameter,
             torch.zeros(K, channels, rank) if rank else None,
@@ -71,6 +72,11 @@ def calls(dtype: str, all_tiles: bool, which: str) -> Iterator[tuple[bool, str]]
         scan.selective_scan_triton(*arguments)
         scan.selective_scan_triton_backward(arguments[0], *arguments)
 
+    if which == 'tokens':  # Vim's, and the windows of MambaVision
+        for width, N, channels, order in ((197, 16, 384, 0), (730, 16, 384, 2), (49, 8, 320, 0), (196, 8, 160, 0)):
+            run(*inputs(channels, 1, channels // 16, (1, width), N), 1, (order,), True)
+            yield True, f'1x{width}, {N} states, order {order}'
+        return
     tiles, bands = dict(scan.TILES), scan.choose_bands
     for ndim, by_length in tiles.items():
         defaults = [group[0] for group in by_length.values()]
@@ -160,7 +166,7 @@ def main() -> int:
     parser.add_argument('--capability', nargs='*', default=CAPABILITIES, choices=CAPABILITIES, metavar='X.Y')
     parser.add_argument('--dtype', nargs='*', default=DTYPES, choices=DTYPES)
     parser.add_argument('--all-tiles', action='store_true')
-    parser.add_argument('--options', choices=('all', 'models'), default='all')
+    parser.add_argument('--options', choices=('all', 'models', 'tokens'), default='all')
     parser.add_argument('--jobs', type=int, default=os.cpu_count())
     args = parse(parser)
 

@@ -10,7 +10,7 @@ that matrix products and convolutions take, by the profiler: the floor under all
 from collections.abc import Callable
 from functools import partial
 
-from _models import LAYOUTS, MODELS, better_layout, forward, make, step
+from _models import CPU_MODELS, LAYOUTS, better_layout, forward, make, step
 from _run import finish, make_parser, parse
 from torch.profiler import ProfilerActivity, profile
 
@@ -29,7 +29,7 @@ def share_of_products(call: Callable[[], None], rounds: int = 3) -> float:
 
 
 def main() -> None:
-    parser = make_parser(__doc__, MODELS, batch_size=8, rounds=9, threads=0)
+    parser = make_parser(__doc__, CPU_MODELS, batch_size=8, rounds=9, threads=0)
     parser.add_argument('--size', type=int, default=224, help='side of the images')
     parser.add_argument('--train', action='store_true', help='time forward and backward')
     args = parse(parser)

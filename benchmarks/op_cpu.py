@@ -2,7 +2,8 @@
 """The selective scan on the CPU beside its plain-PyTorch reference and beside one ExE linear layer on the same map.
 
 Shapes are those of the four stages of 2DVMamba-T at 224x224: four orders, one state, low-rank steps, float32. "batch 1"
-is the throughput with one image over that with a batch.
+is the throughput with one image over that with a batch. The second table is of one order at E = 384 with 1, 8 and 16
+states, on a map of 14x14 and on sequences and windows of tokens, a map of one row: the shapes of Vim and MambaVision.
 
     python benchmarks/op_cpu.py --batch-size 8 --json benchmarks/results/op_cpu.json
 """
@@ -11,12 +12,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from _ops import VMAMBA_STAGES, forward, scan_inputs, step
+from _ops import TOKEN_MAPS, TOKEN_STATES, VMAMBA_STAGES, forward, scan_inputs, step
 from _run import finish, make_parser, parse
 from torch import nn
 
 from vssm.ops import selective_scan, selective_scan_ref
 from vssm.tools._bench import median_seconds
+from vssm.tools._tables import print_table, wide_console
 
 
 def measure(batch: int, size: int, dim: int, rounds: int, with_reference: bool) -> dict[str, Any]:
@@ -42,6 +44,28 @@ def measure(batch: int, size: int, dim: int, rounds: int, with_reference: bool) 
     return row
 
 
+def measure_states(batch: int, height: int, width: int, rounds: int, dim: int = 384) -> dict[str, Any]:
+    """Times of the 1-D scan in one order with each number of states, and of the linear layer, in turns."""
+    inputs = {N: scan_inputs(batch, (height, width), dim, N, K=1) for N in TOKEN_STATES}
+    x = inputs[1]['x']
+    grad, linear = torch.randn_like(x), nn.Linear(dim, dim)
+    row: dict[str, Any] = dict(batch=batch, height=height, width=width, dim=dim)
+    for what, call in (('forward', forward), ('step', partial(step, grad=grad))):
+        calls = {f'{N}_states': partial(call, selective_scan, inputs[N], ndim=1, orders=(0,)) for N in TOKEN_STATES}
+        calls['linear'] = partial(call, linear, dict(input=x))
+        row |= {f'{what}_{name}_ms': 1e3 * s for name, s in median_seconds(calls, rounds, repeats=3).items()}
+    return row
+
+
+def state_cells(row: dict[str, Any]) -> list[str]:
+    cells = [f'{row["height"]}x{row["width"]}']
+    for what in ('forward', 'step'):
+        one = row[f'{what}_1_states_ms']
+        cells += [f'{one:.2f}', *(f'{row[f"{what}_{N}_states_ms"] / one:.2f}' for N in TOKEN_STATES[1:])]
+        cells.append(f'{row[f"{what}_16_states_ms"] / row[f"{what}_linear_ms"]:.2f}')
+    return cells
+
+
 COLUMNS = {  # functions from a row to a cell, by the column's heading
     'H=W': lambda r: str(r['size']),
     'E': lambda r: str(r['dim']),
@@ -57,6 +81,11 @@ COLUMNS = {  # functions from a row to a cell, by the column's heading
     'reference x step': lambda r: over_reference(r, 'step'),
 }
 
+STATE_COLUMNS = [
+    'map',
+    *(f'{what}{cell}' for what in ('', 'step ') for cell in ('N = 1 ms', '8 / 1', '16 / 1', '16 / Linear')),
+]
+
 
 def over_reference(row: dict[str, Any], what: str) -> str:
     reference = row.get(f'{what}_reference_2d_ms')
@@ -70,8 +99,11 @@ def main() -> None:
     )
     args = parse(parser)
     rows = [measure(args.batch_size, *stage, args.rounds, not args.no_reference) for stage in VMAMBA_STAGES]
+    by_states = [measure_states(args.batch_size, *grid, args.rounds) for grid in TOKEN_MAPS]
     title = 'selective_scan on the CPU, four orders, N = 1, float32; step = forward + backward'
-    finish(args, rows, title, list(COLUMNS), [[cell(row) for cell in COLUMNS.values()] for row in rows])
+    print_table(list(COLUMNS), [[cell(row) for cell in COLUMNS.values()] for row in rows], title, wide_console(), True)
+    title = 'one order, 1-D, E = 384: with one state in ms, with more over that'
+    finish(args, rows + by_states, title, STATE_COLUMNS, [state_cells(row) for row in by_states])
 
 
 if __name__ == '__main__':

@@ -52,6 +52,45 @@ VSSM_INLINE void exp_(Vec<double> (&x)[M]) {
     for (int i = 0; i < kWidth<double>; ++i) x[m][i] = __builtin_exp(x[m][i]);
 }
 
+// 2^x = 2^n (1 + r q(r)), |r| <= 1/2, q of minimal error relative to 1 - 2^x, below 4e-7: that is what a recurrence
+// amplifies. For decays near 1 the rounding of float32 does worse. Unless BOUNDED, |x| must be at most kExponent; what is
+// within comes out the same either way, bit by bit, since bounds come after the product that the caller made of x, which
+// the compiler may fuse with what follows.
+constexpr int kExponent = 126;
+
+template <bool BOUNDED, int M>
+VSSM_INLINE void exp2_(Vec<float> (&x)[M]) {
+  typedef Vec<float> V;
+  typedef Int<float> I;
+  const V to_int = splat(12582912.f);  // as in exp_
+  const I zero = (I)to_int;
+  const float c[] = {9.665856775e-03f, 5.550922573e-02f, 2.402236820e-01f, 6.931469671e-01f, 1.f};
+  V z[M], p[M];
+  VSSM_UNROLL
+  for (int m = 0; m < M; ++m) {
+    z[m] = x[m] + to_int;
+    x[m] -= z[m] - to_int;
+    if (BOUNDED) {
+      x[m] = at_most(at_least(x[m], splat(-0.5f)), splat(0.5f));
+      z[m] = (V)at_most(at_least((I)z[m], zero - kExponent), zero + kExponent);
+    }
+    p[m] = splat(1.318679360e-03f);
+  }
+  VSSM_UNROLL
+  for (int i = 0; i < 5; ++i) {
+    VSSM_UNROLL
+    for (int m = 0; m < M; ++m) p[m] = p[m] * x[m] + c[i];  // exactly 1 at r = 0
+  }
+  VSSM_UNROLL
+  for (int m = 0; m < M; ++m) x[m] = (V)((I)p[m] + ((I)z[m] << 23));
+}
+
+template <bool BOUNDED, int M>
+VSSM_INLINE void exp2_(Vec<double> (&x)[M]) {
+  for (int m = 0; m < M; ++m)
+    for (int i = 0; i < kWidth<double>; ++i) x[m][i] = __builtin_exp2(x[m][i]);
+}
+
 // log(1 + u) = u q(u), q minimax on 0 <= u <= 1: relative error below 2e-7.
 template <int M>
 VSSM_INLINE void log1p_(Vec<float> (&u)[M]) {

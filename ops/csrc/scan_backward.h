@@ -320,7 +320,11 @@ class BackwardWalk {
       const int64_t begin = bands.first_chunk(band), end = bands.first_chunk(band + 1);
       base = bands.span(begin).position;
       for (int64_t chunk = begin; chunk < end; ++chunk) load_chunk(bands.span(chunk), true);
+      const Span last = bands.span(end - 1);
+      const int64_t length = last.position + last.length - base;
+      const auto form_decays = decays_of(length);
       for (int64_t n = 0; n < s.states; ++n) {
+        form_decays(A + n * L, w.band.d, length, w.band.a);
         rescan(begin, end, n, kept_at(band));
         unscan(begin, end, n);
       }
@@ -378,8 +382,9 @@ class BackwardWalk {
         load_chunk(at, false);
         if (NDIM == 2 && !bands.strips && at.j == 0) zero(w.carry, s.states);
         if (bands.strips && at.i == 0 && at.row == 0) zero(w.row, s.states * bands.row);
+        const auto form_decays = decays_of(at.length);
         for (int64_t n = 0; n < s.states; ++n) {
-          decays<T, NV>(A + n * L, w.band.d, at.length, w.band.a);
+          form_decays(A + n * L, w.band.d, at.length, w.band.a);
           rescan_chunk<T, NV, NDIM>(chunk_of(at, n), false);
         }
       }
@@ -387,10 +392,13 @@ class BackwardWalk {
     keep(bands.count - 1);
   }
 
+  // The way to form decays from the first `length` steps of the band's buffer.
+  auto decays_of(int64_t length) const {
+    return out_of_reach<T, NV>(A, s.states, w.band.d, length) ? decays<T, NV, true> : decays<T, NV, false>;
+  }
+
   // Scan the chunks [begin, end) of a band again for state n, keeping its states.
   void rescan(int64_t begin, int64_t end, int64_t n, T* kept) {
-    const Span last = bands.span(end - 1);
-    decays<T, NV>(A + n * L, w.band.d, last.position + last.length - base, w.band.a);
     T carry[L] = {};
     T* const row = w.row + n * bands.row * L;  // of a strip, which leaves nothing there to the next
     if (bands.strips) zero(row, bands.row);

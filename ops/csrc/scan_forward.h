@@ -12,26 +12,45 @@ namespace {
 // pass.
 enum class Form { k1d, k2dRows, k2dColumns };
 
-// What the recurrence of one state reads and writes over a chunk; without a shape it is (length, lanes).
+// What the recurrence reads and writes over a chunk; without a shape it is (length, lanes).
 template <class T>
 struct ForwardChunk {
-  int64_t length;
+  int64_t length, states;
   Rows<const T> x;
-  const T *d, *a;      // step sizes and decays
-  Rows<const T> B, C;  // one number a position
-  T* carry;            // (lanes): the state at the previous position of the line; the last one's afterwards
-  T* row;              // in 2-D the states of the previous line; this line's afterwards
-  bool first, last;    // of the states
-  T* partial;          // the sum of C h over the states up to this one
-  Rows<T> y;           // the sum over all states is added to its present value, or
+  const T* d;          // step sizes
+  T* a;                // room for the decays of one state
+  const T* A;          // (states, lanes)
+  Rows<const T> B, C;  // the numbers of the states, one after the other
+  T* carry;            // (states, lanes): those at the previous position of the line; the last one's afterwards
+  T* row;              // (length, states, lanes): in 2-D those of the previous line; this line's afterwards
+  Rows<T> y;           // the sum over the states is added to its present value, or
   const T* D;          // (lanes): where it is not null, to D x
 };
 
+// The state after a position: `input` is d x B, `along` the state before it in the line, `row` in 2-D the states in the
+// line before, which it takes the place of.
+template <Form FORM, class V, class T>
+VSSM_INLINE V next_state(V a, V input, V& along, T* row) {
+  V h = input;
+  if (FORM == Form::k2dColumns) {
+    h += a * load(row);
+    store(row, h);
+  }
+  h += a * along;
+  along = h;
+  if (FORM == Form::k2dRows) {
+    h += a * load(row);
+    store(row, h);
+  }
+  return h;
+}
+
+// A single state: first its decays, for many positions at once, then the recurrence alone.
 template <class T, int NV, Form FORM>
-void scan_chunk(const ForwardChunk<T>& chunk) {
+VSSM_INLINE void scan_state(const ForwardChunk<T>& c) {
   typedef Vec<T> V;
   constexpr int W = kWidth<T>, L = NV * W;
-  const ForwardChunk<T> c = chunk;  // a copy, which no store can change: what it says may stay in registers
+  decays<T, NV, true>(c.A, c.d, c.length, c.a);
   V along[NV], skip[NV];
   VSSM_UNROLL
   for (int v = 0; v < NV; ++v) {
@@ -43,30 +62,75 @@ void scan_chunk(const ForwardChunk<T>& chunk) {
     VSSM_UNROLL
     for (int v = 0; v < NV; ++v) {
       const int64_t i = t * L + v * W;
-      const V at = load(c.a + i), xt = load(c.x[t] + v * W);
-      V h = load(c.d + i) * (xt * Bt);
-      if (FORM == Form::k2dColumns) {
-        h += at * load(c.row + i);
-        store(c.row + i, h);
-      }
-      h += at * along[v];
-      along[v] = h;
-      if (FORM == Form::k2dRows) {
-        h += at * load(c.row + i);
-        store(c.row + i, h);
-      }
-      V out = h * Ct;
-      if (!c.first) out += load(c.partial + i);
-      if (!c.last) {
-        store(c.partial + i, out);
-      } else {
-        T* yt = c.y[t] + v * W;
-        store(yt, out + (c.D ? skip[v] * xt : load(yt)));
-      }
+      const V x = load(c.x[t] + v * W);
+      const V h = next_state<FORM>(load(c.a + i), load(c.d + i) * (x * Bt), along[v], c.row + i);
+      T* const y = c.y[t] + v * W;
+      store(y, h * Ct + (c.D ? skip[v] * x : load(y)));
     }
   }
   VSSM_UNROLL
   for (int v = 0; v < NV; ++v) store(c.carry + v * W, along[v]);
+}
+
+// 2^(rate step) of M / NV states.
+template <bool BOUNDED, class T, int NV, int M>
+VSSM_INLINE void decay(const T* rate, const Vec<T> (&step)[NV], Vec<T> (&a)[M]) {
+  VSSM_UNROLL
+  for (int m = 0; m < M; ++m) a[m] = load(rate + m * kWidth<T>) * step[m % NV];
+  exp2_<BOUNDED>(a);
+}
+
+// G of many states, from the n-th on, at position t, decays included: so neither these nor partial sums go through
+// memory. `step` is d / ln(2), for a = exp(d A) = 2^(step A). A branch rather than a function of its own for bounded
+// decays, so that the recurrence is rounded alike: what other channels hold must not show.
+template <class T, int NV, Form FORM, int G>
+VSSM_INLINE void advance(const ForwardChunk<T>& c, bool bounded, int64_t t, int64_t n, const Vec<T> (&step)[NV],
+                         const Vec<T> (&dx)[NV], Vec<T> (&y)[NV]) {
+  typedef Vec<T> V;
+  constexpr int W = kWidth<T>, L = NV * W, M = G * NV;
+  const T *A = c.A + n * L, *B = c.B[t] + n, *C = c.C[t] + n;
+  T *carry = c.carry + n * L, *row = c.row + (t * c.states + n) * L;
+  T Bt[G], Ct[G];  // read before anything is written
+  VSSM_UNROLL
+  for (int g = 0; g < G; ++g) Bt[g] = B[g], Ct[g] = C[g];
+  V a[M];
+  if (bounded) decay<true, T>(A, step, a);
+  else decay<false, T>(A, step, a);
+  VSSM_UNROLL
+  for (int m = 0; m < M; ++m) {
+    V along = load(carry + m * W);
+    const V h = next_state<FORM>(a[m], dx[m % NV] * Bt[m / NV], along, row + m * W);
+    store(carry + m * W, along);
+    y[m % NV] += h * Ct[m / NV];
+  }
+}
+
+template <class T, int NV, Form FORM>
+VSSM_INLINE void scan_states(const ForwardChunk<T>& c, bool bounded) {
+  typedef Vec<T> V;
+  constexpr int W = kWidth<T>, L = NV * W, G = kGroup / NV;
+  for (int64_t t = 0; t < c.length; ++t) {
+    V step[NV], dx[NV], y[NV];
+    VSSM_UNROLL
+    for (int v = 0; v < NV; ++v) {
+      const V d = load(c.d + t * L + v * W), x = load(c.x[t] + v * W);
+      step[v] = d * T(kLog2E);
+      dx[v] = d * x;
+      y[v] = c.D ? load(c.D + v * W) * x : load(c.y[t] + v * W);
+    }
+    int64_t n = 0;
+    for (; n + G <= c.states; n += G) advance<T, NV, FORM, G>(c, bounded, t, n, step, dx, y);
+    for (; n < c.states; ++n) advance<T, NV, FORM, 1>(c, bounded, t, n, step, dx, y);
+    VSSM_UNROLL
+    for (int v = 0; v < NV; ++v) store(c.y[t] + v * W, y[v]);
+  }
+}
+
+template <class T, int NV, Form FORM>
+void scan_chunk(const ForwardChunk<T>& chunk) {
+  const ForwardChunk<T> c = chunk;  // a copy, which no store can change: what it says may stay in registers
+  if (c.states == 1) scan_state<T, NV, FORM>(c);
+  else scan_states<T, NV, FORM>(c, out_of_reach<T, NV>(c.A, c.states, c.d, c.length));
 }
 
 // The order in which a walk's chunks follow one another. In 2-D, what one line leaves to the next is a state for each of
@@ -92,8 +156,8 @@ struct Chunks {
 // What one task works in, laid out in its scratch.
 template <class T>
 struct ForwardScratch {
-  T *d, *a, *partial, *x, *y;  // a chunk of positions each
-  T *carries, *rows;           // by order and state, as `Chunks` has them
+  T *d, *a, *x, *y;   // a chunk of positions each
+  T *carries, *rows;  // by order, as `Chunks` has them, each with all states
   int64_t size;
 
   ForwardScratch(const ScanArgs<T>& s, T* base) {
@@ -103,7 +167,7 @@ struct ForwardScratch {
       next += rows * s.lanes;
       return p;
     };
-    T** chunk[] = {&d, &a, &partial, &x, &y};
+    T** chunk[] = {&d, &a, &x, &y};
     for (T** p : chunk) *p = take(kChunk);
     const Chunks chunks(Walk(s, 0, s.ndim == 2), s.ndim);
     carries = take(s.num_orders * s.states * chunks.carries());
@@ -130,17 +194,17 @@ void forward_block(const ScanArgs<T>& s, T* y_data, const ForwardScratch<T>& w, 
     end = begin + 1;
     while (NDIM == 2 && end < s.num_orders && Walk(s, end, true).reversed == walk.reversed) ++end;
     const Chunks chunks(walk, NDIM);
-    const int64_t states = (end - begin) * s.states;
-    const int64_t carry_size = chunks.carries() * L, row_size = chunks.row() * L;
+    const int64_t orders = end - begin, state_size = s.states * L;
+    const int64_t carry_size = chunks.carries() * state_size, row_size = chunks.row() * state_size;
     const auto x = walk.line(s.x, image, 0, channel);
     const auto y = walk.line(y_map, image, 0, channel);
-    std::memset(w.carries, 0, states * carry_size * sizeof(T));
-    if (NDIM == 2) std::memset(w.rows, 0, states * row_size * sizeof(T));
+    std::memset(w.carries, 0, orders * carry_size * sizeof(T));
+    if (NDIM == 2) std::memset(w.rows, 0, orders * row_size * sizeof(T));
 
     for (int64_t chunk = 0; chunk < chunks.count(); ++chunk) {
       const int64_t i = chunks.line(chunk), j = chunks.position(chunk);
-      if (NDIM == 2 && !chunks.strips && j == 0) std::memset(w.carries, 0, states * carry_size * sizeof(T));
-      if (NDIM == 2 && chunks.strips && i == 0) std::memset(w.rows, 0, states * row_size * sizeof(T));
+      if (NDIM == 2 && !chunks.strips && j == 0) std::memset(w.carries, 0, orders * carry_size * sizeof(T));
+      if (NDIM == 2 && chunks.strips && i == 0) std::memset(w.rows, 0, orders * row_size * sizeof(T));
       ForwardChunk<T> c;
       c.length = at_most(kChunk, walk.inner - j);
       c.x = x.rows(i, j), c.y = y.rows(i, j);
@@ -149,8 +213,9 @@ void forward_block(const ScanArgs<T>& s, T* y_data, const ForwardScratch<T>& w, 
         if (begin > 0) gather(w.y, L, c.y.data, c.y.step, c.length, valid);
         c.x = {w.x, L}, c.y = {w.y, L};
       }
-      c.d = w.d, c.a = w.a, c.partial = w.partial;
-      c.carry = w.carries + (chunks.strips ? i * L : 0), c.row = w.rows + (chunks.strips ? 0 : j * L);
+      c.states = s.states, c.d = w.d, c.a = w.a;
+      c.carry = w.carries + (chunks.strips ? i * state_size : 0);
+      c.row = w.rows + (chunks.strips ? 0 : j * state_size);
       for (int64_t k = begin; k < end; ++k) {
         const auto scan = NDIM == 1              ? scan_chunk<T, NV, Form::k1d>
                           : s.orders[k] % 2 == 0 ? scan_chunk<T, NV, Form::k2dRows>
@@ -160,12 +225,9 @@ void forward_block(const ScanArgs<T>& s, T* y_data, const ForwardScratch<T>& w, 
         c.B = walk.line(s.B, image, k).rows(i, j);
         c.C = walk.line(s.C, image, k).rows(i, j);
         c.D = k == 0 ? s.D(block.index, 0) : nullptr;
-        for (int64_t n = 0; n < s.states; ++n) {
-          c.first = n == 0, c.last = n == s.states - 1;
-          decays<T, NV>(s.A(block.index, k) + n * L, w.d, c.length, w.a);
-          scan(c);
-          ++c.B.data, ++c.C.data, c.carry += carry_size, c.row += row_size;
-        }
+        c.A = s.A(block.index, k);
+        scan(c);
+        c.carry += carry_size, c.row += row_size;
       }
       if (valid < L) scatter(y.at(i, j), y.inner, w.y, L, c.length, valid);
     }

@@ -74,19 +74,46 @@ void steps(const ScanArgs<T>& s, const Block& block, int64_t k, Rows<const T> dt
   }
 }
 
-// The decays of one state, a = exp(d A), (length, lanes).
+constexpr double kLog2E = 1.4426950408889634;
+
+// Whether some decay of a chunk may be out of the reach of exp2_, as where a step is enormous. A step below 0, which is
+// rare, is taken for one: its bits are the largest. So is a single state, where bounds cost no more than this does.
 template <class T, int NV>
+bool out_of_reach(const T* A, int64_t states, const T* d, int64_t length) {
+  typedef Vec<T> V;
+  typedef Bits<T> U;
+  constexpr int W = kWidth<T>, L = NV * W;
+  if (states == 1) return true;
+  U step[NV] = {}, rate[NV] = {};
+  for (int64_t t = 0; t < length; ++t) {
+    VSSM_UNROLL
+    for (int v = 0; v < NV; ++v) step[v] = at_least(step[v], (U)load(d + t * L + v * W));
+  }
+  for (int64_t n = 0; n < states; ++n) {
+    VSSM_UNROLL
+    for (int v = 0; v < NV; ++v) rate[v] = at_least(rate[v], (U)load(A + n * L + v * W) << 1 >> 1);  // without its sign
+  }
+  bool all = true;
+  for (int v = 0; v < NV; ++v) {
+    const V most = (V)step[v] * (V)rate[v] * T(kLog2E);
+    for (int l = 0; l < W; ++l) all &= most[l] >= 0 && most[l] <= T(kExponent);
+  }
+  return !all;
+}
+
+// The decays of one state, a = exp(d A), (length, lanes); BOUNDED where they may be out of reach.
+template <class T, int NV, bool BOUNDED>
 void decays(const T* A, const T* d, int64_t length, T* a) {
   constexpr int W = kWidth<T>, L = NV * W;
   Vec<T> rate[NV];
   VSSM_UNROLL
-  for (int v = 0; v < NV; ++v) rate[v] = load(A + v * W);
+  for (int v = 0; v < NV; ++v) rate[v] = load(A + v * W) * T(kLog2E);
   const int64_t end = whole_tiles(length) * L;
   for (int64_t i = 0; i < end; i += kGroup * W) {
     Vec<T> x[kGroup];
     VSSM_UNROLL
     for (int m = 0; m < kGroup; ++m) x[m] = load(d + i + m * W) * rate[m % NV];
-    exp_(x);
+    exp2_<BOUNDED>(x);
     VSSM_UNROLL
     for (int m = 0; m < kGroup; ++m) store(a + i + m * W, x[m]);
   }

@@ -27,16 +27,20 @@ template <>
 struct Simd<float> {
   typedef float V __attribute__((vector_size(VSSM_VECTOR_BYTES)));
   typedef int32_t I __attribute__((vector_size(VSSM_VECTOR_BYTES)));
+  typedef uint32_t U __attribute__((vector_size(VSSM_VECTOR_BYTES)));
 };
 template <>
 struct Simd<double> {
   typedef double V __attribute__((vector_size(VSSM_VECTOR_BYTES)));
   typedef int64_t I __attribute__((vector_size(VSSM_VECTOR_BYTES)));
+  typedef uint64_t U __attribute__((vector_size(VSSM_VECTOR_BYTES)));
 };
 template <class T>
 using Vec = typename Simd<T>::V;
 template <class T>
 using Int = typename Simd<T>::I;
+template <class T>
+using Bits = typename Simd<T>::U;
 template <class T>
 constexpr int kWidth = VSSM_VECTOR_BYTES / sizeof(T);
 template <class T>

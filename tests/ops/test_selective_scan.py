@@ -601,6 +601,20 @@ def test_scan_operator_refuses_states_without_C():
         torch.ops.vssm.selective_scan(*tensors.values(), 2, [0, 1, 2, 3], True)
 
 
+@pytest.mark.parametrize('states', (1, 3, 16))
+def test_scan_where_some_steps_are_enormous(states, cpu_path):
+    """Decays of many states go without bounds where a chunk's steps allow it: those out of reach become 0, and those
+    of other channels stay as they are."""
+    tensors, options = make_case(1, 1, 70, 24, states, ndim=1, orders=(0, 2), dtype=torch.float32)
+    calm = selective_scan(**tensors, **options)
+    tensors['dt'][:, :, 3, :, 5] = 1e4
+    y = selective_scan(**tensors, **options)
+    others = [e for e in range(24) if e != 5]
+    assert torch.equal(y[..., others], calm[..., others])
+    y_ref = selective_scan_ref(**convert(tensors, torch.float64), **options)
+    assert (y - y_ref).abs().max() < 2e-6 * y_ref.abs().max()
+
+
 @pytest.mark.parametrize('value', (math.nan, math.inf, -math.inf, 1e38, -1e38), ids=str)
 @pytest.mark.parametrize('name', NAMES)
 def test_scan_values_that_are_not_finite_spoil_no_other_image(name, value, kernel_path, interpreted):

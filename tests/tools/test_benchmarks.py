@@ -22,7 +22,7 @@ TINY = ['test_vit', 'test_vmamba2d', '--size', '160', '--batch-size', '1']
 @pytest.mark.parametrize(
     ('script', 'options', 'rows', 'key'),
     [
-        pytest.param('op_cpu.py', ['--batch-size', '1', '--no-reference'], 4, 'step_scan_2d_ms', id='op'),
+        pytest.param('op_cpu.py', ['--batch-size', '1', '--no-reference'], 9, 'step_linear_ms', id='op'),
         pytest.param('fusion_cpu.py', ['--batch-size', '1'], 4, 'step_merged_ms', id='fusion'),
         pytest.param('readout_cpu.py', ['--batch-size', '1'], 4, 'step_operations_ms', id='readout'),
         pytest.param('model_cpu.py', TINY, 2, 'products', id='model'),

@@ -336,7 +336,7 @@ def test_cam_draws_models_side_by_side(tmp_path, capsys, grad_cam):
 @pytest.mark.parametrize(
     'argv, said',
     [
-        (['erf', 'test_vmbma'], ("got 'test_vmbma'", "Did you mean 'test_vmamba'")),
+        (['erf', 'test_vmmaba'], ("got 'test_vmmaba'", "Did you mean 'test_vmamba'")),
         (['erf', 'test_vmamba', '--size', '31'], ('--size must be at least 32, got 31',)),
         (['erf', 'test_vmamba', '--size', '160'], ('--size must be at least 192 for test_vmamba, got 160',)),
         (['erf', 'swin_tiny_patch4_window7_224', '--size', '256'], ('--size must fit swin_tiny', 'got 256')),
@@ -353,7 +353,7 @@ def test_cam_draws_models_side_by_side(tmp_path, capsys, grad_cam):
         (['erf', 'vmamba2d_tiny', '--pretrained'], ('vmamba2d_tiny: no weights are published',)),
         (['cam', 'test_vmamba', 'no.png'], ('no.png must be an image that Pillow reads', 'No such file')),
         (['cam', 'test_vmamba', 'no.png', '--size', '0'], ('--size must be at least 32, got 0',)),
-        (['cam', 'test_vmbma', 'no.png'], ("got 'test_vmbma'", "Did you mean 'test_vmamba'")),
+        (['cam', 'test_vmmaba', 'no.png'], ("got 'test_vmmaba'", "Did you mean 'test_vmamba'")),
     ],
     ids=lambda value: ' '.join(value) if isinstance(value, list) else '',
 )
