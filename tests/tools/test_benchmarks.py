@@ -28,7 +28,7 @@ TINY = ['test_vit', 'test_vmamba2d', '--size', '160', '--batch-size', '1']
         pytest.param('model_cpu.py', TINY, 2, 'products', id='model'),
         pytest.param('model_cpu.py', [*TINY, '--train'], 2, 'images_per_s', id='model-train'),
         pytest.param('size_cpu.py', ['test_vit', 'test_vmamba', '--sizes', '160', '192'], 2, 'per_pixel', id='size'),
-        pytest.param('memory.py', ['test_vmamba', '--sizes', '64', '96'], 2, 'train_mb', id='memory'),
+        pytest.param('memory.py', ['test_vmamba', '--sizes', '64'], 1, 'train_mb', id='memory'),
         pytest.param('memory.py', ['test_vmamba', '--sizes', '64', '--inference'], 1, 'inference_mb', id='inference'),
         pytest.param(
             'report_check.py',
@@ -56,16 +56,14 @@ def test_script_writes_its_figures(script, options, rows, key, tmp_path):
 
 
 @slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
 @pytest.mark.parametrize(
     ('script', 'options'), [('op_cuda.py', []), ('model_cuda.py', ['test_vit', 'test_vmamba2d', '--size', '160'])]
 )
 def test_cuda_script_without_a_gpu(script, options):
     command = [sys.executable, str(BENCHMARKS / script), *options]
-    result = subprocess.run([*command, '--dry-run'], capture_output=True, text=True)
-    assert result.returncode == 0 and 'dry run' in result.stdout and 'nothing timed' in result.stdout, result.stderr
-    if not torch.cuda.is_available():
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 2 and 'needs a CUDA GPU' in result.stderr
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and 'needs a CUDA GPU' in result.stderr
 
 
 # ---- all that a card is asked for ------------------------------------------------------------------------------------
