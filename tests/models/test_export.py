@@ -450,7 +450,7 @@ def test_quantised_linear_layers(name):
     assert not [module for module in linear if type(module.weight) is nn.Parameter]
     assert len(linear) == sum(isinstance(module, nn.Linear) for module in model.modules())
     assert quantised.state_dict().keys() == model.state_dict().keys()
-    assert megabytes(quantised) < 0.55 * megabytes(model)
+    assert megabytes(quantised) < 0.6 * megabytes(model)
     x = images()
     with torch.inference_mode():
         similarity = F.cosine_similarity(quantised(x), model(x)).min().item()
