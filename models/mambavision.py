@@ -187,13 +187,13 @@ class WindowStage(Stage):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
-        H, W, size = x.shape[2], x.shape[3], self.window_size
-        x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, -W % size, 0, -H % size))  # -> [B, h * size, w * size, C]
-        x = x.unflatten(2, (-1, size)).unflatten(1, (-1, size))  # -> [B, h, size, w, size, C]
-        B, h, w = x.shape[0], x.shape[1], x.shape[3]
-        x = self.mix(x.transpose(2, 3).flatten(0, 2).flatten(1, 2))  # -> [B * h * w, L, C] with L = size * size
-        x = x.unflatten(1, (size, size)).unflatten(0, (B, h, w)).transpose(2, 3)  # -> [B, h, size, w, size, C]
-        x = x.flatten(3, 4).flatten(1, 2)[:, :H, :W]  # -> [B, H, W, C]
+        B, C, H, W = x.shape
+        size = self.window_size
+        h, w = (H + size - 1) // size, (W + size - 1) // size  # the windows in a column and in a row
+        x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, w * size - W, 0, h * size - H))  # -> [B, h * size, w * size, C]
+        x = x.reshape(B, h, size, w, size, C).transpose(2, 3).reshape(B * h * w, size * size, C)
+        x = self.mix(x)
+        x = x.reshape(B, h, w, size, size, C).transpose(2, 3).reshape(B, h * size, w * size, C)[:, :H, :W]
         return self.norm(x.permute(0, 3, 1, 2))
 
 
