@@ -232,13 +232,34 @@ def check_onnx(path, model, assert_close, sizes=SIZES):
             assert_close(torch.from_numpy(y), model(x), 1e-5, str(size))
 
 
+ONNX = {  # of every family, as few blocks as have all its layers
+    'test_vmamba2d': dict(depths=(1, 1, 1, 1)),
+    'test_spatial_mamba': dict(depths=(1, 1, 1, 1)),
+    'test_vim': dict(depth=1),
+    'test_groupmamba': dict(depths=(1,), dims=(16,), mlp_ratio=2.0),
+    'test_mambavision': dict(depths=(1, 1, 2, 1), dims=16),
+}
+
+
 @pytest.mark.slow
-@every_family
+@pytest.mark.parametrize('name', ONNX)
 def test_onnx(name, tmp_path, assert_close):
     pytest.importorskip('onnxscript')
-    model = create(name, **{'depth' if name == 'test_vim' else 'depths': 1 if name == 'test_vim' else (1, 1, 1, 1)})
+    model = create(name, **ONNX[name])
+    first, *others = IN_WINDOWS if name == 'test_mambavision' else ((2, 64, 96), *SIZES)
+    export.export_onnx(model, tmp_path / 'model.onnx', images(*first))
+    check_onnx(tmp_path / 'model.onnx', model, assert_close, others)
+
+
+@pytest.mark.slow
+def test_onnx_of_a_network_for_images_of_one_size(tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    pytest.importorskip('onnxscript')
+    model = create('test_vim', depth=1, dynamic_img_size=False)
     export.export_onnx(model, tmp_path / 'model.onnx')
-    check_onnx(tmp_path / 'model.onnx', model, assert_close)
+    session = onnxruntime.InferenceSession(tmp_path / 'model.onnx', providers=['CPUExecutionProvider'])
+    assert session.get_inputs()[0].shape == ['batch', 3, 64, 64]
+    assert session.run(None, {'images': images(5, 64, 64).numpy()})[0].shape == (5, 10)
 
 
 def test_onnx_of_one_block(tmp_path, assert_close):
