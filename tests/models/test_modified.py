@@ -119,7 +119,7 @@ def differences(found, expected, kinks):
     """The names of the results of which an element differs by more than rounding."""
     if found.keys() != expected.keys():
         return sorted(found.keys() ^ expected.keys())
-    least = 1e-3 * max((value.abs().max() for value in expected.values() if value is not None), default=0)
+    least = 1e-2 * max((value.abs().max() for value in expected.values() if value is not None), default=0)
     return [key for key in expected if not is_close(key, found[key], expected[key], kinks, least)]
 
 
