@@ -56,7 +56,7 @@ def test_script_writes_its_figures(script, options, rows, key, tmp_path):
 
 
 @slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+@pytest.mark.skipif(torch.cuda.is_available(), reason='says what is missing where there is no GPU')
 @pytest.mark.parametrize(
     ('script', 'options'), [('op_cuda.py', []), ('model_cuda.py', ['test_vit', 'test_vmamba2d', '--size', '160'])]
 )
