@@ -31,7 +31,7 @@ from ..ops.backend import is_transformed
 __all__ = ['Blocks', 'Linear', 'Mlp', 'in_chunks', 'in_groups', 'in_one_pass']
 
 _GROUP_BYTES = 5_000_000  # of the widest tensor, for each thread; twice as much in training, which keeps it anyway
-_CONV_ROWS = 512  # below, a convolution's preparations cost more than it saves
+_CONV_ROWS, _CONV_MACS = 512, 2**25  # with fewer, a convolution's preparations cost more than it saves
 
 Method = TypeVar('Method', bound=Callable[..., Any])
 
@@ -147,6 +147,7 @@ def in_groups(
         def grouped(module: nn.Module, x: Tensor) -> Tensor | None:
             if not _is_eager_on_cpu(x) or (module.training and not while_training):
                 return None
+            _keep_freed_memory()
             entries = x.flatten(0, -2) if tokens else x
             budget = _GROUP_BYTES * torch.get_num_threads() * (2 if module.training else 1)
             groups = min(len(entries), math.ceil(x.nbytes * growth / budget))
@@ -161,6 +162,17 @@ def in_groups(
         return shortcut(grouped)(method)
 
     return decorate
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Have the C library keep what one layer frees for the next, once in a process.
+
+    glibc hands freed memory back to the system if it is more than twice the largest block that was freed before; when
+    it comes anew, it is mapped and cleared page by page, which can take as long as the layer. So a block is freed here
+    of the largest size that glibc learns from, 32 MiB, of which nothing is used.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8, device='cpu')
 
 
 def _take_groups(method: Callable[..., Tensor], module: nn.Module, groups: Sequence[Tensor]) -> Tensor:
@@ -231,6 +243,7 @@ def _may_convolve(layer: nn.Linear, x: Tensor) -> bool:
     return (
         _is_float32_on_cpu(layer, x)
         and x.numel() >= _CONV_ROWS * x.shape[-1]
+        and x.numel() * layer.weight.shape[0] >= _CONV_MACS
         and _is_own(nn.Linear.forward, nn.Linear)
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)

@@ -34,6 +34,7 @@ def images():
 def low_thresholds(monkeypatch, one_thread):
     monkeypatch.setattr(layers, '_GROUP_BYTES', 20_000)
     monkeypatch.setattr(layers, '_CONV_ROWS', 0)
+    monkeypatch.setattr(layers, '_CONV_MACS', 0)
 
 
 @pytest.fixture

@@ -82,6 +82,7 @@ def called(name):
 def _low_thresholds(monkeypatch, one_thread):
     monkeypatch.setattr(layers, '_GROUP_BYTES', None)  # `run` sets it
     monkeypatch.setattr(layers, '_CONV_ROWS', 0)
+    monkeypatch.setattr(layers, '_CONV_MACS', 0)
 
 
 @contextlib.contextmanager
