@@ -155,10 +155,10 @@ assert not {'vssm', 'timm'} & set(sys.modules)
 
 
 @pytest.mark.slow
-@every_family
-def test_ahead_of_time(name, tmp_path, assert_close):
-    """A process that knows torch and the library of the ops alone runs the compiled network on every size."""
-    model = create_shallow(name, stages=1)
+def test_ahead_of_time(tmp_path, assert_close):
+    """A process that knows torch and the library of the ops alone runs the compiled network, of most of the ops, on
+    every size. The README compiles 2DVMamba so."""
+    model = create_shallow('test_spatial_mamba', stages=1)
     with torch.no_grad():
         program = torch.export.export(model, (images(),), dynamic_shapes=every_size)
         package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / 'model.pt2'))
@@ -234,7 +234,7 @@ def check_onnx(path, model, assert_close, sizes=SIZES):
 
 ONNX = {  # of every family, as few blocks as have all its layers
     'test_vmamba2d': dict(depths=(1, 1, 1, 1)),
-    'test_spatial_mamba': dict(depths=(1, 1, 1, 1)),
+    'test_spatial_mamba': dict(depths=(1, 1), dims=(16, 32)),
     'test_vim': dict(depth=1),
     'test_groupmamba': dict(depths=(1,), dims=(16,), mlp_ratio=2.0),
     'test_mambavision': dict(depths=(1, 1, 2, 1), dims=16),

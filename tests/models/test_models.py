@@ -83,9 +83,7 @@ def in_turn(names):
 
 every_model = pytest.mark.parametrize('name', in_turn(MODELS))
 every_test_model = pytest.mark.parametrize('name', SMALL)
-# What depends on widths and depths, as numbers, gradients and graphs do, is among the slow tests for tiny models, most
-# of it for two of them.
-every_small_model = pytest.mark.parametrize('name', [*SMALL, *slow('vmamba2d_tiny', 'spatial_mamba_tiny')])
+# What depends on widths and depths, as numbers and gradients do, is among the slow tests for tiny models.
 every_small_and_tiny_model = pytest.mark.parametrize('name', [*SMALL, *slow(*TINY)])
 every_tiny_model = pytest.mark.parametrize('name', TINY)
 
@@ -251,7 +249,7 @@ def test_output_shapes(name):
         assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size), size
 
 
-@every_small_model
+@every_test_model
 @pytest.mark.parametrize('size', SIZES, ids=lambda s: f'{s[0]}x{s[1]}')
 def test_output_is_finite(name, size):
     y = create(name)(images(*size))
@@ -477,7 +475,7 @@ def test_prune_intermediate_layers(name, indices, kept):
     assert width == model.num_features == model.feature_info[kept[-1]]['num_chs']
 
 
-@every_small_model
+@every_test_model
 def test_grad_checkpointing_changes_nothing(name):
     model = spread(create(name)).train()
     x = images()
@@ -529,7 +527,7 @@ def test_every_parameter_gets_a_gradient(name):
     check_gradients(create(name))
 
 
-@every_small_model
+@every_test_model
 def test_one_position_leaves_no_parameter_without_a_gradient(name):
     """A 32x32 image has a last stage of one position, where the decay has nothing to act on."""
     model = create(name).train()
@@ -745,14 +743,14 @@ def test_height_and_width_are_told_apart(name, assert_close):
     assert (model(x) - y).abs().max() > 0.01 * y.abs().max()
 
 
-@every_small_model
+@every_test_model
 def test_images_of_a_batch_do_not_mix(name, assert_close):
     model = spread(create(name))
     x = images(batch=3)
     assert_close(model(x), torch.cat([model(image[None]) for image in x]), 1e-5)
 
 
-@every_small_model
+@every_test_model
 def test_channels_last_images(name, assert_close):
     model = spread(create(name))
     x = images()
@@ -765,10 +763,10 @@ def test_kernel_and_reference_agree(name, assert_close):
     x = images()
     y = model(x)
     with vssm.ops.use_reference():
-        assert_close(y, model(x), 1e-5)
+        assert_close(y, model(x), 2e-5)
 
 
-@every_small_model
+@every_test_model
 @pytest.mark.parametrize('how', ('bfloat16', 'autocast'))
 def test_half_precision_is_near_float32(name, how, assert_close):
     model = spread(create(name))
@@ -783,7 +781,7 @@ def test_half_precision_is_near_float32(name, how, assert_close):
     assert_close(y, expected, 3e-2)
 
 
-@every_small_model
+@every_test_model
 def test_autocast_trains(name):
     check_gradients(create(name), autocast=True)
 
@@ -804,7 +802,7 @@ def test_fx_traces_modules_of_others_that_call_our_ops(assert_close):
     assert_close(traced(h, weight)['y'], state_fusion(h, weight) + 1, 1e-6)
 
 
-@every_small_model
+@every_test_model
 def test_timm_fx(name):
     """Bit for bit: timm's tracer takes what has a shortcut for one node, and runs it as it is."""
     model = spread(create(name))
@@ -814,7 +812,7 @@ def test_timm_fx(name):
         assert torch.equal(traced(x)[nodes[-1]], model(x))
 
 
-@every_small_model
+@every_test_model
 def test_plain_fx(name, assert_close):
     """A tracer that knows nothing of timm."""
     model = spread(create(name))
@@ -823,7 +821,7 @@ def test_plain_fx(name, assert_close):
         assert_close(traced(x), model(x), GRAPH_TOLERANCE)
 
 
-@every_small_model
+@every_test_model
 def test_plain_fx_trains(name, assert_close):
     """Neither a parameter nor a dtype is baked in: a graph drawn in float32 has the gradients of float64."""
     model = spread(create(name)).train()
@@ -838,7 +836,7 @@ def test_plain_fx_trains(name, assert_close):
     assert not actual
 
 
-@every_small_model
+@every_test_model
 def test_torchvision_features(name, assert_close):
     """Of stages, blocks, and what is within them."""
     model = spread(create(name))
@@ -870,7 +868,7 @@ def test_plain_fx_of_features_only(name, assert_close):
 
 @pytest.mark.filterwarnings('ignore:.*torch.jit.*:DeprecationWarning')
 @pytest.mark.parametrize('graph', (False, pytest.param(True, marks=pytest.mark.slow)), ids=('modules', 'graph'))
-@every_small_model
+@every_test_model
 def test_torchscript(name, graph, assert_close):
     model = spread(create(name))
     scripted = torch.jit.script(torch.fx.symbolic_trace(model) if graph else model)
@@ -879,7 +877,7 @@ def test_torchscript(name, graph, assert_close):
 
 
 @pytest.mark.filterwarnings('ignore:.*torch.jit.*:DeprecationWarning')
-@every_small_model
+@every_test_model
 def test_torch_jit_trace(name, assert_close):
     model = spread(create(name))
     x = images()
@@ -889,7 +887,7 @@ def test_torch_jit_trace(name, assert_close):
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-@every_small_model
+@every_test_model
 def test_evaluation_follows_training(name):
     """Nothing that an evaluation computes outlives a change of the weights."""
     model = spread(create(name))
@@ -910,29 +908,26 @@ def test_evaluation_follows_training(name):
 
 @pytest.mark.slow
 @every_tiny_model
-@pytest.mark.parametrize('how', ('float32', 'bfloat16', 'autocast'))
-def test_precision_of_the_tiny_models(name, how, assert_close):
-    """Within 2 % of float64 on the largest logit."""
-    model, x = create(name), images(224, 224)
+def test_precision_of_the_tiny_models(name, assert_close):
+    """Of the largest logit, half precision is within 2 % of float64."""
+    model, x = create(name), images(96, 128)
     with torch.no_grad():
         expected = create(name, dtype=torch.float64)
         expected.load_state_dict(model.state_dict())
         expected = expected(x.double())
-        if how == 'autocast':
-            with torch.autocast('cpu', torch.bfloat16):
-                y = model(x)
-        else:
-            dtype = getattr(torch, how)
-            y = model.to(dtype)(x.to(dtype))
-    assert_close(y, expected, 1e-5 if how == 'float32' else 2e-2)
+        assert_close(model(x), expected, 1e-5)
+        with torch.autocast('cpu', torch.bfloat16):
+            assert_close(model(x), expected, 2e-2)
+        assert_close(model.bfloat16()(x.bfloat16()), expected, 2e-2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', [*SMALL, 'vmamba2d_tiny', 'spatial_mamba_tiny'])
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason='bfloat16 convolutions need AVX-512')
+@pytest.mark.parametrize(
+    'name', ('vmamba2d_tiny', 'spatial_mamba_tiny', 'test_vim', 'test_groupmamba', 'test_mambavision')
+)
 def test_two_hundred_steps_in_bfloat16(name):
     """With the published learning rate and weight decay, on noise."""
-    if name in TINY and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        pytest.skip("PyTorch's bfloat16 convolutions need AVX-512: without it these steps take half an hour")
     model = create(name, num_classes=10, drop_path_rate=0.2).train()
     groups = param_groups_weight_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay())
     optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
