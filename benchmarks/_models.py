@@ -11,8 +11,7 @@ from vssm.tools._models import OURS, PEERS, create_for_size
 
 MODELS = (*PEERS, *sorted(name for name in OURS if name.endswith('_tiny')))
 TOKENS = ('vim_tiny_patch16_224', 'vim_small_patch16_224', 'deit_tiny_patch16_224', 'deit_small_patch16_224')
-OF_OTHER_KINDS = ('vanilla_vmamba_tiny', 'groupmamba_tiny', 'mambavision_tiny', 'mambaout_tiny')
-CPU_MODELS = tuple(dict.fromkeys((*MODELS, *OF_OTHER_KINDS, *TOKENS)))
+CPU_MODELS = (*MODELS, 'mambaout_tiny', *TOKENS)
 LAYOUTS = dict(contiguous=torch.contiguous_format, channels_last=torch.channels_last)
 
 

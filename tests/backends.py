@@ -180,7 +180,7 @@ IMPLIED_IF_INTERPRETED = {  # by test, the words in the names of its cases
     'test_orders_are_transposes_and_flips': '.*',
     'test_walks_are_summed': '.*',
     'test_low_rank_steps_are_a_matrix_product': '.*',
-    'test_golden_classifier': 'square|odd|stride8',
+    'test_golden_classifier': 'square|odd|stride8|(vanilla|vim|groupmamba|mambavision)\\w*',
     'test_golden_backbone': '.*',
     'test_opcheck': 'bfloat16|2d|1d-all|1d-orders?',
     'test_only_wanted_gradients_are_computed': '[12]d-all-low-rank|[12]d-orders',
