@@ -4,6 +4,7 @@
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ def export_onnx(model: nn.Module, path: str | os.PathLike, images: Tensor | None
         raise ImportError(f"export_onnx: {' and '.join(missing)} not installed: `pip install '.[export]'` in a clone.")
     if model.training:
         raise ValueError('export_onnx: model must be in eval mode, call model.eval() first.')
-    patch_embed = getattr(model, 'patch_embed', None)
+    patch_embed: Any = getattr(model, 'patch_embed', None)
     only_size = patch_embed.img_size if getattr(patch_embed, 'strict_img_size', False) else None
     if images is None:
         weight, in_chans = next(model.parameters()), int(model.in_chans)  # type: ignore[arg-type]  # of any nn.Module
