@@ -77,9 +77,11 @@ def load(source: str, device: str) -> Classifier:
     is_file = source.endswith(FILES) or Path(source).is_file()
     try:
         torch.empty(0, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        said = str(error).partition('\n')[0]
+        raise UsageError(f'--device must be a device of this machine, got {device}: {said}') from error
+    try:
         return load_classifier(source if is_file else find_timm_model(source), device)
-    except (AssertionError, NotImplementedError) as error:  # as PyTorch says it of a device
-        raise UsageError(f'--device must be a device of this machine, got {device}: {error}') from error
     except (OSError, RuntimeError, ValueError) as error:
         hint = '' if is_file else ' A file of weights may stand in its place: vssm predict FILE IMAGE.'
         raise UsageError(reason(error).partition('\n')[0] + hint) from error
