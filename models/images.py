@@ -1,10 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures as files hold them: upright, with 8 bits a channel, and with masks that lie over them."""
 
+import os
+
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-__all__ = ['eight_bits', 'misplaced', 'turn_upright']
+__all__ = ['eight_bits', 'misplaced', 'read_rgb', 'turn_upright']
+
+
+def read_rgb(path: str | os.PathLike) -> Image.Image:
+    """A picture as a viewer shows it: upright, in RGB with 8 bits, what is transparent on white.
+
+    Raises:
+        ValueError: There is no such file, or it cannot be read.
+    """
+    try:
+        with Image.open(path) as file:
+            turn_upright(file)
+            picture = eight_bits(file).convert('RGBA')
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f'{path} must be an image that Pillow reads: {error}') from error
+    return Image.alpha_composite(Image.new('RGBA', picture.size, 'white'), picture).convert('RGB')
 
 
 def eight_bits(image: Image.Image) -> Image.Image:

@@ -36,6 +36,7 @@ ALSO = {  # what single files may besides
     'models/weights/checksum.py': {'safetensors'},
     'models/weights/pretrained.py': {'huggingface_hub', 'safetensors'},
     'models/images.py': {'PIL', 'numpy'},
+    'models/predict.py': {'PIL'},
     'models/mm/checks.py': {'PIL', 'mmdet', 'mmengine', 'numpy'},
     'models/mm/classification.py': {'mmengine'},
     'models/mm/compare.py': {'mmengine'},

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional as TF
 
 from ..models.files import reason
-from ..models.images import eight_bits, turn_upright
+from ..models.images import read_rgb
 from ..models.weights import convert, list_models
 from ._common import UsageError, write_file
 from ._models import find_timm_model
@@ -116,12 +115,9 @@ def read_image(path: Path, size: int) -> Tensor:
         UsageError: There is no such image, or it cannot be read.
     """
     try:
-        with Image.open(path) as file:
-            turn_upright(file)
-            picture = eight_bits(file).convert('RGBA')  # transparent parts show white
-            image = TF.to_tensor(Image.alpha_composite(Image.new('RGBA', picture.size, 'white'), picture))[:3]
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UsageError(f'{path} must be an image that Pillow reads: {error}') from error
+        image = TF.to_tensor(read_rgb(path))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     return TF.center_crop(_resize(image, size), [size, size])
 
 

@@ -13,6 +13,7 @@ COMMANDS = (
     'demo',
     'train',
     'test',
+    'predict',
     'info',
     'report',
     'convert',

@@ -28,6 +28,7 @@ __all__ = [
     'check_classes',
     'check_masks',
     'explained',
+    'leaves',
     'part',
     'where_none_were',
 ]

@@ -35,7 +35,8 @@ class ImageError(RunError):
 class ImageFolder(Dataset):
     """Images in one folder per class, DATA_ROOT/SPLIT/CLASS/..., as ImageNet-1K is unpacked.
 
-    Gives dict(inputs, data_samples): an image, (3, H, W), uint8, and the number of its class. Classes are numbered in
+    Gives dict(inputs, data_samples): an image, (3, H, W), uint8, and the number of its class. `preprocessing` is what a
+    file of weights notes of the transform, None of one that augments. Classes are numbered in
     the order of their names, and a line in the log says so. Hidden files and folders, and those that macOS and file
     servers add, are no data; links that lead in a circle are not followed.
 
@@ -92,6 +93,7 @@ class ImageFolder(Dataset):
         # Arrays, as counting the references of a list's objects would give each worker a copy of all of them.
         self.paths = np.array([os.fsencode(path) for name in classes for path in images[name]])
         self.labels = np.repeat(np.arange(len(classes)), [len(images[name]) for name in classes])
+        self.preprocessing = None if (transform or {}).get('is_training') else dict(transform or {})
         # The transform for timm's prefetcher ends in uint8, a quarter of the bytes to move to a GPU.
         self.transform = create_transform(**{'use_prefetcher': True, **(transform or {})})
         for step in self.transform.transforms:
@@ -222,6 +224,7 @@ class Digits(Dataset):
     """
 
     metainfo = dict(classes=tuple('0123456789'))
+    preprocessing = None  # of training
 
     def __init__(self, split: str, img_size: int = 32, affine: dict[str, Any] | None = None) -> None:
         from sklearn.datasets import load_digits
@@ -239,7 +242,9 @@ class Digits(Dataset):
         ]
 
         steps = [transforms.ToTensor(), transforms.Normalize(0.5, 0.5)]
-        if affine is not None:
+        if affine is None:
+            self.preprocessing = dict(input_size=img_size, crop_pct=1.0, interpolation='bicubic', mean=[0.5], std=[0.5])
+        else:
             steps.insert(0, transforms.RandomAffine(interpolation=transforms.InterpolationMode.BILINEAR, **affine))
         self.transform = transforms.Compose(steps)
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ...version import __version__
 from ..weights import read_checkpoint, write_safetensors
-from .classification import NamedModel
+from .checks import leaves
+from .classification import ImagePreprocessor, NamedModel
 from .utils import (
     RunError,
     check_finite,
@@ -190,7 +191,8 @@ class SafetensorsHook(Hook):
     """Writes a NamedModel's network, or its moving average, to WORK_DIR/checkpoint.safetensors.
 
     `timm.create_model(model, checkpoint_path=FILE, **model_args)` loads the file of a timm model; its metadata hold
-    these two, the epoch and our version. It is replaced as a whole, so that a reader never finds half of a file.
+    these two, the epoch, our version, and what `vssm.predict` needs: the names of the classes, and how images are
+    prepared. It is replaced as a whole, so that a reader never finds half of a file.
 
     Args:
         interval: Number of epochs between two writes; the last epoch is always written.
@@ -252,9 +254,27 @@ def _write_weights(runner: Runner, name: str, epoch: int, **metadata: str) -> No
     share_buffers(source)
     path = Path(runner.work_dir, name)
     check_finite(source, path)
-    metadata = dict(metadata, run=getattr(runner, 'run_name', ''))  # mmengine's own Runner has none
+    metadata = dict(_of_data(runner), **metadata, run=getattr(runner, 'run_name', ''))  # mmengine's own Runner has none
     in_first_process(lambda: save_for_timm(path, classifier, source.model.state_dict(), epoch, **metadata))
     runner.logger.info(f'Wrote {path}.')
+
+
+def _of_data(runner: Runner) -> dict[str, str]:
+    """What `vssm.predict` needs to know of a run's data, for the metadata: the names of the classes, and how images are
+    prepared for an evaluation, as arguments of timm's `create_transform`."""
+    dataset = leaves((runner.val_loop or runner.train_loop).dataloader.dataset)[0]
+    noted = {}
+    if classes := (getattr(dataset, 'metainfo', None) or {}).get('classes'):
+        noted['classes'] = json.dumps(list(classes))
+    if (preprocessing := getattr(dataset, 'preprocessing', None)) is not None:
+        preprocessor = unwrap(runner.model).data_preprocessor
+        scale = {
+            key: (getattr(preprocessor, key).flatten() / 255).tolist()
+            for key in ('mean', 'std')
+            if isinstance(preprocessor, ImagePreprocessor)
+        }
+        noted['transform'] = json.dumps(scale | preprocessing)
+    return noted
 
 
 def save_for_timm(
