@@ -59,7 +59,6 @@ ALSO = {  # what single files may besides
     'models/mm/mmcv_ext/boxes.py': {'torchvision'},
     'models/mm/mmcv_ext/regions.py': {'torchvision'},
     'models/mil/slides.py': {'h5py', 'numpy'},
-    'models/mil/survival.py': {'torchsurv'},
 }
 
 

@@ -516,6 +516,22 @@ def test_the_concordance_index_is_lifelines(ties):
     assert math.isnan(evaluate(ConcordanceIndex(), samples)['wsi/c_index'])
 
 
+@pytest.mark.parametrize(
+    'months, censored, risks, expected',
+    [
+        ([10.0, 10.0], [False, True], [2.0, 1.0], 1.0),
+        ([10.0, 10.0], [False, True], [1.0, 2.0], 0.0),
+        ([10.0, 10.0], [False, False], [1.0, 2.0], math.nan),
+        ([3.0, 10.0, 10.0], [True, False, True], [9.0, 2.0, 2.0], 0.5),
+        ([3.0, 10.0], [True, False], [1.0, 2.0], math.nan),
+    ],
+)
+def test_an_event_counts_against_a_censoring_at_the_same_last_month(months, censored, risks, expected):
+    rows = zip(months, censored, risks, strict=True)
+    samples = [dict(name='', months=m, censored=c, risk=r) for m, c, r in rows]
+    assert evaluate(ConcordanceIndex(), samples)['wsi/c_index'] == pytest.approx(expected, nan_ok=True)
+
+
 # ---- the way from check to heat map ----------------------------------------------------------------------------------
 
 
