@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS, FUNCTIONS
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..mil.slides import find_slide, read_slide
 from ..mil.survival import time_bin, time_edges
-from ..mil.tables import SPLITS, Slide, read_table, split_cases
+from ..mil.tables import SPLITS, Slide, class_name, read_table, recognised_cases, split_cases
 from .utils import RunError
 
 __all__ = ['SlideDataset', 'list_bags']
@@ -38,6 +39,7 @@ class SlideDataset(Dataset):
         folds: Number of folds to split the cases into, see `split_cases`, instead of by the table's column.
         fold: Number of the fold for the test; the next one is for validation.
         fold_seed: Seed of the division into folds.
+        barcodes: Whether TCGA's barcodes tell which slides are of one patient, see `read_table`.
         cache: Whether to keep in memory what was read; each worker of a loader keeps its own.
 
     Raises:
@@ -55,12 +57,13 @@ class SlideDataset(Dataset):
         folds: int | None = None,
         fold: int = 0,
         fold_seed: int = 0,
+        barcodes: bool = True,
         cache: bool = False,
     ) -> None:
         self.table = Path(data_root, ann_file)
-        classes = [str(name) for name in classes] if classes is not None else None  # a config may give numbers
+        classes = [class_name(name) for name in classes] if classes is not None else None  # a config may give numbers
         try:
-            slides, problems = read_table(self.table, task, classes)
+            slides, problems = read_table(self.table, task, classes, barcodes)
             splits = split_cases(slides, folds, fold, fold_seed) if folds and not problems else {}
         except (FileNotFoundError, ValueError) as error:
             raise RunError(str(error)) from error
@@ -68,6 +71,9 @@ class SlideDataset(Dataset):
             raise RunError(
                 f'{problems[0]} `vssm wsi-check {self.table} {data_root}` lists all {len(problems)} problems.'
             )
+        recognised = recognised_cases(slides)
+        if recognised is not None and split == 'train':  # once for the data of a run
+            MMLogger.get_current_instance().warning(f'{self.table.name} has no case_id: {recognised}')
         by_split: dict[str | None, list[Slide]] = defaultdict(list)
         for slide in slides:
             by_split[splits.get(slide.case_id, slide.split)].append(slide)

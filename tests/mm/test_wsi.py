@@ -99,6 +99,15 @@ def cases(tmp_path):
     return folder
 
 
+@pytest.fixture
+def warnings_of_a_run(monkeypatch):
+    """What data sets and runs warn of, a sentence each."""
+    said = []
+    logger = SimpleNamespace(warning=said.append, info=lambda text: None)
+    monkeypatch.setattr('mmengine.logging.MMLogger.get_current_instance', lambda: logger)
+    return said
+
+
 # ---- tables and splits -----------------------------------------------------------------------------------------------
 
 LABELS = ['slide_id', 'label', 'split']
@@ -114,6 +123,11 @@ SURVIVAL = ['case_id', 'slide_id', 'censorship', 'survival_months']
         ('classification', LABELS, [['', 'a', 'val']], "slide_id must be a name, got ''"),
         ('classification', LABELS, [['../s', 'a', 'val']], "slide_id must be a name, got '../s'"),
         ('classification', LABELS, [['s', 'a', 'val'], ['s', 'b', 'val']], "row 3, slide 's': is in row 2 already"),
+        ('classification', LABELS, [['s', 'a', 'val'], ['s.svs', 'a', 'val']], "row 3, slide 's.svs': is in row 2 al"),
+        ('classification', LABELS, [['s.SVS', 'a', 'val'], ['s.h5', 'a', 'test']], "row 3, slide 's.h5': is in row 2 "),
+        ('classification', LABELS, [['s', 'NaN', 'val']], "row 2, slide 's': label must be one of a, b, got 'NaN'"),
+        ('classification', LABELS, [['n/a', 'a', 'val']], "slide_id must be a name, got 'n/a'"),
+        ('classification', ['case_id', *LABELS], [['nan', 's', 'a', 'val']], "case_id must be a name, got 'nan'"),
         ('classification', LABELS, [], 'must hold slides, got none'),
         ('classification', LABELS, [['s']], "row 2, slide 's': split must be one of"),
         (
@@ -144,6 +158,85 @@ def test_what_is_wrong_with_a_table_is_told_with_row_and_slide(task, header, row
     _, problems = read_table(tmp_path / 'table.csv', task, ['a', 'b'] if task == 'classification' else None)
     assert len(problems) == 1
     assert re.search(said, problems[0]), problems
+
+
+@pytest.mark.parametrize('missing', ['', 'NaN', 'nan', 'NA', 'N/A', '#N/A', '<NA>', 'null'])
+def test_a_missing_label_is_no_class(missing, tmp_path):
+    write_table(tmp_path / 'table.csv', LABELS, [['s', 'a', 'train'], ['t', missing, 'train']])
+    slides, problems = read_table(tmp_path / 'table.csv', 'classification')
+    assert [slide.label for slide in slides] == ['a']
+    assert problems == [f"table.csv row 3, slide 't': label must be a name, got {missing!r}."]
+    assert not read_table(tmp_path / 'table.csv', 'classification', ['a', missing])[1]
+
+
+def test_whole_numbers_are_one_class_however_they_are_written(tmp_path):
+    """Tables that once held a gap have 0.0 in place of 0."""
+    labels = ['0', '0.0', '1.', '1', '0.5', 'v1.0', '-1.00']
+    write_table(tmp_path / 'table.csv', LABELS, [[f's{i}', label, 'train'] for i, label in enumerate(labels)])
+    classes = ['0', 1.0, '0.5', 'v1.0', -1]
+    slides, problems = read_table(tmp_path / 'table.csv', 'classification', classes)
+    assert not problems and [slide.label for slide in slides] == ['0', '0', '1', '1', '0.5', 'v1.0', '-1']
+    for i in range(len(labels)):
+        write_slide(tmp_path / f's{i}.h5')
+    given = SlideDataset(str(tmp_path), 'table.csv', 'train', classes=classes)
+    assert given.classes == ('0', '1', '0.5', 'v1.0', '-1')
+    assert [sample['data_samples']['label'] for sample in given] == [0, 0, 1, 1, 2, 3, 4]
+
+
+# ---- patients --------------------------------------------------------------------------------------------------------
+
+BARCODE = 'TCGA-{:02}-A{:03}-01{}-00-DX1.0a1b.svs'  # of one patient, samples A and B
+
+
+@pytest.fixture
+def barcodes(tmp_path):
+    """Thirty patients with two slides each, and their labels.csv without cases."""
+    names = [BARCODE.format(i, i, sample) for i in range(30) for sample in 'AB']
+    write_table(tmp_path / 'labels.csv', LABELS[:2], [[name, 'ab'[i // 2 % 2]] for i, name in enumerate(names)])
+    for name in names:
+        write_slide(tmp_path / f'{name[:-4]}.h5')
+    return tmp_path
+
+
+def patients(folder, **options):
+    """The patients of each split."""
+    return {
+        split: {bag[0].slide_id[:12] for bag in SlideDataset(str(folder), 'labels.csv', split, folds=3, **options).bags}
+        for split in ('train', 'val', 'test')
+    }
+
+
+def test_barcodes_keep_the_slides_of_a_patient_together(barcodes, warnings_of_a_run):
+    split = patients(barcodes)
+    assert [len(names) for names in split.values()] == [10, 10, 10] and len(set.union(*split.values())) == 30
+    said = 'labels.csv has no case_id: the barcodes of 60 slides say that they are of 30 patients'
+    assert len(warnings_of_a_run) == 1 and said in warnings_of_a_run[0]
+    assert 'dataset.barcodes=False' in warnings_of_a_run[0]
+    split = patients(barcodes, barcodes=False)
+    assert sum(map(len, split.values())) > 30  # some in two
+    assert len(warnings_of_a_run) == 1
+
+
+@pytest.mark.parametrize(
+    'header, rows, said',
+    [
+        (
+            LABELS,
+            [[BARCODE.format(1, 1, 'A'), 'a', 'train'], [BARCODE.format(1, 1, 'B').lower(), 'a', 'test']],
+            "split must be that of case 'TCGA-01-A001' in row 2, 'train', got 'test'",
+        ),
+        (
+            ['case_id', *LABELS],
+            [['x', BARCODE.format(1, 1, 'A'), 'a', 'train'], ['y', BARCODE.format(1, 1, 'B'), 'a', 'train']],
+            "case_id must be that of row 2, 'x', as both slides are of patient TCGA-01-A001, got 'y'",
+        ),
+    ],
+)
+def test_a_patient_in_two_splits_is_an_error(header, rows, said, tmp_path):
+    write_table(tmp_path / 'table.csv', header, rows)
+    _, problems = read_table(tmp_path / 'table.csv', 'classification')
+    assert len(problems) == 1 and said in problems[0] and 'barcodes=False' in problems[0]
+    assert not read_table(tmp_path / 'table.csv', 'classification', barcodes=False)[1]
 
 
 @pytest.mark.parametrize(
