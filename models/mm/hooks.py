@@ -37,6 +37,7 @@ __all__ = [
     'SeedHook',
     'SharedBuffersHook',
     'UnreadableImagesHook',
+    'note_data',
     'save_for_timm',
 ]
 
@@ -252,9 +253,15 @@ def _write_weights(runner: Runner, name: str, epoch: int, **metadata: str) -> No
     share_buffers(source)
     path = Path(runner.work_dir, name)
     check_finite(source, path)
-    metadata = dict(metadata, run=getattr(runner, 'run_name', ''))  # mmengine's own Runner has none
+    metadata = dict(metadata, **note_data(runner), run=getattr(runner, 'run_name', ''))  # mmengine's Runner has no name
     in_first_process(lambda: save_for_timm(path, classifier, source.model.state_dict(), epoch, **metadata))
     runner.logger.info(f'Wrote {path}.')
+
+
+def note_data(runner: Runner) -> dict[str, str]:
+    """What the data set of a training wants its checkpoints to note, as JSON; nothing where it wants none."""
+    notes = getattr(runner.train_dataloader.dataset, 'notes', None)
+    return {} if notes is None else dict(data=json.dumps(notes))
 
 
 def save_for_timm(

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Slides as a data set: bags of patches, one for each slide or case."""
 
+import hashlib
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.logging import MMLogger
+from mmengine.logging import print_log
 from mmengine.registry import DATASETS, FUNCTIONS
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -17,7 +19,7 @@ from ..mil.survival import time_bin, time_edges
 from ..mil.tables import SPLITS, Slide, class_name, read_table, recognised_cases, split_cases
 from .utils import RunError
 
-__all__ = ['SlideDataset', 'list_bags']
+__all__ = ['SlideDataset', 'list_bags', 'table_digest']
 
 
 @DATASETS.register_module()
@@ -39,6 +41,8 @@ class SlideDataset(Dataset):
         folds: Number of folds to split the cases into, see `split_cases`, instead of by the table's column.
         fold: Number of the fold for the test; the next one is for validation.
         fold_seed: Seed of the division into folds.
+        edges: Edges between the time bins, as a training has found them and its checkpoint notes; unless given, those
+            of the training data.
         barcodes: Whether TCGA's barcodes tell which slides are of one patient, see `read_table`.
         cache: Whether to keep in memory what was read; each worker of a loader keeps its own.
 
@@ -57,6 +61,7 @@ class SlideDataset(Dataset):
         folds: int | None = None,
         fold: int = 0,
         fold_seed: int = 0,
+        edges: Sequence[float] | None = None,
         barcodes: bool = True,
         cache: bool = False,
     ) -> None:
@@ -73,7 +78,7 @@ class SlideDataset(Dataset):
             )
         recognised = recognised_cases(slides)
         if recognised is not None and split == 'train':  # once for the data of a run
-            MMLogger.get_current_instance().warning(f'{self.table.name} has no case_id: {recognised}')
+            print_log(f'{self.table.name} has no case_id: {recognised}', 'current', logging.WARNING)
         by_split: dict[str | None, list[Slide]] = defaultdict(list)
         for slide in slides:
             by_split[splits.get(slide.case_id, slide.split)].append(slide)
@@ -82,7 +87,7 @@ class SlideDataset(Dataset):
                 f'{self.table.name}: split must be train, val or test and have slides, by a column of that name or by '
                 f'folds, got {split!r} with none.'
             )
-        self.task = task
+        self.task, self.split = task, split
         self.cache: dict[int, list[tuple[Tensor, Tensor]]] | None = {} if cache else None
         self.metainfo: dict[str, Any] = {}
         if task == 'classification':
@@ -94,12 +99,23 @@ class SlideDataset(Dataset):
                     raise self._error(slide, f'label must be one of the training data, got {slide.label!r}.')
         else:
             self.bags = _by_case(by_split[split])
-            self.edges = torch.empty(0)  # between the time bins, which a training alone needs
-            if bins is not None and split == 'train':
+            self.edges = torch.tensor(edges or (), dtype=torch.float64)  # which a training alone needs
+            if bins is not None and split == 'train' and edges is None:
                 self.edges = self._time_edges(bins)
-                edges = [0.0, *self.edges.tolist()]
-                self.metainfo['classes'] = tuple(f'from {edge:g} months' for edge in edges)
+            if len(self.edges):
+                self.metainfo['classes'] = tuple(f'from {edge:g} months' for edge in [0.0, *self.edges.tolist()])
         self.files = [[self._find(data_root, slide) for slide in bag] for bag in self.bags]
+        # What a checkpoint notes of the data that its network was trained on, of plain values.
+        self.notes = dict(
+            task=task,
+            classes=list(self.metainfo.get('classes', ())),
+            edges=[] if task == 'classification' else self.edges.tolist(),
+            barcodes=barcodes,
+            folds=folds,
+            fold=fold,
+            fold_seed=fold_seed,
+            table=table_digest(self.table),
+        )
 
     def _time_edges(self, bins: int) -> Tensor:
         months, censored = (torch.tensor([getattr(bag[0], key) for bag in self.bags]) for key in ('months', 'censored'))
@@ -133,7 +149,7 @@ class SlideDataset(Dataset):
         if self.task == 'classification':
             return dict(inputs=inputs, data_samples=dict(name=first.slide_id, label=self.classes.index(first.label)))
         data_samples = dict(name=first.case_id, months=first.months, censored=first.censored)
-        if len(self.edges):
+        if self.split == 'train' and len(self.edges):
             data_samples['bin'] = time_bin(torch.tensor([first.months]), self.edges).item()
         return dict(inputs=inputs, data_samples=data_samples)
 
@@ -142,6 +158,11 @@ class SlideDataset(Dataset):
             return read_slide(path)
         except (FileNotFoundError, ValueError) as error:
             raise self._error(slide, error) from error
+
+
+def table_digest(path: Path) -> str:
+    """What tells a table from any other, by its bytes; empty where there is no such file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else ''
 
 
 def _by_case(slides: Sequence[Slide]) -> list[list[Slide]]:

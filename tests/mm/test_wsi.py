@@ -103,8 +103,8 @@ def cases(tmp_path):
 def warnings_of_a_run(monkeypatch):
     """What data sets and runs warn of, a sentence each."""
     said = []
-    logger = SimpleNamespace(warning=said.append, info=lambda text: None)
-    monkeypatch.setattr('mmengine.logging.MMLogger.get_current_instance', lambda: logger)
+    for module in ('wsi', 'wsi_data'):
+        monkeypatch.setattr(f'vssm.models.mm.{module}.print_log', lambda text, *_: said.append(text), raising=False)
     return said
 
 
@@ -673,6 +673,128 @@ def test_the_whole_path(classification, tmp_path, capsys):
     assert Image.open(picture).size == (750, 650)
 
 
+HERE = {key: value for key, value in SMALL.items() if not key.startswith('model.')}  # where and how fast it runs
+TRAINED = {'model.crop': True, 'model.pad_token': 'zero', 'model.drop_rate': 0.1, 'dataset.classes': ['b', 'a']}
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A work dir and its data: a network cropped to the tissue, that was told its classes in another order."""
+    folder = tmp_path_factory.mktemp('trained')
+    rows = []
+    for i in range(12):
+        rows.append([f's{i}', 'ab'[i % 2], ('train', 'train', 'val', 'test')[i // 3]])
+        write_slide(folder / f's{i}.h5', torch.randn(PATCHES, WIDTH) + 3 * (i % 2))
+    write_table(folder / 'labels.csv', LABELS, rows)
+    arguments = ['--data-root', folder, '--work-dir', folder / 'run', *options(**SMALL | TRAINED)]
+    assert run('train', 'wsi/classification', *arguments) == 0
+    return folder
+
+
+def predictions(config, checkpoint, folder, tmp_path, *extra, **changes):
+    """The table of a test."""
+    arguments = ['--data-root', folder, '--work-dir', tmp_path / 'test', *options(**HERE | changes), *extra]
+    assert run('test', config, checkpoint, *arguments) == 0
+    return (tmp_path / 'test' / 'predictions.csv').read_text()
+
+
+@pytest.mark.parametrize('file', ['best.safetensors', 'epoch_2.pth'])
+def test_the_checkpoint_decides(file, trained, tmp_path, capsys):
+    """A test without the options of the training is that with them, and says what it has taken over."""
+    checkpoint = trained / 'run' / file
+    expected = predictions('wsi/classification', checkpoint, trained, tmp_path, **SMALL | TRAINED)
+    assert expected.startswith('slide_id,label,p_b,p_a')
+    assert 'As in the training' not in capsys.readouterr().out
+    assert predictions('wsi/classification', checkpoint, trained, tmp_path) == expected
+    said = capsys.readouterr().out
+    assert all(f'{key}={value}' in said for key, value in TRAINED.items() if key != 'model.drop_rate'), said
+
+
+@pytest.mark.parametrize('file', ['best.safetensors', 'epoch_2.pth'])
+@pytest.mark.parametrize(
+    'changes, said',
+    [
+        ({'model.crop': False}, 'model.crop=True, not False'),
+        ({'model.depth': 2}, 'model.depth=1, not 2'),
+        ({'model.model_name': 'mamba_mil'}, 'model.model_name=mamba2d_mil, not mamba_mil'),
+        ({'dataset.classes': ['a', 'b']}, "dataset.classes=['b', 'a'], not ['a', 'b']"),
+        ({'test_dataloader.dataset.classes': ['a', 'b']}, "dataset.classes=['b', 'a'], not ['a', 'b']"),
+        ({'dataset.folds': 3}, 'dataset.folds=None, not 3'),
+    ],
+)
+def test_what_contradicts_the_checkpoint_is_refused(file, changes, said, trained, tmp_path, capsys):
+    arguments = ['--data-root', trained, '--work-dir', tmp_path, *options(**HERE | changes)]
+    assert run('test', 'wsi/classification', trained / 'run' / file, *arguments) == 2
+    error = capsys.readouterr().err
+    assert f'was trained with {said}' in error and error.count('\n') == 1
+    assert not (tmp_path / 'predictions.csv').exists()
+
+
+def test_what_contradicts_the_checkpoint_can_be_forced(trained, tmp_path):
+    checkpoint = trained / 'run' / 'best.safetensors'
+    changes = {'dataset.classes': ['a', 'b']}
+    table = predictions('wsi/classification', checkpoint, trained, tmp_path, '--force', **changes)
+    assert table.startswith('slide_id,label,p_a,p_b')
+
+
+def test_a_checkpoint_of_another_task_is_refused(trained, tmp_path, capsys):
+    arguments = ['--data-root', trained, '--work-dir', tmp_path, *options(**HERE)]
+    assert run('test', 'wsi/survival', trained / 'run' / 'best.safetensors', *arguments) == 2
+    assert 'must be a checkpoint of survival, as the config is, got one of classification' in capsys.readouterr().err
+
+
+def test_another_table_has_its_own_split(trained, tmp_path):
+    """As that of another hospital, in other words: its classes are those of the checkpoint all the same."""
+    write_table(tmp_path / 'other.csv', LABELS, [['s3', 'b', 'test']])
+    changes = {'dataset.ann_file': str(tmp_path / 'other.csv')}
+    checkpoint = trained / 'run' / 'best.safetensors'
+    table = predictions('wsi/classification', checkpoint, trained, tmp_path, **changes)
+    assert table.startswith('slide_id,label,p_b,p_a') and table.count('\n') == 2
+
+
+def test_folds_of_another_table_are_not_known(trained, tmp_path, capsys):
+    """A table that was mended after the training may deal its cases out in another way."""
+    rows = list(csv.reader(open(trained / 'labels.csv')))
+    write_table(tmp_path / 'labels.csv', rows[0][:2], [row[:2] for row in rows[1:]])
+    changes = {'dataset.ann_file': str(tmp_path / 'labels.csv'), 'dataset.folds': 3}
+    predictions('wsi/classification', trained / 'run' / 'best.safetensors', trained, tmp_path, **changes)
+    assert 'whether cases that are tested were trained on is not known' in capsys.readouterr().out.replace('\n', ' ')
+
+
+@pytest.mark.parametrize('notes', [dict(model_args='[1]'), dict(data='{"table": ""}'), dict(model_args='{"x": 1}')])
+def test_notes_that_are_none_of_ours_are_refused(notes, trained, tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    tensors, metadata = read_checkpoint(trained / 'run' / 'best.safetensors')
+    save_file(tensors, tmp_path / 'odd.safetensors', {**metadata, **notes})
+    arguments = ['--data-root', trained, '--work-dir', tmp_path, *options(**HERE)]
+    assert run('test', 'wsi/classification', tmp_path / 'odd.safetensors', *arguments) == 2
+    assert 'odd.safetensors must note a network and its data' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('config', ['wsi/survival', 'wsi/survival_cox'])
+def test_fold_and_time_bins_are_those_of_the_checkpoint(config, cases, tmp_path, capsys):
+    """Another fold would test on cases of the training."""
+    changes = {**SMALL, 'train_cfg.max_epochs': 1, 'train_dataloader.batch_size': 2, 'dataset.folds': 3}
+    if config == 'wsi/survival':
+        changes |= {'dataset.bins': 2, 'model.num_classes': 2}
+    changes['dataset.fold'] = 2
+    arguments = ['--data-root', cases, '--work-dir', tmp_path / 'run', *options(**changes)]
+    assert run('train', config, *arguments) == 0
+    best = tmp_path / 'run' / 'best.safetensors'
+    table = predictions(config, best, cases, tmp_path)
+    splits = split_cases(read_table(cases / 'survival.csv', 'survival')[0], 3, 2)
+    tested = {row['case_id'] for row in csv.DictReader(table.splitlines())}
+    assert tested == {case for case, split in splits.items() if split == 'test'}
+    edges = json.loads(read_checkpoint(best)[1]['data'])['edges']
+    train = SlideDataset(str(cases), 'survival.csv', 'train', task='survival', bins=2, folds=3, fold=2)
+    assert edges == (train.edges.tolist() if config == 'wsi/survival' else [])
+    capsys.readouterr()
+    arguments = ['--data-root', cases, '--work-dir', tmp_path / 'no', *options(**HERE | {'dataset.fold': 0})]
+    assert run('test', config, best, *arguments) == 2
+    assert 'was trained with dataset.fold=2, not 0' in capsys.readouterr().err
+
+
 def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(classification, tmp_path, monkeypatch):
     """The run stops after its second checkpoint and before the evaluation of it, which is the best, has counted."""
     judge, cut_off = BestHook.after_val_epoch, True
@@ -857,6 +979,22 @@ def test_a_heat_map_lies_on_the_thumbnail(checkpoint, tmp_path, capsys, monkeypa
     monkeypatch.setitem(sys.modules, 'openslide', None)
     assert run(*command) == 0
     assert 'drawn on the grid: openslide is not installed' in capsys.readouterr().out.replace('\n', '')
+
+
+def test_the_heat_map_names_the_classes_of_the_checkpoint(trained, tmp_path, monkeypatch):
+    from vssm.tools import wsi_heatmap
+
+    titles = []
+    draw = wsi_heatmap.draw
+    monkeypatch.setattr(wsi_heatmap, 'draw', lambda *args: titles.append(args[-1]) or draw(*args))
+    best, features = trained / 'run' / 'best.safetensors', trained / 's9.h5'
+    assert run('wsi-heatmap', best, features, '--output', tmp_path / 'map.png') == 0
+    tensors, metadata = read_checkpoint(best)
+    model = create_mil_model('mamba2d_mil', **json.loads(metadata['model_args'])).eval()
+    model.load_state_dict(tensors)
+    with h5py.File(features) as file:
+        logits = model(*(torch.from_numpy(file[key][()]) for key in ('features', 'coords')))[0].tolist()
+    assert titles == [f's9\noutputs b {logits[0]:.2f}, a {logits[1]:.2f}']
 
 
 @pytest.mark.parametrize(
