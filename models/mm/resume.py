@@ -19,7 +19,14 @@ from torch.utils.data import DataLoader
 from ..files import reason
 from ..weights import misfits
 from .classification import NamedModel, load_weights
-from .compare import check_network, check_optimizer, check_position, name_optimizers, reasons_to_stop
+from .compare import (
+    check_data,
+    check_network,
+    check_optimizer,
+    check_position,
+    name_optimizers,
+    reasons_to_stop,
+)
 from .failures import WatchfulRunner
 from .hooks import averaged, note_data
 from .identity import Run, current_run, lock, note_run, own_checkpoints, remove_leftovers
@@ -217,7 +224,7 @@ class ResumableRunner(WatchfulRunner):
 
     def _load_run(self, path: Path, checkpoint: dict[str, Any]) -> None:
         self._last_checkpoint = path
-        self._stop_for(path, check_position(self, checkpoint['meta']))
+        self._stop_for(path, check_data(self, checkpoint['meta']) + check_position(self, checkpoint['meta']))
         check_optimizer(self, path, checkpoint['meta'])
         self._compare_schedules(checkpoint.get('param_schedulers'))
         self._keep_records(checkpoint['message_hub'], checkpoint['meta'].get('run'))

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -848,6 +849,81 @@ def test_survival_with_folds(config, cases, tmp_path, capsys):
     assert len(written) == 6 and run(*command) == 0
     assert written == {path: path.stat().st_mtime_ns for path in work_dir.glob('fold*/epoch_*.pth')}
     assert json.loads((work_dir / 'results.json').read_text()) == results
+
+
+@pytest.fixture(scope='module')
+def repeated(tmp_path_factory):
+    """The options of a finished wsi-repeat, with its data, and what it left."""
+    folder = tmp_path_factory.mktemp('repeated')
+    for i in range(12):
+        write_slide(folder / f's{i}.h5', torch.randn(PATCHES, WIDTH) + 3 * (i % 2))
+    write_table(folder / 'labels.csv', LABELS[:2], [[f's{i}', 'ab'[i % 2]] for i in range(12)])
+    changes = SMALL | {'train_cfg.max_epochs': 1}
+    assert run(*repeat(folder, folder / 'runs', changes)) == 0
+    return folder, changes
+
+
+def repeat(folder, work_dir, changes):
+    arguments = ['--data-root', folder, '--work-dir', work_dir, *options(**changes)]
+    return ['wsi-repeat', 'wsi/classification', '--folds', 3, *arguments]
+
+
+@pytest.fixture
+def finished(repeated, tmp_path):
+    """A copy of its runs for each test."""
+    folder, changes = repeated
+    shutil.copytree(folder / 'runs', tmp_path / 'runs')
+    return folder, tmp_path / 'runs', changes
+
+
+def test_repeat_says_what_it_reuses(finished, capsys):
+    folder, work_dir, changes = finished
+    results = (work_dir / 'results.json').read_text()
+    (work_dir / 'fold1' / 'run.json').unlink()  # as if it had not begun
+    assert run(*repeat(folder, work_dir, {**changes, 'train_dataloader.num_workers': 1})) == 0
+    out = capsys.readouterr().out
+    assert [f'fold{i}: the finished training of {work_dir}/fold{i} is tested again' in out for i in range(3)] == [
+        True,
+        False,
+        True,
+    ]
+    assert json.loads((work_dir / 'results.json').read_text()) == json.loads(results)
+
+
+@pytest.mark.parametrize(
+    'changes, said',
+    [
+        ({'model.dim': 8}, 'model.dim: 16 -> 8'),
+        ({'optim_wrapper.optimizer.lr': 3e-3}, 'optim_wrapper.optimizer.lr: 0.0001 -> 0.003'),
+        ({'dataset.classes': ['b', 'a']}, "dataset.classes: not set -> ['b', 'a']"),
+        ({'model.model_name': 'mean_mil'}, "model.model_name: 'mamba2d_mil' -> 'mean_mil'"),
+    ],
+)
+def test_repeat_reuses_no_runs_of_other_options(changes, said, finished, capsys):
+    folder, work_dir, before = finished
+    results = (work_dir / 'results.json').read_bytes()
+    assert run(*repeat(folder, work_dir, before | changes)) == 2
+    error = capsys.readouterr().err
+    assert f'{work_dir}/fold0 holds a run of other options, {said}' in error and error.count('\n') == 1
+    assert (work_dir / 'results.json').read_bytes() == results
+
+
+def test_repeat_reuses_no_runs_of_another_table(finished, capsys):
+    """Of the same name and size, whose labels are turned."""
+    folder, work_dir, changes = finished
+    table = (folder / 'labels.csv').read_bytes()
+    try:
+        write_table(folder / 'labels.csv', LABELS[:2], [[f's{i}', 'ba'[i % 2]] for i in range(12)])
+        assert run(*repeat(folder, work_dir, changes)) == 2
+        assert (
+            f'{work_dir}/fold0 holds a run of another table, {folder}/labels.csv has changed' in capsys.readouterr().err
+        )
+        arguments = ['--data-root', folder, '--work-dir', work_dir / 'fold0', '--resume']
+        changes = changes | {'dataset.folds': 3, 'train_cfg.max_epochs': 2}
+        assert run('train', 'wsi/classification', *arguments, *options(**changes)) == 2
+        assert 'with other data (table: ' in capsys.readouterr().err
+    finally:
+        (folder / 'labels.csv').write_bytes(table)
 
 
 def test_seeds_make_runs_of_their_own(classification, tmp_path, capsys):
