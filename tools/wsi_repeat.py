@@ -9,6 +9,7 @@ table, is refused. Results go to results.json.
 import argparse
 import copy
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -119,12 +120,21 @@ def train_and_test(cfg: 'Config') -> dict[str, float]:
 
 
 def summarise(results: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean and standard deviation (n - 1) of each metric over the runs; the deviation of a single run is 0."""
-    columns = {name: [metrics[name] for metrics in results] for name in results[0]}
+    """Mean and standard deviation (n - 1) of each metric over the runs in which it is defined, that is not NaN.
+
+    The deviation of a single run is 0; where a metric is defined in none, both are NaN.
+    """
+    columns = {name: [m[name] for m in results if not math.isnan(m[name])] for name in results[0]}
     return dict(
-        mean={name: statistics.fmean(values) for name, values in columns.items()},
-        deviation={name: statistics.stdev(values) if len(values) > 1 else 0.0 for name, values in columns.items()},
+        mean={name: statistics.fmean(values) if values else math.nan for name, values in columns.items()},
+        deviation={name: _deviation(values) for name, values in columns.items()},
     )
+
+
+def _deviation(values: list[float]) -> float:
+    if len(values) > 1:
+        return statistics.stdev(values)
+    return 0.0 if values else math.nan
 
 
 if __name__ == '__main__':

@@ -213,13 +213,13 @@ class BestHook(Hook):
     """Writes a file like SafetensorsHook's, WORK_DIR/best.safetensors, when a metric of the evaluation is a new best.
 
     The metadata hold the metric and the seed too. A resumed run reads its best metric from the file, unless it is that
-    of an earlier run.
+    of an earlier run. A metric that is NaN is not defined for the data; then the last weights count as the best.
 
     Args:
         metric: Name of the metric, such as 'accuracy/top1'.
 
     Raises:
-        RunError: The evaluation has no such metric, or the metric is not finite.
+        RunError: The evaluation has no such metric, or the metric is infinite.
     """
 
     priority = 'LOW'  # after EMAHook, which swaps the weights and their average for the evaluation, and back
@@ -234,14 +234,22 @@ class BestHook(Hook):
     def _read_best(self, runner: Runner) -> float:
         path = Path(runner.work_dir, 'best.safetensors')
         metadata = read_checkpoint(path)[1] if path.is_file() else {}
-        return float(metadata.get(self.metric, -math.inf)) if metadata.get('run') == runner.run_name else -math.inf
+        value = float(metadata.get(self.metric, math.nan)) if metadata.get('run') == runner.run_name else math.nan
+        return -math.inf if math.isnan(value) else value
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float]) -> None:
-        value = metrics.get(self.metric, math.nan)
-        if not math.isfinite(value):
-            raise RunError(f'BestHook needs a finite {self.metric}, got {value}: evaluated are {", ".join(metrics)}.')
-        if value > self.best:
-            self.best = value
+        value = metrics.get(self.metric, math.inf)
+        if math.isinf(value):
+            raise RunError(
+                f'BestHook needs {self.metric}, got {metrics.get(self.metric)}: evaluated are {", ".join(metrics)}.'
+            )
+        undefined = math.isnan(value) and self.best == -math.inf
+        if undefined:
+            runner.logger.warning(
+                f'{self.metric} is not defined: the weights of epoch {runner.epoch} count as the best.'
+            )
+        if undefined or value > self.best:
+            self.best = -math.inf if undefined else value
             _write_weights(
                 runner, 'best.safetensors', runner.epoch, **{self.metric: repr(value), 'seed': str(runner.seed)}
             )

@@ -104,6 +104,7 @@ class SlideDataset(Dataset):
                 self.edges = self._time_edges(bins)
             if len(self.edges):
                 self.metainfo['classes'] = tuple(f'from {edge:g} months' for edge in [0.0, *self.edges.tolist()])
+        self._tell_undefined()
         self.files = [[self._find(data_root, slide) for slide in bag] for bag in self.bags]
         # What a checkpoint notes of the data that its network was trained on, of plain values.
         self.notes = dict(
@@ -116,6 +117,23 @@ class SlideDataset(Dataset):
             fold_seed=fold_seed,
             table=table_digest(self.table),
         )
+
+    def _tell_undefined(self) -> None:
+        """Say where a split is such that the metric of the task has no value; refuse a training without an event."""
+        if self.task == 'classification':
+            labels = {bag[0].label for bag in self.bags}
+            why = f'the slides of {self.split} are all of class {min(map(str, labels))!r}, so that AUC'
+            defined = len(labels) > 1
+        else:
+            why = f'no case of {self.split} has an event, so that the concordance index'
+            defined = not all(bag[0].censored for bag in self.bags)
+            if self.split == 'train' and not defined:
+                raise RunError(
+                    f'{self.table.name}: the cases of the training must have events, got none of {len(self)} cases.'
+                )
+        if not defined and self.split != 'train':
+            what = ': the last weights count as the best.' if self.split == 'val' else '.'
+            print_log(f'{self.table.name}: {why} is not defined{what}', 'current', logging.WARNING)
 
     def _time_edges(self, bins: int) -> Tensor:
         months, censored = (torch.tensor([getattr(bag[0], key) for bag in self.bags]) for key in ('months', 'censored'))

@@ -550,6 +550,55 @@ def test_a_slide_that_breaks_later_is_named(classification):
         dataset[4]
 
 
+@pytest.mark.parametrize(
+    'split, kind, said',
+    [
+        (
+            'val',
+            'label',
+            "the slides of val are all of class 'a', so that AUC is not defined: the last weights count as",
+        ),
+        ('test', 'label', "the slides of test are all of class 'a', so that AUC is not defined."),
+        ('val', 'event', 'no case of val has an event, so that the concordance index is not defined: the last weights'),
+        ('test', 'event', 'no case of test has an event, so that the concordance index is not defined.'),
+    ],
+)
+def test_a_split_without_a_metric_is_told(split, kind, said, tmp_path, warnings_of_a_run):
+    """Before a training, and it does not end it."""
+    rows, header = [], LABELS if kind == 'label' else [*SURVIVAL, 'split']
+    for i in range(12):
+        name = f's{i}'
+        write_slide(tmp_path / f'{name}.h5')
+        of = ('train', 'train', 'val', 'test')[i // 3]
+        odd = of == split
+        rows.append([name, 'a' if odd else 'ab'[i % 2], of] if kind == 'label' else [name, name, int(odd), i + 1, of])
+    write_table(tmp_path / 'table.csv', header, rows)
+    task = dict(task='classification') if kind == 'label' else dict(task='survival', bins=2)
+    for each in ('train', 'val', 'test'):
+        SlideDataset(str(tmp_path), 'table.csv', each, **task)
+    assert len(warnings_of_a_run) == 1 and said in warnings_of_a_run[0]
+    changes = SMALL | {'dataset.ann_file': 'table.csv', 'train_dataloader.batch_size': 2}
+    if kind == 'event':
+        changes |= {'dataset.bins': 2, 'model.num_classes': 2}
+    arguments = ['--data-root', tmp_path, '--work-dir', tmp_path / 'run', *options(**changes)]
+    assert run('train', 'wsi/classification' if kind == 'label' else 'wsi/survival', *arguments) == 0
+    _, metadata = read_checkpoint(tmp_path / 'run' / 'best.safetensors')
+    value = metadata['wsi/auc' if kind == 'label' else 'wsi/c_index']
+    if split == 'val':
+        assert value == 'nan' and metadata['epoch'] == '2'
+    else:
+        assert math.isfinite(float(value))
+
+
+def test_a_training_without_events_is_refused(cases):
+    rows = list(csv.reader(open(cases / 'survival.csv')))
+    write_table(cases / 'survival.csv', rows[0], [[row[0], row[1], 1, row[3]] for row in rows[1:]])
+    with pytest.raises(
+        RunError, match='survival.csv: the cases of the training must have events, got none of .* cases'
+    ):
+        SlideDataset(str(cases), 'survival.csv', 'train', task='survival', bins=None, folds=3)
+
+
 # ---- models and metrics ----------------------------------------------------------------------------------------------
 
 
@@ -935,6 +984,15 @@ def test_seeds_make_runs_of_their_own(classification, tmp_path, capsys):
     assert set(json.loads((tmp_path / 'runs' / 'results.json').read_text())['runs']) == {'seed3', 'seed4'}
 
 
+def test_the_mean_is_over_the_runs_with_a_metric():
+    from vssm.tools.wsi_repeat import summarise
+
+    runs = [dict(a=1.0, b=math.nan, c=5.0), dict(a=3.0, b=math.nan, c=math.nan)]
+    summary = summarise(runs)
+    assert summary['mean'] == pytest.approx(dict(a=2.0, b=math.nan, c=5.0), nan_ok=True)
+    assert summary['deviation'] == pytest.approx(dict(a=math.sqrt(2), b=math.nan, c=0.0), nan_ok=True)
+
+
 @pytest.mark.parametrize('network', ['mamba_mil', 'attention_mil', 'mean_mil', 'max_mil'])
 def test_the_other_networks_train(network, classification, tmp_path):
     arguments = ['--data-root', classification, '--work-dir', tmp_path / 'run']
@@ -950,7 +1008,11 @@ def test_the_other_networks_train(network, classification, tmp_path):
         ('wsi/classification', {'model.in_dim': 7}, 's[0-9]: MambaMIL: features must be .n, 7.'),
         ('wsi/classification', {'model.patch_size': 1024}, 's[0-9]: coords must put one patch into a cell of 1024'),
         ('wsi/classification', {'dataset.ann_file': 'none.csv'}, 'none.csv does not exist'),
-        ('wsi/classification', {'custom_hooks.1.metric': 'wsi/f2'}, 'BestHook needs a finite wsi/f2, got nan'),
+        (
+            'wsi/classification',
+            {'custom_hooks.1.metric': 'wsi/f2'},
+            'BestHook needs wsi/f2, got None: evaluated are wsi/accuracy',
+        ),
         ('wsi/survival', {'dataset.ann_file': 'labels.csv'}, 'must have the columns case_id'),
         ('wsi/classification', {'model.model_name': 'resnet50'}, "must be one of mamba2d_mil, .*got 'resnet50'"),
     ],
