@@ -41,6 +41,9 @@ def run(args: argparse.Namespace) -> int:
     if cfg.get('dataset', {}).get('type') != 'SlideDataset':
         raise UsageError(f'CONFIG must be one whose dataset is a SlideDataset, got {args.config}.')
     runs = [f'seed{seed}' for seed in args.seeds] if args.seeds else [f'fold{fold}' for fold in range(args.folds)]
+    splits = cfg.dataset.get('split_file')
+    if args.folds and splits and '{fold}' not in splits:
+        raise UsageError(f'dataset.split_file must name the file of each of --folds by {{fold}}, got {splits}.')
     configs = {}
     for i, name in enumerate(runs):
         changed = copy.deepcopy(cfg)
@@ -48,9 +51,10 @@ def run(args: argparse.Namespace) -> int:
         if args.seeds:
             changed.randomness = dict(cfg.get('randomness', {}), seed=args.seeds[i])
         else:
-            changed.dataset.update(folds=args.folds, fold=i)
+            changed.dataset.update(fold=i, folds=None if cfg.dataset.get('split_file') else args.folds)
         configs[name] = changed
     for changed in configs.values():  # before the first of them takes its time
+        check_test(changed)
         check_run(changed)
     results = {name: train_and_test(changed) for name, changed in configs.items()}
     from mmengine.dist import is_main_process
@@ -66,6 +70,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def check_test(cfg: 'Config') -> None:
+    """Build the data set that a config tests on, which published splits may lack.
+
+    Raises:
+        UsageError: It is not as needed, such as one without slides.
+    """
+    from mmengine.registry import DATASETS
+
+    from ..models.mm import RunError
+
+    try:
+        DATASETS.build({**cfg.dataset, **cfg.test_dataloader.dataset})
+    except RunError as error:
+        raise UsageError(f'{Path(cfg.work_dir).name}: {error}') from error
+
+
 def check_run(cfg: 'Config') -> None:
     """Let a config go on with the run in its work dir, if there is one, and say so.
 
@@ -76,7 +96,7 @@ def check_run(cfg: 'Config') -> None:
     from ..models.mm.compare import other_options
     from ..models.mm.identity import current_run, own_checkpoints
     from ..models.mm.saved import read_notes
-    from ..models.mm.wsi_data import table_digest
+    from ..models.mm.wsi_data import table_digest, table_files
 
     folder = Path(cfg.work_dir)
     try:
@@ -90,10 +110,10 @@ def check_run(cfg: 'Config') -> None:
     if path is None:
         return
     others = other_options(notes.get('cfg'), cfg)
-    table = Path(cfg.dataset.data_root, cfg.dataset.ann_file)
+    files = table_files(**cfg.dataset)
     reason = f'other options, {"; ".join(others)}' if others else ''
-    if not others and json.loads(notes.get('data', '{}')).get('table') != table_digest(table):
-        reason = f'another table, {table} has changed'
+    if not others and json.loads(notes.get('data', '{}')).get('table') != table_digest(files):
+        reason = f'another table, {" or ".join(map(str, files))} has changed'
     if reason:
         raise UsageError(f'{folder} holds a run of {reason}: remove it, or name another folder by --work-dir.')
     finished = notes.get('epoch') == cfg.train_cfg.max_epochs

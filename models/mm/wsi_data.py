@@ -16,10 +16,10 @@ from torch.utils.data import Dataset
 
 from ..mil.slides import find_slide, read_slide
 from ..mil.survival import time_bin, time_edges
-from ..mil.tables import SPLITS, Slide, class_name, read_table, recognised_cases, split_cases
+from ..mil.tables import SPLITS, Slide, apply_splits, class_name, read_table, recognised_cases, split_cases
 from .utils import RunError
 
-__all__ = ['SlideDataset', 'list_bags', 'table_digest']
+__all__ = ['SlideDataset', 'list_bags', 'table_digest', 'table_files']
 
 
 @DATASETS.register_module()
@@ -38,12 +38,15 @@ class SlideDataset(Dataset):
         classes: Labels in order; unless given, all labels of the training data, sorted.
         bins: Number of time bins for the discrete-time likelihood, whose edges come from the events of the training
             data; None for Cox's loss.
+        split_file: A file of splits, see `read_splits`, in place of the table's column; a relative path begins in
+            data_root, and {fold} in it stands for the fold.
         folds: Number of folds to split the cases into, see `split_cases`, instead of by the table's column.
         fold: Number of the fold for the test; the next one is for validation.
         fold_seed: Seed of the division into folds.
         edges: Edges between the time bins, as a training has found them and its checkpoint notes; unless given, those
             of the training data.
         barcodes: Whether TCGA's barcodes tell which slides are of one patient, see `read_table`.
+        columns: Names in the table of columns that have others in `read_table`.
         cache: Whether to keep in memory what was read; each worker of a loader keeps its own.
 
     Raises:
@@ -58,17 +61,27 @@ class SlideDataset(Dataset):
         task: str = 'classification',
         classes: Sequence[str] | None = None,
         bins: int | None = 4,
+        split_file: str | None = None,
         folds: int | None = None,
         fold: int = 0,
         fold_seed: int = 0,
         edges: Sequence[float] | None = None,
         barcodes: bool = True,
+        columns: dict[str, str] | None = None,
         cache: bool = False,
     ) -> None:
-        self.table = Path(data_root, ann_file)
+        files = table_files(data_root, ann_file, split_file, fold)
+        self.table, self.split_file = files[0], files[-1] if split_file else None
+        if split_file and folds:
+            raise RunError(f'split_file and folds must not both be given, got {split_file} and {folds}.')
         classes = [class_name(name) for name in classes] if classes is not None else None  # a config may give numbers
         try:
-            slides, problems = read_table(self.table, task, classes, barcodes)
+            slides, problems = read_table(self.table, task, classes, barcodes, columns)
+            said = recognised_cases(slides)
+            notes = [f'{self.table.name} has no case_id: {said}'] if said else []
+            if self.split_file is not None and not problems:
+                slides, problems, said = apply_splits(slides, self.split_file, barcodes)
+                notes += [said] if said else []
             splits = split_cases(slides, folds, fold, fold_seed) if folds and not problems else {}
         except (FileNotFoundError, ValueError) as error:
             raise RunError(str(error)) from error
@@ -76,17 +89,13 @@ class SlideDataset(Dataset):
             raise RunError(
                 f'{problems[0]} `vssm wsi-check {self.table} {data_root}` lists all {len(problems)} problems.'
             )
-        recognised = recognised_cases(slides)
-        if recognised is not None and split == 'train':  # once for the data of a run
-            print_log(f'{self.table.name} has no case_id: {recognised}', 'current', logging.WARNING)
+        for note in notes if split == 'train' else ():  # once for the data of a run
+            print_log(note, 'current', logging.WARNING)
         by_split: dict[str | None, list[Slide]] = defaultdict(list)
         for slide in slides:
             by_split[splits.get(slide.case_id, slide.split)].append(slide)
         if split not in SPLITS or not by_split[split]:
-            raise RunError(
-                f'{self.table.name}: split must be train, val or test and have slides, by a column of that name or by '
-                f'folds, got {split!r} with none.'
-            )
+            raise RunError(self._no_slides(split))
         self.task, self.split = task, split
         self.cache: dict[int, list[tuple[Tensor, Tensor]]] | None = {} if cache else None
         self.metainfo: dict[str, Any] = {}
@@ -112,10 +121,23 @@ class SlideDataset(Dataset):
             classes=list(self.metainfo.get('classes', ())),
             edges=[] if task == 'classification' else self.edges.tolist(),
             barcodes=barcodes,
+            columns=dict(columns or {}),
+            split_file=split_file,
             folds=folds,
             fold=fold,
             fold_seed=fold_seed,
-            table=table_digest(self.table),
+            table=table_digest(files),
+        )
+
+    def _no_slides(self, split: str) -> str:
+        if self.split_file is not None and split in SPLITS:
+            return (
+                f'{self.split_file} must have slides in its column {split}, got none. Where a published split has no '
+                'test, test_dataloader.dataset.split=val tests on the validation data.'
+            )
+        return (
+            f'{self.table.name}: split must be train, val or test and have slides, by a column of that name, by '
+            f'split_file or by folds, got {split!r} with none.'
         )
 
     def _tell_undefined(self) -> None:
@@ -178,9 +200,17 @@ class SlideDataset(Dataset):
             raise self._error(slide, error) from error
 
 
-def table_digest(path: Path) -> str:
-    """What tells a table from any other, by its bytes; empty where there is no such file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else ''
+def table_files(data_root: str, ann_file: str, split_file: str | None = None, fold: int = 0, **_: Any) -> list[Path]:
+    """The files that say what a SlideDataset with these arguments holds: its table, and that of its splits if any."""
+    splits = [Path(data_root, split_file.replace('{fold}', str(fold)))] if split_file else []
+    return [Path(data_root, ann_file), *splits]
+
+
+def table_digest(files: Sequence[Path]) -> str:
+    """What tells the content of such files from any other; empty where one is missing."""
+    if not all(path.is_file() for path in files):
+        return ''
+    return hashlib.sha256(b''.join(hashlib.sha256(path.read_bytes()).digest() for path in files)).hexdigest()[:16]
 
 
 def _by_case(slides: Sequence[Slide]) -> list[list[Slide]]:

@@ -15,13 +15,14 @@ from ..weights import read_checkpoint
 from ..weights.read import is_safetensors
 from .saved import read_notes
 from .utils import RunError
-from .wsi_data import SlideDataset, table_digest
+from .wsi_data import SlideDataset, table_digest, table_files
 
 __all__ = ['follow_checkpoint']
 
 # What a model's config has beside the arguments of its network, or what steers its training alone.
 _BESIDE = ('alpha', 'data_preprocessor', 'drop_rate', 'init_cfg', 'type')
-_FOLDS = ('folds', 'fold', 'fold_seed', 'barcodes')  # what divides one table, and means nothing for another
+# What names the columns of one table and divides it, and means nothing for another.
+_OF_TABLE = ('columns', 'barcodes', 'split_file', 'folds', 'fold', 'fold_seed')
 
 
 def follow_checkpoint(cfg: Config, path: Path, options: Mapping[str, Any], force: bool = False) -> list[str]:
@@ -50,7 +51,8 @@ def follow_checkpoint(cfg: Config, path: Path, options: Mapping[str, Any], force
         network = dict(json.loads(notes['model_args']), model_name=notes['model'])
         defaults = inspect.signature(type(create_mil_model(**network, device='meta'))).parameters
         data = json.loads(notes.get('data', '{}'))
-        same_table = table_digest(Path(dataset['data_root'], dataset['ann_file'])) == data.get('table')
+        of_training = {**dataset, **{key: data[key] for key in ('split_file', 'fold') if key in data}}
+        same_table = table_digest(table_files(**of_training)) == data.get('table')
         settings = {f'model.{key}': value for key, value in network.items()}
         settings |= _data_settings(data, dataset, path, same_table)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -66,7 +68,7 @@ def follow_checkpoint(cfg: Config, path: Path, options: Mapping[str, Any], force
         settings.setdefault(f'model.{name}', None)
     changes = list(filter(None, [_set(cfg, key, value) for key, value in settings.items() if key not in kept]))
     sentences = [f'As in the training of {path}: {", ".join(changes)}'] if changes else []
-    if data and not same_table and (data['folds'] or dataset.get('folds')):
+    if data and not same_table and (data['folds'] or data['split_file'] or dataset.get('folds')):
         sentences.append(
             f'{dataset["ann_file"]} is not the table of the training of {path}: whether cases that are tested were '
             'trained on is not known.'
@@ -81,7 +83,7 @@ def _data_settings(data: dict[str, Any], dataset: Mapping[str, Any], path: Path,
     task = dataset.get('task', 'classification')
     if data['task'] != task:
         raise RunError(f'{path} must be a checkpoint of {task}, as the config is, got one of {data["task"]}.')
-    settings = {f'dataset.{key}': data[key] for key in _FOLDS} if same_table else {}
+    settings = {f'dataset.{key}': data[key] for key in _OF_TABLE} if same_table else {}
     if task == 'classification':
         return {**settings, 'dataset.classes': data['classes']}
     edges = data['edges'] or None
@@ -93,7 +95,7 @@ def _flat(options: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, A
     """Options by dotted keys, those of the data set that is tested as those of all data sets."""
     for key, value in options.items():
         key = f'{prefix}{key}'
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and not key.endswith('.columns'):
             yield from _flat(value, f'{key}.')
         else:
             yield key.removeprefix('test_dataloader.'), value

@@ -184,6 +184,138 @@ def test_whole_numbers_are_one_class_however_they_are_written(tmp_path):
     assert [sample['data_samples']['label'] for sample in given] == [0, 0, 1, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16'])
+@pytest.mark.parametrize('separator', [',', ';', '\t'])
+def test_a_table_is_read_however_a_spreadsheet_wrote_it(encoding, separator, tmp_path):
+    """With the names of its columns in any case, Windows' line ends, cells of nothing at the end, umlauts."""
+    point = '.' if separator == ',' else ','
+    rows = [
+        ['Case ID', 'SLIDE_ID', 'Censorship', 'Survival-Months', 'Data Split', ''],
+        ['p\u00e4', 's1', '0', f'14{point}5', 'Train', ''],
+        ['p2', 's2', f'1{point}0', '3', 'validation'],
+        ['', '', '', '', '', ''],
+        ['p3', 's3', '1', f'0{point}25', 'TESTING', ''],
+    ]
+    (tmp_path / 'table.csv').write_bytes('\r\n'.join(map(separator.join, rows)).encode(encoding))
+    slides, problems = read_table(tmp_path / 'table.csv', 'survival')
+    assert not problems
+    assert [(s.row, s.case_id, s.slide_id, s.months, s.censored, s.split) for s in slides] == [
+        (2, 'p\u00e4', 's1', 14.5, False, 'train'),
+        (3, 'p2', 's2', 3.0, True, 'val'),
+        (5, 'p3', 's3', 0.25, True, 'test'),
+    ]
+
+
+@pytest.mark.parametrize(
+    'content, said',
+    [
+        (b'PK\x03\x04...', 'must be a CSV, got a workbook: save its sheet as CSV'),
+        ('slide_id,label\ns,b\u00f6se\n'.encode('latin-1'), "UTF-8 or UTF-16, got .*'utf-8' codec can't decode"),
+        ('slide_id,label\ns,a\n'.encode('utf-16-le'), 'it holds zeros, as UTF-16 without its mark does'),
+        (b'slide_id,label,Label\ns,a,b\n', 'it has the column label twice'),
+        (
+            b'case_id,slide_id,censorship,survival_months\nc,s,0,14,5\n',
+            'row 2 has 5 cells for 4 columns: is there a dec',
+        ),
+        (b',train,val,test\n0,s,t,\n', 'must have the columns slide_id, label .* is it a dataset.split_file'),
+    ],
+)
+def test_what_keeps_a_table_from_being_read_is_named(content, said, tmp_path):
+    (tmp_path / 'table.csv').write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        read_table(tmp_path / 'table.csv', 'survival' if b'months' in content else 'classification')
+
+
+def test_columns_of_other_names(tmp_path):
+    """As release notes of public data sets have them."""
+    write_table(tmp_path / 'table.csv', ['File Name', 'Class', 'label', 'Data Split'], [['s.svs', 'a', 'x', 'Train']])
+    columns = dict(slide_id='File Name', label='Class')
+    slides, problems = read_table(tmp_path / 'table.csv', 'classification', columns=columns)
+    assert not problems and [(s.slide_id, s.label, s.split) for s in slides] == [('s.svs', 'a', 'train')]
+    with pytest.raises(
+        ValueError, match='must have the columns slide_id, kind for classification, got file_name, class'
+    ):
+        read_table(tmp_path / 'table.csv', 'classification', columns=dict(label='Kind'))
+
+
+# ---- published splits ------------------------------------------------------------------------------------------------
+
+
+def write_splits(path, train, val, test, layout='names'):
+    """CLAM's files: names in columns that end where they end, after the rows' numbers; or a row for each name."""
+    if layout == 'bool':
+        rows = [[name, *(name in names for names in (train, val, test))] for name in train + val + test]
+        write_table(path, ['', 'train', 'val', 'test'], rows)
+    else:
+        rows = [[i, *(names[i] if i < len(names) else '' for names in (train, val, test))] for i in range(len(train))]
+        write_table(path, ['', 'train', 'val', 'test'], rows)
+
+
+@pytest.mark.parametrize('layout', ['names', 'bool'])
+@pytest.mark.parametrize('by', ['slide', 'file', 'number'])
+def test_splits_of_slides(layout, by, tmp_path, warnings_of_a_run):
+    """Slides that the file does not name are left out, and told; numbers have a point where their column has a gap."""
+    name = dict(slide='s{}', file='s{}', number='{}')[by]
+    ids = [name.format(i) + ('.svs' if by == 'file' else '') for i in range(8)]
+    write_table(tmp_path / 'labels.csv', LABELS[:2], [[slide, 'ab'[i % 2]] for i, slide in enumerate(ids)])
+    for i in range(8):
+        write_slide(tmp_path / f'{name.format(i)}.h5')
+    split = [name.format(i) + ('.0' if by == 'number' and i > 3 else '') for i in range(7)]
+    write_splits(tmp_path / 'splits_3.csv', [*split[:4], name.format(99)], split[4:6], split[6:], layout)
+    options = dict(split_file='splits_{fold}.csv', fold=3)
+    got = {
+        each: [bag[0].slide_id for bag in SlideDataset(str(tmp_path), 'labels.csv', each, **options).bags]
+        for each in ('train', 'val', 'test')
+    }
+    assert got == dict(train=ids[:4], val=ids[4:6], test=ids[6:7])
+    said = 'left out are slides of the table that are in no split (1) and names that are not in the table (1).'
+    assert warnings_of_a_run[0] == f'splits_3.csv: {said}'
+
+
+def test_splits_of_cases_without_a_test(cases, tmp_path, capsys):
+    """As the first fold of survival sets has them: trained on as it is, and refused before the time of a wsi-repeat."""
+    names = [f'c{i}' for i in range(12)]
+    for fold in range(3):
+        write_splits(cases / f'splits_{fold}.csv', names[:8], names[8:], [] if fold == 0 else names[10:])
+    write_splits(cases / 'splits_1.csv', names[:8], names[8:10], names[10:])
+    dataset = SlideDataset(str(cases), 'survival.csv', 'val', task='survival', split_file='splits_0.csv')
+    assert [bag[0].case_id for bag in dataset.bags] == names[8:]
+    assert [len(bag) for bag in dataset.bags] == [1, 2, 1, 2]
+    with pytest.raises(RunError, match='splits_0.csv must have slides in its column test, got none'):
+        SlideDataset(str(cases), 'survival.csv', 'test', task='survival', split_file='splits_0.csv')
+    changes = SMALL | {'dataset.split_file': 'splits_{fold}.csv', 'dataset.bins': 2, 'model.num_classes': 2}
+    arguments = ['--folds', 3, '--data-root', cases, '--work-dir', tmp_path / 'runs']
+    assert run('wsi-repeat', 'wsi/survival', *arguments, *options(**changes)) == 2
+    error = capsys.readouterr().err
+    assert 'fold0: ' in error and 'test_dataloader.dataset.split=val tests on the validation data' in error
+    assert not (tmp_path / 'runs').exists()
+    changes['dataset.split_file'] = 'splits_0.csv'
+    assert run('wsi-repeat', 'wsi/survival', *arguments, *options(**changes)) == 2
+    assert 'must name the file of each of --folds by {fold}, got splits_0.csv' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    'splits, options, said',
+    [
+        ([['s0', 's1'], ['s1', 's2'], []], {}, "row 3: 's1' must be in one split, got val and train"),
+        ([['x', 'y'], ['z', ''], []], {}, 'splits.csv must name slides or cases of the table, such as s0, got none of'),
+        ([['s0', 's1'], ['s2', ''], []], dict(folds=3), 'split_file and folds must not both be given'),
+    ],
+)
+def test_bad_splits_are_refused(splits, options, said, classification):
+    write_splits(classification / 'splits.csv', *splits)
+    with pytest.raises(RunError, match=said):
+        SlideDataset(str(classification), 'labels.csv', 'train', split_file='splits.csv', **options)
+
+
+def test_splits_that_part_a_patient_are_refused(barcodes):
+    slides = sorted(path.stem for path in barcodes.glob('*.h5'))
+    write_splits(barcodes / 'splits.csv', slides[:31], slides[31:45], slides[45:])
+    with pytest.raises(RunError, match="split must be that of case 'TCGA-15-A015' .*, 'train', got 'val'"):
+        SlideDataset(str(barcodes), 'labels.csv', 'train', split_file='splits.csv')
+    assert len(SlideDataset(str(barcodes), 'labels.csv', 'train', split_file='splits.csv', barcodes=False)) == 31
+
+
 # ---- patients --------------------------------------------------------------------------------------------------------
 
 BARCODE = 'TCGA-{:02}-A{:03}-01{}-00-DX1.0a1b.svs'  # of one patient, samples A and B
@@ -527,7 +659,7 @@ def test_time_bins_come_from_the_training_data(cases):
         (
             lambda path: write_table(path / 'labels.csv', LABELS[:2], [['s0', 'a'], ['s1', 'b']]),
             {},
-            "split must be .* by a column of that name or by folds, got 'train' with none",
+            "split must be .* by a column of that name, by split_file or by folds, got 'train' with none",
         ),
         (
             lambda path: write_table(path / 'labels.csv', LABELS, [['s0', 'a', 'train'], ['s1', 'b', 'val']]),
