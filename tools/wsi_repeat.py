@@ -42,8 +42,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f'CONFIG must be one whose dataset is a SlideDataset, got {args.config}.')
     runs = [f'seed{seed}' for seed in args.seeds] if args.seeds else [f'fold{fold}' for fold in range(args.folds)]
     splits = cfg.dataset.get('split_file')
-    if args.folds and splits and '{fold}' not in splits:
-        raise UsageError(f'dataset.split_file must name the file of each of --folds by {{fold}}, got {splits}.')
+    if args.folds and splits and '%d' not in splits:
+        raise UsageError(f'dataset.split_file must name the file of each of --folds by %d, got {splits}.')
     configs = {}
     for i, name in enumerate(runs):
         changed = copy.deepcopy(cfg)

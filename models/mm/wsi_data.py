@@ -39,7 +39,7 @@ class SlideDataset(Dataset):
         bins: Number of time bins for the discrete-time likelihood, whose edges come from the events of the training
             data; None for Cox's loss.
         split_file: A file of splits, see `read_splits`, in place of the table's column; a relative path begins in
-            data_root, and {fold} in it stands for the fold.
+            data_root, and %d in it stands for the fold.
         folds: Number of folds to split the cases into, see `split_cases`, instead of by the table's column.
         fold: Number of the fold for the test; the next one is for validation.
         fold_seed: Seed of the division into folds.
@@ -202,7 +202,7 @@ class SlideDataset(Dataset):
 
 def table_files(data_root: str, ann_file: str, split_file: str | None = None, fold: int = 0, **_: Any) -> list[Path]:
     """The files that say what a SlideDataset with these arguments holds: its table, and that of its splits if any."""
-    splits = [Path(data_root, split_file.replace('{fold}', str(fold)))] if split_file else []
+    splits = [Path(data_root, split_file.replace('%d', str(fold)))] if split_file else []
     return [Path(data_root, ann_file), *splits]
 
 

@@ -262,7 +262,7 @@ def test_splits_of_slides(layout, by, tmp_path, warnings_of_a_run):
         write_slide(tmp_path / f'{name.format(i)}.h5')
     split = [name.format(i) + ('.0' if by == 'number' and i > 3 else '') for i in range(7)]
     write_splits(tmp_path / 'splits_3.csv', [*split[:4], name.format(99)], split[4:6], split[6:], layout)
-    options = dict(split_file='splits_{fold}.csv', fold=3)
+    options = dict(split_file='splits_%d.csv', fold=3)
     got = {
         each: [bag[0].slide_id for bag in SlideDataset(str(tmp_path), 'labels.csv', each, **options).bags]
         for each in ('train', 'val', 'test')
@@ -275,15 +275,15 @@ def test_splits_of_slides(layout, by, tmp_path, warnings_of_a_run):
 def test_splits_of_cases_without_a_test(cases, tmp_path, capsys):
     """As the first fold of survival sets has them: trained on as it is, and refused before the time of a wsi-repeat."""
     names = [f'c{i}' for i in range(12)]
-    for fold in range(3):
-        write_splits(cases / f'splits_{fold}.csv', names[:8], names[8:], [] if fold == 0 else names[10:])
-    write_splits(cases / 'splits_1.csv', names[:8], names[8:10], names[10:])
+    write_splits(cases / 'splits_0.csv', names[:8], names[8:], [])
+    for fold in (1, 2):
+        write_splits(cases / f'splits_{fold}.csv', names[:8], names[8:10], names[10:])
     dataset = SlideDataset(str(cases), 'survival.csv', 'val', task='survival', split_file='splits_0.csv')
     assert [bag[0].case_id for bag in dataset.bags] == names[8:]
     assert [len(bag) for bag in dataset.bags] == [1, 2, 1, 2]
     with pytest.raises(RunError, match='splits_0.csv must have slides in its column test, got none'):
         SlideDataset(str(cases), 'survival.csv', 'test', task='survival', split_file='splits_0.csv')
-    changes = SMALL | {'dataset.split_file': 'splits_{fold}.csv', 'dataset.bins': 2, 'model.num_classes': 2}
+    changes = SMALL | {'dataset.split_file': 'splits_%d.csv', 'dataset.bins': 2, 'model.num_classes': 2}
     arguments = ['--folds', 3, '--data-root', cases, '--work-dir', tmp_path / 'runs']
     assert run('wsi-repeat', 'wsi/survival', *arguments, *options(**changes)) == 2
     error = capsys.readouterr().err
@@ -291,7 +291,7 @@ def test_splits_of_cases_without_a_test(cases, tmp_path, capsys):
     assert not (tmp_path / 'runs').exists()
     changes['dataset.split_file'] = 'splits_0.csv'
     assert run('wsi-repeat', 'wsi/survival', *arguments, *options(**changes)) == 2
-    assert 'must name the file of each of --folds by {fold}, got splits_0.csv' in capsys.readouterr().err
+    assert 'must name the file of each of --folds by %d, got splits_0.csv' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -856,7 +856,13 @@ def test_the_whole_path(classification, tmp_path, capsys):
 
 
 HERE = {key: value for key, value in SMALL.items() if not key.startswith('model.')}  # where and how fast it runs
-TRAINED = {'model.crop': True, 'model.pad_token': 'zero', 'model.drop_rate': 0.1, 'dataset.classes': ['b', 'a']}
+TRAINED = {
+    'model.crop': True,
+    'model.pad_token': 'zero',
+    'model.drop_rate': 0.1,
+    'dataset.classes': ['b', 'a'],
+    'dataset.columns': {'label': 'Subtype'},
+}
 
 
 @pytest.fixture(scope='module')
@@ -867,7 +873,7 @@ def trained(tmp_path_factory):
     for i in range(12):
         rows.append([f's{i}', 'ab'[i % 2], ('train', 'train', 'val', 'test')[i // 3]])
         write_slide(folder / f's{i}.h5', torch.randn(PATCHES, WIDTH) + 3 * (i % 2))
-    write_table(folder / 'labels.csv', LABELS, rows)
+    write_table(folder / 'labels.csv', ['slide_id', 'Subtype', 'split'], rows)
     arguments = ['--data-root', folder, '--work-dir', folder / 'run', *options(**SMALL | TRAINED)]
     assert run('train', 'wsi/classification', *arguments) == 0
     return folder
@@ -902,6 +908,7 @@ def test_the_checkpoint_decides(file, trained, tmp_path, capsys):
         ({'dataset.classes': ['a', 'b']}, "dataset.classes=['b', 'a'], not ['a', 'b']"),
         ({'test_dataloader.dataset.classes': ['a', 'b']}, "dataset.classes=['b', 'a'], not ['a', 'b']"),
         ({'dataset.folds': 3}, 'dataset.folds=None, not 3'),
+        ({'dataset.columns': {'label': 'split'}}, "dataset.columns={'label': 'Subtype'}, not {'label': 'split'}"),
     ],
 )
 def test_what_contradicts_the_checkpoint_is_refused(file, changes, said, trained, tmp_path, capsys):
@@ -939,6 +946,7 @@ def test_folds_of_another_table_are_not_known(trained, tmp_path, capsys):
     rows = list(csv.reader(open(trained / 'labels.csv')))
     write_table(tmp_path / 'labels.csv', rows[0][:2], [row[:2] for row in rows[1:]])
     changes = {'dataset.ann_file': str(tmp_path / 'labels.csv'), 'dataset.folds': 3}
+    changes['dataset.columns'] = TRAINED['dataset.columns']
     predictions('wsi/classification', trained / 'run' / 'best.safetensors', trained, tmp_path, **changes)
     assert 'whether cases that are tested were trained on is not known' in capsys.readouterr().out.replace('\n', ' ')
 
