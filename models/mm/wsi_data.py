@@ -86,9 +86,10 @@ class SlideDataset(Dataset):
         except (FileNotFoundError, ValueError) as error:
             raise RunError(str(error)) from error
         if problems:
-            raise RunError(
-                f'{problems[0]} `vssm wsi-check {self.table} {data_root}` lists all {len(problems)} problems.'
-            )
+            how = f'{len(problems)} problems in all.'
+            if self.split_file is None:
+                how = f'`vssm wsi-check {self.table} {data_root}` lists all {len(problems)} problems.'
+            raise RunError(f'{problems[0]} {how}')
         for note in notes if split == 'train' else ():  # once for the data of a run
             print_log(note, 'current', logging.WARNING)
         by_split: dict[str | None, list[Slide]] = defaultdict(list)
@@ -121,7 +122,7 @@ class SlideDataset(Dataset):
             classes=list(self.metainfo.get('classes', ())),
             edges=[] if task == 'classification' else self.edges.tolist(),
             barcodes=barcodes,
-            columns=dict(columns or {}),
+            columns=dict(columns) if columns else None,
             split_file=split_file,
             folds=folds,
             fold=fold,

@@ -61,6 +61,11 @@ def write_table(path, header, rows):
         csv.writer(file).writerows([header, *rows])
 
 
+def labels(classes):
+    """The rows of a table of twelve slides, whose classes take turns."""
+    return [[f's{i}', classes[i % 2], ('train', 'train', 'val', 'test')[i // 3]] for i in range(12)]
+
+
 def write_slide(path, features=None, coords=None):
     """A 3 x 3 grid of patches, beginning one cell from the corner and off the cells' corners."""
     if features is None:
@@ -76,13 +81,11 @@ def classification(tmp_path):
     """A folder with twelve slides of two classes, of which the first feature speaks, and its labels.csv."""
     folder = tmp_path / 'data'
     folder.mkdir()
-    rows = []
     for i in range(12):
-        rows.append([f's{i}', 'ab'[i % 2], ('train', 'train', 'val', 'test')[i // 3]])
         features = torch.randn(PATCHES, WIDTH)
         features[:, 0] += 3 * (i % 2)
         write_slide(folder / f's{i}.h5', features)
-    write_table(folder / 'labels.csv', ['slide_id', 'label', 'split'], rows)
+    write_table(folder / 'labels.csv', LABELS, labels('ab'))
     return folder
 
 
@@ -709,17 +712,15 @@ def test_a_split_without_a_metric_is_told(split, kind, said, tmp_path, warnings_
     for each in ('train', 'val', 'test'):
         SlideDataset(str(tmp_path), 'table.csv', each, **task)
     assert len(warnings_of_a_run) == 1 and said in warnings_of_a_run[0]
+    if split == 'test':
+        return
     changes = SMALL | {'dataset.ann_file': 'table.csv', 'train_dataloader.batch_size': 2}
     if kind == 'event':
         changes |= {'dataset.bins': 2, 'model.num_classes': 2}
     arguments = ['--data-root', tmp_path, '--work-dir', tmp_path / 'run', *options(**changes)]
     assert run('train', 'wsi/classification' if kind == 'label' else 'wsi/survival', *arguments) == 0
     _, metadata = read_checkpoint(tmp_path / 'run' / 'best.safetensors')
-    value = metadata['wsi/auc' if kind == 'label' else 'wsi/c_index']
-    if split == 'val':
-        assert value == 'nan' and metadata['epoch'] == '2'
-    else:
-        assert math.isfinite(float(value))
+    assert metadata['wsi/auc' if kind == 'label' else 'wsi/c_index'] == 'nan' and metadata['epoch'] == '2'
 
 
 def test_a_training_without_events_is_refused(cases):
@@ -869,11 +870,9 @@ TRAINED = {
 def trained(tmp_path_factory):
     """A work dir and its data: a network cropped to the tissue, that was told its classes in another order."""
     folder = tmp_path_factory.mktemp('trained')
-    rows = []
     for i in range(12):
-        rows.append([f's{i}', 'ab'[i % 2], ('train', 'train', 'val', 'test')[i // 3]])
         write_slide(folder / f's{i}.h5', torch.randn(PATCHES, WIDTH) + 3 * (i % 2))
-    write_table(folder / 'labels.csv', ['slide_id', 'Subtype', 'split'], rows)
+    write_table(folder / 'labels.csv', ['slide_id', 'Subtype', 'split'], labels('ab'))
     arguments = ['--data-root', folder, '--work-dir', folder / 'run', *options(**SMALL | TRAINED)]
     assert run('train', 'wsi/classification', *arguments) == 0
     return folder
@@ -1046,7 +1045,7 @@ def repeated(tmp_path_factory):
     folder = tmp_path_factory.mktemp('repeated')
     for i in range(12):
         write_slide(folder / f's{i}.h5', torch.randn(PATCHES, WIDTH) + 3 * (i % 2))
-    write_table(folder / 'labels.csv', LABELS[:2], [[f's{i}', 'ab'[i % 2]] for i in range(12)])
+    write_table(folder / 'labels.csv', LABELS, labels('ab'))
     changes = SMALL | {'train_cfg.max_epochs': 1}
     assert run(*repeat(folder, folder / 'runs', changes)) == 0
     return folder, changes
@@ -1054,7 +1053,7 @@ def repeated(tmp_path_factory):
 
 def repeat(folder, work_dir, changes):
     arguments = ['--data-root', folder, '--work-dir', work_dir, *options(**changes)]
-    return ['wsi-repeat', 'wsi/classification', '--folds', 3, *arguments]
+    return ['wsi-repeat', 'wsi/classification', '--seeds', 0, 1, *arguments]
 
 
 @pytest.fixture
@@ -1068,14 +1067,10 @@ def finished(repeated, tmp_path):
 def test_repeat_says_what_it_reuses(finished, capsys):
     folder, work_dir, changes = finished
     results = (work_dir / 'results.json').read_text()
-    (work_dir / 'fold1' / 'run.json').unlink()  # as if it had not begun
-    assert run(*repeat(folder, work_dir, {**changes, 'train_dataloader.num_workers': 1})) == 0
+    (work_dir / 'seed1' / 'run.json').unlink()  # as if it had not begun
+    assert run(*repeat(folder, work_dir, {**changes, 'default_hooks.logger.interval': 5})) == 0
     out = capsys.readouterr().out
-    assert [f'fold{i}: the finished training of {work_dir}/fold{i} is tested again' in out for i in range(3)] == [
-        True,
-        False,
-        True,
-    ]
+    assert f'seed0: the finished training of {work_dir}/seed0 is tested again' in out and 'seed1: ' not in out
     assert json.loads((work_dir / 'results.json').read_text()) == json.loads(results)
 
 
@@ -1093,7 +1088,7 @@ def test_repeat_reuses_no_runs_of_other_options(changes, said, finished, capsys)
     results = (work_dir / 'results.json').read_bytes()
     assert run(*repeat(folder, work_dir, before | changes)) == 2
     error = capsys.readouterr().err
-    assert f'{work_dir}/fold0 holds a run of other options, {said}' in error and error.count('\n') == 1
+    assert f'{work_dir}/seed0 holds a run of other options, {said}' in error and error.count('\n') == 1
     assert (work_dir / 'results.json').read_bytes() == results
 
 
@@ -1102,13 +1097,13 @@ def test_repeat_reuses_no_runs_of_another_table(finished, capsys):
     folder, work_dir, changes = finished
     table = (folder / 'labels.csv').read_bytes()
     try:
-        write_table(folder / 'labels.csv', LABELS[:2], [[f's{i}', 'ba'[i % 2]] for i in range(12)])
+        write_table(folder / 'labels.csv', LABELS, labels('ba'))
         assert run(*repeat(folder, work_dir, changes)) == 2
         assert (
-            f'{work_dir}/fold0 holds a run of another table, {folder}/labels.csv has changed' in capsys.readouterr().err
+            f'{work_dir}/seed0 holds a run of another table, {folder}/labels.csv has changed' in capsys.readouterr().err
         )
-        arguments = ['--data-root', folder, '--work-dir', work_dir / 'fold0', '--resume']
-        changes = changes | {'dataset.folds': 3, 'train_cfg.max_epochs': 2}
+        arguments = ['--data-root', folder, '--work-dir', work_dir / 'seed0', '--resume']
+        changes = changes | {'train_cfg.max_epochs': 2}
         assert run('train', 'wsi/classification', *arguments, *options(**changes)) == 2
         assert 'with other data (table: ' in capsys.readouterr().err
     finally:
