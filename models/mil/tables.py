@@ -22,6 +22,7 @@ __all__ = [
     'Slide',
     'apply_splits',
     'class_name',
+    'read_rows',
     'read_splits',
     'read_table',
     'recognised_cases',
