@@ -55,12 +55,12 @@ ALSO = {  # what single files may besides
     'models/mm/sources.py': {'mmengine'},
     'models/mm/wsi.py': {'mmengine', 'torchmetrics', 'torchsurv'},
     'models/mm/wsi_data.py': {'mmengine'},
+    'models/mm/wsi_notes.py': {'mmengine'},
     'models/mm/utils.py': {'mmengine', 'numpy', 'safetensors'},
     'models/mm/mmcv_ext/__init__.py': {'mmengine'},
     'models/mm/mmcv_ext/boxes.py': {'torchvision'},
     'models/mm/mmcv_ext/regions.py': {'torchvision'},
     'models/mil/slides.py': {'h5py', 'numpy'},
-    'models/mil/survival.py': {'torchsurv'},
 }
 
 

@@ -179,6 +179,32 @@ def _move_data(cfg: 'Config', root: str) -> None:
             evaluator.ann_file = str(Path(root, Path(evaluator.ann_file).relative_to(before)))
 
 
+def follow_checkpoint(cfg: 'Config', checkpoint: Path, options: Sequence[str] = (), force: bool = False) -> None:
+    """Let a config for slides build what a checkpoint was trained with, and say what changes by that.
+
+    Args:
+        cfg: Config, of whatever task.
+        checkpoint: Checkpoint that is tested.
+        options: Options of the command line, KEY=VALUE, which must not contradict the checkpoint.
+        force: Whether the options stand where they do.
+
+    Raises:
+        UsageError: They contradict it, or the checkpoint cannot be read or is of another task.
+    """
+    if cfg.model.get('type') not in ('SlideClassifier', 'SlideSurvival'):
+        return
+    from ..models.mm import RunError
+    from ..models.mm.wsi_notes import follow_checkpoint as follow
+    from ._options import parse_option
+
+    try:
+        sentences = follow(cfg, checkpoint, dict(parse_option(option) for option in options), force)
+    except (RunError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    for sentence in sentences:
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+
+
 def build_runner(cfg: 'Config') -> 'Runner':
     """The runner of a config.
 

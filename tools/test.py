@@ -5,7 +5,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ._common import UsageError, add_run_arguments, build_runner, read_config
+from ._common import UsageError, add_run_arguments, build_runner, follow_checkpoint, read_config
 from ._tables import print_table
 
 EXAMPLE = 'vssm test digits/vmamba2d_test work_dirs/digits/vmamba2d_test/checkpoint.safetensors'
@@ -17,7 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--tta', action='store_true', help='test on several scales and flips, where the config has them'
     )
-    parser.add_argument('--force', action='store_true', help='test even a checkpoint that notes another model')
+    parser.add_argument(
+        '--force',
+        action='store_true',
+        help='test even a checkpoint that notes another model, or other options of slides',
+    )
     add_run_arguments(parser)
 
 
@@ -30,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(f'--tta needs a config with tta_model and tta_pipeline, got {args.config}.')
         cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
         cfg.model = dict(**cfg.tta_model, module=cfg.model)
+    follow_checkpoint(cfg, args.checkpoint, args.cfg_options, args.force)
     cfg.load_from = str(args.checkpoint)
     cfg.resume, cfg.force = False, args.force
     runner = build_runner(cfg)

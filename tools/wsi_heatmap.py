@@ -8,6 +8,7 @@ package openslide-python and the slide's file; without either the grid is drawn,
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     except (FileNotFoundError, ValueError) as error:
         raise UsageError(str(error)) from error
     thumbnail, on = read_thumbnail(args.slide)
-    title = f'{args.features.stem}\noutputs {", ".join(f"{value:.2f}" for value in logits.tolist())}'
+    title = f'{args.features.stem}\noutputs {describe_outputs(args.checkpoint, logits.tolist())}'
     save_figure(draw(weights / weights.mean(), cells, grid, coords, patch_size, thumbnail, title), args.output)
     console.print(f'{args.output}, drawn on {on}', highlight=False, soft_wrap=True)
     return 0
@@ -90,6 +91,14 @@ def load_model(path: Path) -> 'MIL':
     except (KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f'checkpoint {path} does not fit {metadata["model"]}: {error}') from error
     return model.eval()
+
+
+def describe_outputs(path: Path, logits: Sequence[float]) -> str:
+    """A network's outputs for a slide, after the names of the classes that its checkpoint notes."""
+    from ..models.weights import read_checkpoint
+
+    names = json.loads(read_checkpoint(path)[1].get('data', '{}')).get('classes') or [''] * len(logits)
+    return ', '.join(f'{name} {value:.2f}'.strip() for name, value in zip(names, logits, strict=True))
 
 
 def read_thumbnail(slide: Path | None) -> tuple[tuple['Image.Image', tuple[int, int]] | None, str]:

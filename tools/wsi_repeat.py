@@ -2,11 +2,14 @@
 """Train and test a config on slides with several seeds, or on all folds, and show mean and standard deviation.
 
 Each run has a folder of its own in the work dir, and is tested with its best weights on the validation data. A run that
-is there already goes on where it stopped, so that the command may be given again. Results go to results.json.
+is there already goes on where it stopped, so that the command may be given again; one of other options, or of another
+table, is refused. Results go to results.json.
 """
 
 import argparse
 import copy
+import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -38,15 +41,22 @@ def run(args: argparse.Namespace) -> int:
     if cfg.get('dataset', {}).get('type') != 'SlideDataset':
         raise UsageError(f'CONFIG must be one whose dataset is a SlideDataset, got {args.config}.')
     runs = [f'seed{seed}' for seed in args.seeds] if args.seeds else [f'fold{fold}' for fold in range(args.folds)]
-    results: dict[str, dict[str, float]] = {}
+    splits = cfg.dataset.get('split_file')
+    if args.folds and splits and '%d' not in splits:
+        raise UsageError(f'dataset.split_file must name the file of each of --folds by %d, got {splits}.')
+    configs = {}
     for i, name in enumerate(runs):
         changed = copy.deepcopy(cfg)
         changed.work_dir = str(Path(cfg.work_dir, name))
         if args.seeds:
             changed.randomness = dict(cfg.get('randomness', {}), seed=args.seeds[i])
         else:
-            changed.dataset.update(folds=args.folds, fold=i)
-        results[name] = train_and_test(changed)
+            changed.dataset.update(fold=i, folds=None if cfg.dataset.get('split_file') else args.folds)
+        configs[name] = changed
+    for changed in configs.values():  # before the first of them takes its time
+        check_test(changed)
+        check_run(changed)
+    results = {name: train_and_test(changed) for name, changed in configs.items()}
     from mmengine.dist import is_main_process
 
     if not is_main_process():
@@ -60,30 +70,91 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def train_and_test(cfg: 'Config') -> dict[str, float]:
-    """The metrics of a config's best weights on its test data."""
-    from ..models.mm import RunError, current_run
+def check_test(cfg: 'Config') -> None:
+    """Build the data set that a config tests on, which published splits may lack.
 
-    best = Path(cfg.work_dir, 'best.safetensors')
-    cfg.experiment_name = '-'.join(Path(cfg.work_dir).parts)  # the name by which mmengine keeps loggers and histories
+    Raises:
+        UsageError: It is not as needed, such as one without slides.
+    """
+    from mmengine.registry import DATASETS
+
+    from ..models.mm import RunError
+
     try:
-        cfg.resume = current_run(cfg.work_dir) is not None
-        build_runner(copy.deepcopy(cfg)).train()
-        if not best.is_file():
-            raise UsageError(f'CONFIG must have a BestHook in custom_hooks, so that {best} is there.')
-        cfg.update(load_from=str(best), resume=False, experiment_name=f'{cfg.experiment_name}-test')
-        return build_runner(cfg).test()
+        DATASETS.build({**cfg.dataset, **cfg.test_dataloader.dataset})
     except RunError as error:
         raise UsageError(f'{Path(cfg.work_dir).name}: {error}') from error
 
 
+def check_run(cfg: 'Config') -> None:
+    """Let a config go on with the run in its work dir, if there is one, and say so.
+
+    Raises:
+        UsageError: That run had other options, or another table.
+    """
+    from ..models.mm import RunError
+    from ..models.mm.compare import other_options
+    from ..models.mm.identity import current_run, own_checkpoints
+    from ..models.mm.saved import read_notes
+    from ..models.mm.wsi_data import table_digest, table_files
+
+    folder = Path(cfg.work_dir)
+    try:
+        run = current_run(folder)
+        own = own_checkpoints(folder, 'epoch_{}.pth', run) if run is not None else ()
+        path = next((path for path, problem in own if problem is None), None)
+        notes = read_notes(path) if path is not None else {}
+    except (OSError, RunError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    cfg.resume = path is not None
+    if path is None:
+        return
+    others = other_options(notes.get('cfg'), cfg)
+    files = table_files(**cfg.dataset)
+    reason = f'other options, {"; ".join(others)}' if others else ''
+    if not others and json.loads(notes.get('data', '{}')).get('table') != table_digest(files):
+        reason = f'another table, {" or ".join(map(str, files))} has changed'
+    if reason:
+        raise UsageError(f'{folder} holds a run of {reason}: remove it, or name another folder by --work-dir.')
+    finished = notes.get('epoch') == cfg.train_cfg.max_epochs
+    what = f'the finished training of {folder} is tested again' if finished else f'goes on from {path}'
+    console.print(f'{folder.name}: {what}', highlight=False, soft_wrap=True)
+
+
+def train_and_test(cfg: 'Config') -> dict[str, float]:
+    """The metrics of a config's best weights on its test data."""
+    from ..models.mm import RunError
+    from ..models.mm.wsi_notes import follow_checkpoint
+
+    best = Path(cfg.work_dir, 'best.safetensors')
+    cfg.experiment_name = '-'.join(Path(cfg.work_dir).parts)  # the name by which mmengine keeps loggers and histories
+    try:
+        build_runner(copy.deepcopy(cfg)).train()
+        if not best.is_file():
+            raise UsageError(f'CONFIG must have a BestHook in custom_hooks, so that {best} is there.')
+        follow_checkpoint(cfg, best, {})
+        cfg.update(load_from=str(best), resume=False, experiment_name=f'{cfg.experiment_name}-test')
+        return build_runner(cfg).test()
+    except (RunError, ValueError) as error:
+        raise UsageError(f'{Path(cfg.work_dir).name}: {error}') from error
+
+
 def summarise(results: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean and standard deviation (n - 1) of each metric over the runs; the deviation of a single run is 0."""
-    columns = {name: [metrics[name] for metrics in results] for name in results[0]}
+    """Mean and standard deviation (n - 1) of each metric over the runs in which it is defined, that is not NaN.
+
+    The deviation of a single run is 0; where a metric is defined in none, both are NaN.
+    """
+    columns = {name: [m[name] for m in results if not math.isnan(m[name])] for name in results[0]}
     return dict(
-        mean={name: statistics.fmean(values) for name, values in columns.items()},
-        deviation={name: statistics.stdev(values) if len(values) > 1 else 0.0 for name, values in columns.items()},
+        mean={name: statistics.fmean(values) if values else math.nan for name, values in columns.items()},
+        deviation={name: _deviation(values) for name, values in columns.items()},
     )
+
+
+def _deviation(values: list[float]) -> float:
+    if len(values) > 1:
+        return statistics.stdev(values)
+    return 0.0 if values else math.nan
 
 
 if __name__ == '__main__':

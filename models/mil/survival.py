@@ -5,8 +5,6 @@ The logits of a discrete-time model are hazards after a sigmoid: the probability
 time, if it did not fall into an earlier one. Survival is S[k] = prod over j <= k of (1 - hazard[j]).
 """
 
-import warnings
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -67,21 +65,26 @@ def survival_nll(logits: Tensor, bins: Tensor, censored: Tensor, alpha: float = 
 
 
 def cox_loss(log_hazards: Tensor, times: Tensor, censored: Tensor) -> Tensor:
-    """Cox's negative log partial likelihood over the cases of a batch, with Efron's ties, by torchsurv.
+    """Cox's negative log partial likelihood over the cases of a batch, with Efron's ties, as a mean over the events.
+
+    All sums of hazards stay logarithms, so that neither a common drift of the outputs nor their spread matters.
 
     Args:
         log_hazards: Outputs of the network, (batch, 1).
         times: Times of the event or of censoring, (batch,).
         censored: Whether the event was not seen, (batch,). A batch without an event has a loss of 0.
     """
-    from torchsurv.loss.cox import neg_partial_log_likelihood
-
     events = ~censored.bool()
     if not events.any():
         return log_hazards.sum() * 0.0
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Ties in `time`')  # Efron's method deals with them
-        return neg_partial_log_likelihood(log_hazards.squeeze(1), events, times)
+    r = log_hazards.squeeze(1)
+    own, when = r[events], times[events]
+    at_risk = torch.where(times >= when[:, None], r, -torch.inf).logsumexp(1)  # [events, batch] -> [events]
+    tied = when == when[:, None]  # [events, events]
+    together = torch.where(tied, own, -torch.inf).logsumexp(1)
+    share = tied.tril(-1).sum(1) / tied.sum(1)  # of the tied events' hazards, which those before in a tie have left
+    log_sum = at_risk + torch.log1p(-share * (together - at_risk).exp())
+    return (log_sum - own).mean()
 
 
 def risk_score(logits: Tensor) -> Tensor:

@@ -2,20 +2,31 @@
 """Whether a checkpoint and a config belong together: the config that the checkpoint notes is read, and never run."""
 
 import ast
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mmengine.config import Config
 from mmengine.hooks import EMAHook
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, Runner
 
 from ..weights.read import is_safetensors
+from .hooks import note_data
 from .saved import read_notes
 from .sources import local_file
 
-__all__ = ['check_network', 'check_optimizer', 'check_position', 'name_optimizers', 'reasons_to_stop']
+__all__ = [
+    'check_data',
+    'check_network',
+    'check_optimizer',
+    'check_position',
+    'name_optimizers',
+    'other_options',
+    'reasons_to_stop',
+]
 
 COUNTS = 'optim_wrapper.accumulative_counts'
 NOT_SET = 'not set'
@@ -32,6 +43,12 @@ _ASIDE = {
     'visualizer',
     'work_dir',
 }
+
+# What changes the time that a run takes, or what it tells, and not its results.
+_NO_RESULT = re.compile(
+    r'custom_imports|default_hooks\.(checkpoint|logger|progress)\.|device$|env_cfg|log_processor|num_threads|dataset\.cache|'
+    r'\w+_dataloader\.(num_workers|persistent_workers|pin_memory|prefetch_factor|dataset\.cache)'
+)
 
 # Parts of a model's config that steer its training and its test, and leave the network what it is.
 _NO_NETWORK = re.compile(
@@ -92,6 +109,30 @@ def other_models(changes: dict[str, str]) -> list[str]:
         for key, change in changes.items()
         if key.startswith('model.') and not _NO_NETWORK.search(key)
     ]
+
+
+def other_options(text: Any, cfg: Config) -> list[str]:
+    """What a checkpoint's config says that makes its run another one than this config's, a line for each key.
+
+    Args:
+        text: The config that the checkpoint notes.
+        cfg: The config of now. How its data are loaded and its work is told may differ.
+    """
+    saved, now = flat_config(text), flat_config(cfg.pretty_text)
+    if saved is None or now is None:
+        return ['its config cannot be read']
+    return [f'{key}: {change}' for key, change in differences(saved, now).items() if not _NO_RESULT.match(key)]
+
+
+def check_data(runner: Runner, meta: dict[str, Any]) -> list[str]:
+    """Why a run would not go on with the data that it began with, if so, as far as the checkpoint notes them."""
+    saved, now = (json.loads(notes.get('data', '{}')) for notes in (meta, note_data(runner)))
+    changes = [
+        f'{key}: {_short(str(saved[key]))} -> {_short(str(now.get(key)))}'
+        for key in saved
+        if saved[key] != now.get(key)
+    ]
+    return [f'other data ({"; ".join(changes)})'] if changes else []
 
 
 def reasons_to_stop(runner: Runner, path: Path, checkpoint: dict[str, Any]) -> list[str]:

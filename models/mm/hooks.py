@@ -38,6 +38,7 @@ __all__ = [
     'SeedHook',
     'SharedBuffersHook',
     'UnreadableImagesHook',
+    'note_data',
     'save_for_timm',
 ]
 
@@ -214,13 +215,13 @@ class BestHook(Hook):
     """Writes a file like SafetensorsHook's, WORK_DIR/best.safetensors, when a metric of the evaluation is a new best.
 
     The metadata hold the metric and the seed too. A resumed run reads its best metric from the file, unless it is that
-    of an earlier run.
+    of an earlier run. A metric that is NaN is not defined for the data; then the last weights count as the best.
 
     Args:
         metric: Name of the metric, such as 'accuracy/top1'.
 
     Raises:
-        RunError: The evaluation has no such metric, or the metric is not finite.
+        RunError: The evaluation has no such metric, or the metric is infinite.
     """
 
     priority = 'LOW'  # after EMAHook, which swaps the weights and their average for the evaluation, and back
@@ -235,14 +236,22 @@ class BestHook(Hook):
     def _read_best(self, runner: Runner) -> float:
         path = Path(runner.work_dir, 'best.safetensors')
         metadata = read_checkpoint(path)[1] if path.is_file() else {}
-        return float(metadata.get(self.metric, -math.inf)) if metadata.get('run') == runner.run_name else -math.inf
+        value = float(metadata.get(self.metric, math.nan)) if metadata.get('run') == runner.run_name else math.nan
+        return -math.inf if math.isnan(value) else value
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float]) -> None:
-        value = metrics.get(self.metric, math.nan)
-        if not math.isfinite(value):
-            raise RunError(f'BestHook needs a finite {self.metric}, got {value}: evaluated are {", ".join(metrics)}.')
-        if value > self.best:
-            self.best = value
+        value = metrics.get(self.metric, math.inf)
+        if math.isinf(value):
+            raise RunError(
+                f'BestHook needs {self.metric}, got {metrics.get(self.metric)}: evaluated are {", ".join(metrics)}.'
+            )
+        undefined = math.isnan(value) and self.best == -math.inf
+        if undefined:
+            runner.logger.warning(
+                f'{self.metric} is not defined: the weights of epoch {runner.epoch} count as the best.'
+            )
+        if undefined or value > self.best:
+            self.best = -math.inf if undefined else value
             _write_weights(
                 runner, 'best.safetensors', runner.epoch, **{self.metric: repr(value), 'seed': str(runner.seed)}
             )
@@ -254,26 +263,35 @@ def _write_weights(runner: Runner, name: str, epoch: int, **metadata: str) -> No
     share_buffers(source)
     path = Path(runner.work_dir, name)
     check_finite(source, path)
-    metadata = dict(_of_data(runner), **metadata, run=getattr(runner, 'run_name', ''))  # mmengine's own Runner has none
+    run = getattr(runner, 'run_name', '')  # mmengine's own Runner has none
+    metadata = dict(metadata, **note_data(runner), **note_images(runner), run=run)
     in_first_process(lambda: save_for_timm(path, classifier, source.model.state_dict(), epoch, **metadata))
     runner.logger.info(f'Wrote {path}.')
 
 
-def _of_data(runner: Runner) -> dict[str, str]:
-    """What `vssm.predict` needs to know of a run's data, for the metadata: the names of the classes, and how images are
-    prepared for an evaluation, as arguments of timm's `create_transform`."""
+def note_data(runner: Runner) -> dict[str, str]:
+    """What the data set of a training wants its checkpoints to note, as JSON; nothing where it wants none."""
+    notes = getattr(runner.train_dataloader.dataset, 'notes', None)
+    return {} if notes is None else dict(data=json.dumps(notes))
+
+
+def note_images(runner: Runner) -> dict[str, str]:
+    """What `vssm.predict` needs to know of a run's images, as JSON: the names of their classes, and how they are prepared
+    for an evaluation, as arguments of timm's `create_transform`. Nothing of other data."""
     dataset = leaves((runner.val_loop or runner.train_loop).dataloader.dataset)[0]
-    noted = {}
+    noted: dict[str, str] = {}
+    if not hasattr(dataset, 'preprocessing'):
+        return noted
     if classes := (getattr(dataset, 'metainfo', None) or {}).get('classes'):
         noted['classes'] = json.dumps(list(classes))
-    if (preprocessing := getattr(dataset, 'preprocessing', None)) is not None:
+    if dataset.preprocessing is not None:
         preprocessor = unwrap(runner.model).data_preprocessor
         scale = {
             key: (getattr(preprocessor, key).flatten() / 255).tolist()
             for key in ('mean', 'std')
             if isinstance(preprocessor, ImagePreprocessor)
         }
-        noted['transform'] = json.dumps(scale | preprocessing)
+        noted['transform'] = json.dumps(scale | dataset.preprocessing)
     return noted
 
 

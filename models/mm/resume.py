@@ -4,6 +4,7 @@
 import contextlib
 import functools
 import itertools
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +19,16 @@ from torch.utils.data import DataLoader
 from ..files import reason
 from ..weights import misfits
 from .classification import NamedModel, load_weights
-from .compare import check_network, check_optimizer, check_position, name_optimizers, reasons_to_stop
+from .compare import (
+    check_data,
+    check_network,
+    check_optimizer,
+    check_position,
+    name_optimizers,
+    reasons_to_stop,
+)
 from .failures import WatchfulRunner
-from .hooks import averaged
+from .hooks import averaged, note_data
 from .identity import Run, current_run, lock, note_run, own_checkpoints, remove_leftovers
 from .loading import load_whole, without_pretrained
 from .saved import read_run, weights_in
@@ -216,7 +224,7 @@ class ResumableRunner(WatchfulRunner):
 
     def _load_run(self, path: Path, checkpoint: dict[str, Any]) -> None:
         self._last_checkpoint = path
-        self._stop_for(path, check_position(self, checkpoint['meta']))
+        self._stop_for(path, check_data(self, checkpoint['meta']) + check_position(self, checkpoint['meta']))
         check_optimizer(self, path, checkpoint['meta'])
         self._compare_schedules(checkpoint.get('param_schedulers'))
         self._keep_records(checkpoint['message_hub'], checkpoint['meta'].get('run'))
@@ -317,6 +325,8 @@ class ResumableRunner(WatchfulRunner):
         except RunError as error:
             raise RunError(f'{error}; {self.last_checkpoint()}.') from None
         notes = dict(run=self.run_name, processes=self.world_size, optimizer=name_optimizers(self.optim_wrapper))
+        if isinstance(model, NamedModel):
+            notes |= dict(model=model.model_name, model_args=json.dumps(model.model_args), **note_data(self))
         write = super().save_checkpoint
 
         def save() -> None:

@@ -207,14 +207,18 @@ class SlideAccuracy(_SlideMetric):
 
 @METRICS.register_module()
 class ConcordanceIndex(_SlideMetric):
-    """Harrell's concordance index of risk and survival, 'wsi/c_index', from 0 to 1; NaN without a pair to compare."""
+    """Harrell's concordance index of risk and survival, 'wsi/c_index', from 0 to 1; NaN without a pair to compare.
+
+    Of two cases at the same time, the one with an event is the first to have it if the other is censored.
+    """
 
     def compute_metrics(self, results: list[dict[str, Any]]) -> dict[str, float]:
         from torchsurv.metrics.cindex import ConcordanceIndex as Concordance
 
         risks, months = (torch.tensor([r[key] for r in results], dtype=torch.float64) for key in ('risk', 'months'))
         events = ~torch.tensor([result['censored'] for result in results])
-        if not (events & (months < months.max())).any():  # no event comes before another case's time
+        last = months == months.max()  # where an event is compared with a censoring, which comes after it
+        if not (events & ~last).any() and len(events[last].unique()) < 2:
             return dict(c_index=float('nan'))
         return dict(c_index=Concordance()(risks, events, months).item())
 

@@ -1,22 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Slides as a data set: bags of patches, one for each slide or case."""
 
+import hashlib
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.logging import print_log
 from mmengine.registry import DATASETS, FUNCTIONS
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..mil.slides import find_slide, read_slide
 from ..mil.survival import time_bin, time_edges
-from ..mil.tables import SPLITS, Slide, read_table, split_cases
+from ..mil.tables import SPLITS, Slide, apply_splits, class_name, read_table, recognised_cases, split_cases
 from .utils import RunError
 
-__all__ = ['SlideDataset', 'list_bags']
+__all__ = ['SlideDataset', 'list_bags', 'table_digest', 'table_files']
 
 
 @DATASETS.register_module()
@@ -35,9 +38,15 @@ class SlideDataset(Dataset):
         classes: Labels in order; unless given, all labels of the training data, sorted.
         bins: Number of time bins for the discrete-time likelihood, whose edges come from the events of the training
             data; None for Cox's loss.
+        split_file: A file of splits, see `read_splits`, in place of the table's column; a relative path begins in
+            data_root, and %d in it stands for the fold.
         folds: Number of folds to split the cases into, see `split_cases`, instead of by the table's column.
         fold: Number of the fold for the test; the next one is for validation.
         fold_seed: Seed of the division into folds.
+        edges: Edges between the time bins, as a training has found them and its checkpoint notes; unless given, those
+            of the training data.
+        barcodes: Whether TCGA's barcodes tell which slides are of one patient, see `read_table`.
+        columns: Names in the table of columns that have others in `read_table`.
         cache: Whether to keep in memory what was read; each worker of a loader keeps its own.
 
     Raises:
@@ -52,31 +61,43 @@ class SlideDataset(Dataset):
         task: str = 'classification',
         classes: Sequence[str] | None = None,
         bins: int | None = 4,
+        split_file: str | None = None,
         folds: int | None = None,
         fold: int = 0,
         fold_seed: int = 0,
+        edges: Sequence[float] | None = None,
+        barcodes: bool = True,
+        columns: dict[str, str] | None = None,
         cache: bool = False,
     ) -> None:
-        self.table = Path(data_root, ann_file)
-        classes = [str(name) for name in classes] if classes is not None else None  # a config may give numbers
+        files = table_files(data_root, ann_file, split_file, fold)
+        self.table, self.split_file = files[0], files[-1] if split_file else None
+        if split_file and folds:
+            raise RunError(f'split_file and folds must not both be given, got {split_file} and {folds}.')
+        classes = [class_name(name) for name in classes] if classes is not None else None  # a config may give numbers
         try:
-            slides, problems = read_table(self.table, task, classes)
+            slides, problems = read_table(self.table, task, classes, barcodes, columns)
+            said = recognised_cases(slides)
+            notes = [f'{self.table.name} has no case_id: {said}'] if said else []
+            if self.split_file is not None and not problems:
+                slides, problems, said = apply_splits(slides, self.split_file, barcodes)
+                notes += [said] if said else []
             splits = split_cases(slides, folds, fold, fold_seed) if folds and not problems else {}
         except (FileNotFoundError, ValueError) as error:
             raise RunError(str(error)) from error
         if problems:
-            raise RunError(
-                f'{problems[0]} `vssm wsi-check {self.table} {data_root}` lists all {len(problems)} problems.'
-            )
+            how = f'{len(problems)} problems in all.'
+            if self.split_file is None:
+                how = f'`vssm wsi-check {self.table} {data_root}` lists all {len(problems)} problems.'
+            raise RunError(f'{problems[0]} {how}')
+        for note in notes if split == 'train' else ():  # once for the data of a run
+            print_log(note, 'current', logging.WARNING)
         by_split: dict[str | None, list[Slide]] = defaultdict(list)
         for slide in slides:
             by_split[splits.get(slide.case_id, slide.split)].append(slide)
         if split not in SPLITS or not by_split[split]:
-            raise RunError(
-                f'{self.table.name}: split must be train, val or test and have slides, by a column of that name or by '
-                f'folds, got {split!r} with none.'
-            )
-        self.task = task
+            raise RunError(self._no_slides(split))
+        self.task, self.split = task, split
         self.cache: dict[int, list[tuple[Tensor, Tensor]]] | None = {} if cache else None
         self.metainfo: dict[str, Any] = {}
         if task == 'classification':
@@ -88,12 +109,54 @@ class SlideDataset(Dataset):
                     raise self._error(slide, f'label must be one of the training data, got {slide.label!r}.')
         else:
             self.bags = _by_case(by_split[split])
-            self.edges = torch.empty(0)  # between the time bins, which a training alone needs
-            if bins is not None and split == 'train':
+            self.edges = torch.tensor(edges or (), dtype=torch.float64)  # which a training alone needs
+            if bins is not None and split == 'train' and edges is None:
                 self.edges = self._time_edges(bins)
-                edges = [0.0, *self.edges.tolist()]
-                self.metainfo['classes'] = tuple(f'from {edge:g} months' for edge in edges)
+            if len(self.edges):
+                self.metainfo['classes'] = tuple(f'from {edge:g} months' for edge in [0.0, *self.edges.tolist()])
+        self._tell_undefined()
         self.files = [[self._find(data_root, slide) for slide in bag] for bag in self.bags]
+        # What a checkpoint notes of the data that its network was trained on, of plain values.
+        self.notes = dict(
+            task=task,
+            classes=list(self.metainfo.get('classes', ())),
+            edges=[] if task == 'classification' else self.edges.tolist(),
+            barcodes=barcodes,
+            columns=dict(columns) if columns else None,
+            split_file=split_file,
+            folds=folds,
+            fold=fold,
+            fold_seed=fold_seed,
+            table=table_digest(files),
+        )
+
+    def _no_slides(self, split: str) -> str:
+        if self.split_file is not None and split in SPLITS:
+            return (
+                f'{self.split_file} must have slides in its column {split}, got none. Where a published split has no '
+                'test, test_dataloader.dataset.split=val tests on the validation data.'
+            )
+        return (
+            f'{self.table.name}: split must be train, val or test and have slides, by a column of that name, by '
+            f'split_file or by folds, got {split!r} with none.'
+        )
+
+    def _tell_undefined(self) -> None:
+        """Say where a split is such that the metric of the task has no value; refuse a training without an event."""
+        if self.task == 'classification':
+            labels = {bag[0].label for bag in self.bags}
+            why = f'the slides of {self.split} are all of class {min(map(str, labels))!r}, so that AUC'
+            defined = len(labels) > 1
+        else:
+            why = f'no case of {self.split} has an event, so that the concordance index'
+            defined = not all(bag[0].censored for bag in self.bags)
+            if self.split == 'train' and not defined:
+                raise RunError(
+                    f'{self.table.name}: the cases of the training must have events, got none of {len(self)} cases.'
+                )
+        if not defined and self.split != 'train':
+            what = ': the last weights count as the best.' if self.split == 'val' else '.'
+            print_log(f'{self.table.name}: {why} is not defined{what}', 'current', logging.WARNING)
 
     def _time_edges(self, bins: int) -> Tensor:
         months, censored = (torch.tensor([getattr(bag[0], key) for bag in self.bags]) for key in ('months', 'censored'))
@@ -127,7 +190,7 @@ class SlideDataset(Dataset):
         if self.task == 'classification':
             return dict(inputs=inputs, data_samples=dict(name=first.slide_id, label=self.classes.index(first.label)))
         data_samples = dict(name=first.case_id, months=first.months, censored=first.censored)
-        if len(self.edges):
+        if self.split == 'train' and len(self.edges):
             data_samples['bin'] = time_bin(torch.tensor([first.months]), self.edges).item()
         return dict(inputs=inputs, data_samples=data_samples)
 
@@ -136,6 +199,19 @@ class SlideDataset(Dataset):
             return read_slide(path)
         except (FileNotFoundError, ValueError) as error:
             raise self._error(slide, error) from error
+
+
+def table_files(data_root: str, ann_file: str, split_file: str | None = None, fold: int = 0, **_: Any) -> list[Path]:
+    """The files that say what a SlideDataset with these arguments holds: its table, and that of its splits if any."""
+    splits = [Path(data_root, split_file.replace('%d', str(fold)))] if split_file else []
+    return [Path(data_root, ann_file), *splits]
+
+
+def table_digest(files: Sequence[Path]) -> str:
+    """What tells the content of such files from any other; empty where one is missing."""
+    if not all(path.is_file() for path in files):
+        return ''
+    return hashlib.sha256(b''.join(hashlib.sha256(path.read_bytes()).digest() for path in files)).hexdigest()[:16]
 
 
 def _by_case(slides: Sequence[Slide]) -> list[list[Slide]]:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -60,6 +61,11 @@ def write_table(path, header, rows):
         csv.writer(file).writerows([header, *rows])
 
 
+def labels(classes):
+    """The rows of a table of twelve slides, whose classes take turns."""
+    return [[f's{i}', classes[i % 2], ('train', 'train', 'val', 'test')[i // 3]] for i in range(12)]
+
+
 def write_slide(path, features=None, coords=None):
     """A 3 x 3 grid of patches, beginning one cell from the corner and off the cells' corners."""
     if features is None:
@@ -75,13 +81,11 @@ def classification(tmp_path):
     """A folder with twelve slides of two classes, of which the first feature speaks, and its labels.csv."""
     folder = tmp_path / 'data'
     folder.mkdir()
-    rows = []
     for i in range(12):
-        rows.append([f's{i}', 'ab'[i % 2], ('train', 'train', 'val', 'test')[i // 3]])
         features = torch.randn(PATCHES, WIDTH)
         features[:, 0] += 3 * (i % 2)
         write_slide(folder / f's{i}.h5', features)
-    write_table(folder / 'labels.csv', ['slide_id', 'label', 'split'], rows)
+    write_table(folder / 'labels.csv', LABELS, labels('ab'))
     return folder
 
 
@@ -99,6 +103,15 @@ def cases(tmp_path):
     return folder
 
 
+@pytest.fixture
+def warnings_of_a_run(monkeypatch):
+    """What data sets and runs warn of, a sentence each."""
+    said = []
+    for module in ('wsi', 'wsi_data'):
+        monkeypatch.setattr(f'vssm.models.mm.{module}.print_log', lambda text, *_: said.append(text), raising=False)
+    return said
+
+
 # ---- tables and splits -----------------------------------------------------------------------------------------------
 
 LABELS = ['slide_id', 'label', 'split']
@@ -114,6 +127,11 @@ SURVIVAL = ['case_id', 'slide_id', 'censorship', 'survival_months']
         ('classification', LABELS, [['', 'a', 'val']], "slide_id must be a name, got ''"),
         ('classification', LABELS, [['../s', 'a', 'val']], "slide_id must be a name, got '../s'"),
         ('classification', LABELS, [['s', 'a', 'val'], ['s', 'b', 'val']], "row 3, slide 's': is in row 2 already"),
+        ('classification', LABELS, [['s', 'a', 'val'], ['s.svs', 'a', 'val']], "row 3, slide 's.svs': is in row 2 al"),
+        ('classification', LABELS, [['s.SVS', 'a', 'val'], ['s.h5', 'a', 'test']], "row 3, slide 's.h5': is in row 2 "),
+        ('classification', LABELS, [['s', 'NaN', 'val']], "row 2, slide 's': label must be one of a, b, got 'NaN'"),
+        ('classification', LABELS, [['n/a', 'a', 'val']], "slide_id must be a name, got 'n/a'"),
+        ('classification', ['case_id', *LABELS], [['nan', 's', 'a', 'val']], "case_id must be a name, got 'nan'"),
         ('classification', LABELS, [], 'must hold slides, got none'),
         ('classification', LABELS, [['s']], "row 2, slide 's': split must be one of"),
         (
@@ -144,6 +162,217 @@ def test_what_is_wrong_with_a_table_is_told_with_row_and_slide(task, header, row
     _, problems = read_table(tmp_path / 'table.csv', task, ['a', 'b'] if task == 'classification' else None)
     assert len(problems) == 1
     assert re.search(said, problems[0]), problems
+
+
+@pytest.mark.parametrize('missing', ['', 'NaN', 'nan', 'NA', 'N/A', '#N/A', '<NA>', 'null'])
+def test_a_missing_label_is_no_class(missing, tmp_path):
+    write_table(tmp_path / 'table.csv', LABELS, [['s', 'a', 'train'], ['t', missing, 'train']])
+    slides, problems = read_table(tmp_path / 'table.csv', 'classification')
+    assert [slide.label for slide in slides] == ['a']
+    assert problems == [f"table.csv row 3, slide 't': label must be a name, got {missing!r}."]
+    assert not read_table(tmp_path / 'table.csv', 'classification', ['a', missing])[1]
+
+
+def test_whole_numbers_are_one_class_however_they_are_written(tmp_path):
+    """Tables that once held a gap have 0.0 in place of 0."""
+    labels = ['0', '0.0', '1.', '1', '0.5', 'v1.0', '-1.00']
+    write_table(tmp_path / 'table.csv', LABELS, [[f's{i}', label, 'train'] for i, label in enumerate(labels)])
+    classes = ['0', 1.0, '0.5', 'v1.0', -1]
+    slides, problems = read_table(tmp_path / 'table.csv', 'classification', classes)
+    assert not problems and [slide.label for slide in slides] == ['0', '0', '1', '1', '0.5', 'v1.0', '-1']
+    for i in range(len(labels)):
+        write_slide(tmp_path / f's{i}.h5')
+    given = SlideDataset(str(tmp_path), 'table.csv', 'train', classes=classes)
+    assert given.classes == ('0', '1', '0.5', 'v1.0', '-1')
+    assert [sample['data_samples']['label'] for sample in given] == [0, 0, 1, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16'])
+@pytest.mark.parametrize('separator', [',', ';', '\t'])
+def test_a_table_is_read_however_a_spreadsheet_wrote_it(encoding, separator, tmp_path):
+    """With the names of its columns in any case, Windows' line ends, cells of nothing at the end, umlauts."""
+    point = '.' if separator == ',' else ','
+    rows = [
+        ['Case ID', 'SLIDE_ID', 'Censorship', 'Survival-Months', 'Data Split', ''],
+        ['p\u00e4', 's1', '0', f'14{point}5', 'Train', ''],
+        ['p2', 's2', f'1{point}0', '3', 'validation'],
+        ['', '', '', '', '', ''],
+        ['p3', 's3', '1', f'0{point}25', 'TESTING', ''],
+    ]
+    (tmp_path / 'table.csv').write_bytes('\r\n'.join(map(separator.join, rows)).encode(encoding))
+    slides, problems = read_table(tmp_path / 'table.csv', 'survival')
+    assert not problems
+    assert [(s.row, s.case_id, s.slide_id, s.months, s.censored, s.split) for s in slides] == [
+        (2, 'p\u00e4', 's1', 14.5, False, 'train'),
+        (3, 'p2', 's2', 3.0, True, 'val'),
+        (5, 'p3', 's3', 0.25, True, 'test'),
+    ]
+
+
+@pytest.mark.parametrize(
+    'content, said',
+    [
+        (b'PK\x03\x04...', 'must be a CSV, got a workbook: save its sheet as CSV'),
+        ('slide_id,label\ns,b\u00f6se\n'.encode('latin-1'), "UTF-8 or UTF-16, got .*'utf-8' codec can't decode"),
+        ('slide_id,label\ns,a\n'.encode('utf-16-le'), 'it holds zeros, as UTF-16 without its mark does'),
+        (b'slide_id,label,Label\ns,a,b\n', 'it has the column label twice'),
+        (
+            b'case_id,slide_id,censorship,survival_months\nc,s,0,14,5\n',
+            'row 2 has 5 cells for 4 columns: is there a dec',
+        ),
+        (b',train,val,test\n0,s,t,\n', 'must have the columns slide_id, label .* is it a dataset.split_file'),
+    ],
+)
+def test_what_keeps_a_table_from_being_read_is_named(content, said, tmp_path):
+    (tmp_path / 'table.csv').write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        read_table(tmp_path / 'table.csv', 'survival' if b'months' in content else 'classification')
+
+
+def test_columns_of_other_names(tmp_path):
+    """As release notes of public data sets have them."""
+    write_table(tmp_path / 'table.csv', ['File Name', 'Class', 'label', 'Data Split'], [['s.svs', 'a', 'x', 'Train']])
+    columns = dict(slide_id='File Name', label='Class')
+    slides, problems = read_table(tmp_path / 'table.csv', 'classification', columns=columns)
+    assert not problems and [(s.slide_id, s.label, s.split) for s in slides] == [('s.svs', 'a', 'train')]
+    with pytest.raises(
+        ValueError, match='must have the columns slide_id, kind for classification, got file_name, class'
+    ):
+        read_table(tmp_path / 'table.csv', 'classification', columns=dict(label='Kind'))
+
+
+# ---- published splits ------------------------------------------------------------------------------------------------
+
+
+def write_splits(path, train, val, test, layout='names'):
+    """CLAM's files: names in columns that end where they end, after the rows' numbers; or a row for each name."""
+    if layout == 'bool':
+        rows = [[name, *(name in names for names in (train, val, test))] for name in train + val + test]
+        write_table(path, ['', 'train', 'val', 'test'], rows)
+    else:
+        rows = [[i, *(names[i] if i < len(names) else '' for names in (train, val, test))] for i in range(len(train))]
+        write_table(path, ['', 'train', 'val', 'test'], rows)
+
+
+@pytest.mark.parametrize('layout', ['names', 'bool'])
+@pytest.mark.parametrize('by', ['slide', 'file', 'number'])
+def test_splits_of_slides(layout, by, tmp_path, warnings_of_a_run):
+    """Slides that the file does not name are left out, and told; numbers have a point where their column has a gap."""
+    name = dict(slide='s{}', file='s{}', number='{}')[by]
+    ids = [name.format(i) + ('.svs' if by == 'file' else '') for i in range(8)]
+    write_table(tmp_path / 'labels.csv', LABELS[:2], [[slide, 'ab'[i % 2]] for i, slide in enumerate(ids)])
+    for i in range(8):
+        write_slide(tmp_path / f'{name.format(i)}.h5')
+    split = [name.format(i) + ('.0' if by == 'number' and i > 3 else '') for i in range(7)]
+    write_splits(tmp_path / 'splits_3.csv', [*split[:4], name.format(99)], split[4:6], split[6:], layout)
+    options = dict(split_file='splits_%d.csv', fold=3)
+    got = {
+        each: [bag[0].slide_id for bag in SlideDataset(str(tmp_path), 'labels.csv', each, **options).bags]
+        for each in ('train', 'val', 'test')
+    }
+    assert got == dict(train=ids[:4], val=ids[4:6], test=ids[6:7])
+    said = 'left out are slides of the table that are in no split (1) and names that are not in the table (1).'
+    assert warnings_of_a_run[0] == f'splits_3.csv: {said}'
+
+
+def test_splits_of_cases_without_a_test(cases, tmp_path, capsys):
+    """As the first fold of survival sets has them: trained on as it is, and refused before the time of a wsi-repeat."""
+    names = [f'c{i}' for i in range(12)]
+    write_splits(cases / 'splits_0.csv', names[:8], names[8:], [])
+    for fold in (1, 2):
+        write_splits(cases / f'splits_{fold}.csv', names[:8], names[8:10], names[10:])
+    dataset = SlideDataset(str(cases), 'survival.csv', 'val', task='survival', split_file='splits_0.csv')
+    assert [bag[0].case_id for bag in dataset.bags] == names[8:]
+    assert [len(bag) for bag in dataset.bags] == [1, 2, 1, 2]
+    with pytest.raises(RunError, match='splits_0.csv must have slides in its column test, got none'):
+        SlideDataset(str(cases), 'survival.csv', 'test', task='survival', split_file='splits_0.csv')
+    changes = SMALL | {'dataset.split_file': 'splits_%d.csv', 'dataset.bins': 2, 'model.num_classes': 2}
+    arguments = ['--folds', 3, '--data-root', cases, '--work-dir', tmp_path / 'runs']
+    assert run('wsi-repeat', 'wsi/survival', *arguments, *options(**changes)) == 2
+    error = capsys.readouterr().err
+    assert 'fold0: ' in error and 'test_dataloader.dataset.split=val tests on the validation data' in error
+    assert not (tmp_path / 'runs').exists()
+    changes['dataset.split_file'] = 'splits_0.csv'
+    assert run('wsi-repeat', 'wsi/survival', *arguments, *options(**changes)) == 2
+    assert 'must name the file of each of --folds by %d, got splits_0.csv' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    'splits, options, said',
+    [
+        ([['s0', 's1'], ['s1', 's2'], []], {}, "row 3: 's1' must be in one split, got val and train"),
+        ([['x', 'y'], ['z', ''], []], {}, 'splits.csv must name slides or cases of the table, such as s0, got none of'),
+        ([['s0', 's1'], ['s2', ''], []], dict(folds=3), 'split_file and folds must not both be given'),
+    ],
+)
+def test_bad_splits_are_refused(splits, options, said, classification):
+    write_splits(classification / 'splits.csv', *splits)
+    with pytest.raises(RunError, match=said):
+        SlideDataset(str(classification), 'labels.csv', 'train', split_file='splits.csv', **options)
+
+
+def test_splits_that_part_a_patient_are_refused(barcodes):
+    slides = sorted(path.stem for path in barcodes.glob('*.h5'))
+    write_splits(barcodes / 'splits.csv', slides[:31], slides[31:45], slides[45:])
+    with pytest.raises(RunError, match="split must be that of case 'TCGA-15-A015' .*, 'train', got 'val'"):
+        SlideDataset(str(barcodes), 'labels.csv', 'train', split_file='splits.csv')
+    assert len(SlideDataset(str(barcodes), 'labels.csv', 'train', split_file='splits.csv', barcodes=False)) == 31
+
+
+# ---- patients --------------------------------------------------------------------------------------------------------
+
+BARCODE = 'TCGA-{:02}-A{:03}-01{}-00-DX1.0a1b.svs'  # of one patient, samples A and B
+
+
+@pytest.fixture
+def barcodes(tmp_path):
+    """Thirty patients with two slides each, and their labels.csv without cases."""
+    names = [BARCODE.format(i, i, sample) for i in range(30) for sample in 'AB']
+    write_table(tmp_path / 'labels.csv', LABELS[:2], [[name, 'ab'[i // 2 % 2]] for i, name in enumerate(names)])
+    for name in names:
+        write_slide(tmp_path / f'{name[:-4]}.h5')
+    return tmp_path
+
+
+def patients(folder, **options):
+    """The patients of each split."""
+    return {
+        split: {bag[0].slide_id[:12] for bag in SlideDataset(str(folder), 'labels.csv', split, folds=3, **options).bags}
+        for split in ('train', 'val', 'test')
+    }
+
+
+def test_barcodes_keep_the_slides_of_a_patient_together(barcodes, warnings_of_a_run):
+    split = patients(barcodes)
+    assert [len(names) for names in split.values()] == [10, 10, 10] and len(set.union(*split.values())) == 30
+    said = 'labels.csv has no case_id: the barcodes of 60 slides say that they are of 30 patients'
+    assert len(warnings_of_a_run) == 1 and said in warnings_of_a_run[0]
+    assert 'dataset.barcodes=False' in warnings_of_a_run[0]
+    split = patients(barcodes, barcodes=False)
+    assert sum(map(len, split.values())) > 30  # some in two
+    assert len(warnings_of_a_run) == 1
+
+
+@pytest.mark.parametrize(
+    'header, rows, said',
+    [
+        (
+            LABELS,
+            [[BARCODE.format(1, 1, 'A'), 'a', 'train'], [BARCODE.format(1, 1, 'B').lower(), 'a', 'test']],
+            "split must be that of case 'TCGA-01-A001' in row 2, 'train', got 'test'",
+        ),
+        (
+            ['case_id', *LABELS],
+            [['x', BARCODE.format(1, 1, 'A'), 'a', 'train'], ['y', BARCODE.format(1, 1, 'B'), 'a', 'train']],
+            "case_id must be that of row 2, 'x', as both slides are of patient TCGA-01-A001, got 'y'",
+        ),
+    ],
+)
+def test_a_patient_in_two_splits_is_an_error(header, rows, said, tmp_path):
+    write_table(tmp_path / 'table.csv', header, rows)
+    _, problems = read_table(tmp_path / 'table.csv', 'classification')
+    assert len(problems) == 1 and said in problems[0] and 'barcodes=False' in problems[0]
+    assert not read_table(tmp_path / 'table.csv', 'classification', barcodes=False)[1]
 
 
 @pytest.mark.parametrize(
@@ -433,7 +662,7 @@ def test_time_bins_come_from_the_training_data(cases):
         (
             lambda path: write_table(path / 'labels.csv', LABELS[:2], [['s0', 'a'], ['s1', 'b']]),
             {},
-            "split must be .* by a column of that name or by folds, got 'train' with none",
+            "split must be .* by a column of that name, by split_file or by folds, got 'train' with none",
         ),
         (
             lambda path: write_table(path / 'labels.csv', LABELS, [['s0', 'a', 'train'], ['s1', 'b', 'val']]),
@@ -454,6 +683,53 @@ def test_a_slide_that_breaks_later_is_named(classification):
     write_slide(classification / 's4.h5', features_with(3, math.nan))
     with pytest.raises(RunError, match="labels.csv row 6, slide 's4': s4.h5: features row 3 must be finite"):
         dataset[4]
+
+
+@pytest.mark.parametrize(
+    'split, kind, said',
+    [
+        (
+            'val',
+            'label',
+            "the slides of val are all of class 'a', so that AUC is not defined: the last weights count as",
+        ),
+        ('test', 'label', "the slides of test are all of class 'a', so that AUC is not defined."),
+        ('val', 'event', 'no case of val has an event, so that the concordance index is not defined: the last weights'),
+        ('test', 'event', 'no case of test has an event, so that the concordance index is not defined.'),
+    ],
+)
+def test_a_split_without_a_metric_is_told(split, kind, said, tmp_path, warnings_of_a_run):
+    """Before a training, and it does not end it."""
+    rows, header = [], LABELS if kind == 'label' else [*SURVIVAL, 'split']
+    for i in range(12):
+        name = f's{i}'
+        write_slide(tmp_path / f'{name}.h5')
+        of = ('train', 'train', 'val', 'test')[i // 3]
+        odd = of == split
+        rows.append([name, 'a' if odd else 'ab'[i % 2], of] if kind == 'label' else [name, name, int(odd), i + 1, of])
+    write_table(tmp_path / 'table.csv', header, rows)
+    task = dict(task='classification') if kind == 'label' else dict(task='survival', bins=2)
+    for each in ('train', 'val', 'test'):
+        SlideDataset(str(tmp_path), 'table.csv', each, **task)
+    assert len(warnings_of_a_run) == 1 and said in warnings_of_a_run[0]
+    if split == 'test':
+        return
+    changes = SMALL | {'dataset.ann_file': 'table.csv', 'train_dataloader.batch_size': 2}
+    if kind == 'event':
+        changes |= {'dataset.bins': 2, 'model.num_classes': 2}
+    arguments = ['--data-root', tmp_path, '--work-dir', tmp_path / 'run', *options(**changes)]
+    assert run('train', 'wsi/classification' if kind == 'label' else 'wsi/survival', *arguments) == 0
+    _, metadata = read_checkpoint(tmp_path / 'run' / 'best.safetensors')
+    assert metadata['wsi/auc' if kind == 'label' else 'wsi/c_index'] == 'nan' and metadata['epoch'] == '2'
+
+
+def test_a_training_without_events_is_refused(cases):
+    rows = list(csv.reader(open(cases / 'survival.csv')))
+    write_table(cases / 'survival.csv', rows[0], [[row[0], row[1], 1, row[3]] for row in rows[1:]])
+    with pytest.raises(
+        RunError, match='survival.csv: the cases of the training must have events, got none of .* cases'
+    ):
+        SlideDataset(str(cases), 'survival.csv', 'train', task='survival', bins=None, folds=3)
 
 
 # ---- models and metrics ----------------------------------------------------------------------------------------------
@@ -516,6 +792,22 @@ def test_the_concordance_index_is_lifelines(ties):
     assert math.isnan(evaluate(ConcordanceIndex(), samples)['wsi/c_index'])
 
 
+@pytest.mark.parametrize(
+    'months, censored, risks, expected',
+    [
+        ([10.0, 10.0], [False, True], [2.0, 1.0], 1.0),
+        ([10.0, 10.0], [False, True], [1.0, 2.0], 0.0),
+        ([10.0, 10.0], [False, False], [1.0, 2.0], math.nan),
+        ([3.0, 10.0, 10.0], [True, False, True], [9.0, 2.0, 2.0], 0.5),
+        ([3.0, 10.0], [True, False], [1.0, 2.0], math.nan),
+    ],
+)
+def test_an_event_counts_against_a_censoring_at_the_same_last_month(months, censored, risks, expected):
+    rows = zip(months, censored, risks, strict=True)
+    samples = [dict(name='', months=m, censored=c, risk=r) for m, c, r in rows]
+    assert evaluate(ConcordanceIndex(), samples)['wsi/c_index'] == pytest.approx(expected, nan_ok=True)
+
+
 # ---- the way from check to heat map ----------------------------------------------------------------------------------
 
 
@@ -562,6 +854,134 @@ def test_the_whole_path(classification, tmp_path, capsys):
     assert run('wsi-heatmap', best, classification / 's9.h5', '--output', picture) == 0
     assert 'drawn on the grid: no --slide is given' in capsys.readouterr().out.replace('\n', ' ')
     assert Image.open(picture).size == (750, 650)
+
+
+HERE = {key: value for key, value in SMALL.items() if not key.startswith('model.')}  # where and how fast it runs
+TRAINED = {
+    'model.crop': True,
+    'model.pad_token': 'zero',
+    'model.drop_rate': 0.1,
+    'dataset.classes': ['b', 'a'],
+    'dataset.columns': {'label': 'Subtype'},
+}
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A work dir and its data: a network cropped to the tissue, that was told its classes in another order."""
+    folder = tmp_path_factory.mktemp('trained')
+    for i in range(12):
+        write_slide(folder / f's{i}.h5', torch.randn(PATCHES, WIDTH) + 3 * (i % 2))
+    write_table(folder / 'labels.csv', ['slide_id', 'Subtype', 'split'], labels('ab'))
+    arguments = ['--data-root', folder, '--work-dir', folder / 'run', *options(**SMALL | TRAINED)]
+    assert run('train', 'wsi/classification', *arguments) == 0
+    return folder
+
+
+def predictions(config, checkpoint, folder, tmp_path, *extra, **changes):
+    """The table of a test."""
+    arguments = ['--data-root', folder, '--work-dir', tmp_path / 'test', *options(**HERE | changes), *extra]
+    assert run('test', config, checkpoint, *arguments) == 0
+    return (tmp_path / 'test' / 'predictions.csv').read_text()
+
+
+@pytest.mark.parametrize('file', ['best.safetensors', 'epoch_2.pth'])
+def test_the_checkpoint_decides(file, trained, tmp_path, capsys):
+    """A test without the options of the training is that with them, and says what it has taken over."""
+    checkpoint = trained / 'run' / file
+    expected = predictions('wsi/classification', checkpoint, trained, tmp_path, **SMALL | TRAINED)
+    assert expected.startswith('slide_id,label,p_b,p_a')
+    assert 'As in the training' not in capsys.readouterr().out
+    assert predictions('wsi/classification', checkpoint, trained, tmp_path) == expected
+    said = capsys.readouterr().out
+    assert all(f'{key}={value}' in said for key, value in TRAINED.items() if key != 'model.drop_rate'), said
+
+
+@pytest.mark.parametrize('file', ['best.safetensors', 'epoch_2.pth'])
+@pytest.mark.parametrize(
+    'changes, said',
+    [
+        ({'model.crop': False}, 'model.crop=True, not False'),
+        ({'model.depth': 2}, 'model.depth=1, not 2'),
+        ({'model.model_name': 'mamba_mil'}, 'model.model_name=mamba2d_mil, not mamba_mil'),
+        ({'dataset.classes': ['a', 'b']}, "dataset.classes=['b', 'a'], not ['a', 'b']"),
+        ({'test_dataloader.dataset.classes': ['a', 'b']}, "dataset.classes=['b', 'a'], not ['a', 'b']"),
+        ({'dataset.folds': 3}, 'dataset.folds=None, not 3'),
+        ({'dataset.columns': {'label': 'split'}}, "dataset.columns={'label': 'Subtype'}, not {'label': 'split'}"),
+    ],
+)
+def test_what_contradicts_the_checkpoint_is_refused(file, changes, said, trained, tmp_path, capsys):
+    arguments = ['--data-root', trained, '--work-dir', tmp_path, *options(**HERE | changes)]
+    assert run('test', 'wsi/classification', trained / 'run' / file, *arguments) == 2
+    error = capsys.readouterr().err
+    assert f'was trained with {said}' in error and error.count('\n') == 1
+    assert not (tmp_path / 'predictions.csv').exists()
+
+
+def test_what_contradicts_the_checkpoint_can_be_forced(trained, tmp_path):
+    checkpoint = trained / 'run' / 'best.safetensors'
+    changes = {'dataset.classes': ['a', 'b']}
+    table = predictions('wsi/classification', checkpoint, trained, tmp_path, '--force', **changes)
+    assert table.startswith('slide_id,label,p_a,p_b')
+
+
+def test_a_checkpoint_of_another_task_is_refused(trained, tmp_path, capsys):
+    arguments = ['--data-root', trained, '--work-dir', tmp_path, *options(**HERE)]
+    assert run('test', 'wsi/survival', trained / 'run' / 'best.safetensors', *arguments) == 2
+    assert 'must be a checkpoint of survival, as the config is, got one of classification' in capsys.readouterr().err
+
+
+def test_another_table_has_its_own_split(trained, tmp_path):
+    """As that of another hospital, in other words: its classes are those of the checkpoint all the same."""
+    write_table(tmp_path / 'other.csv', LABELS, [['s3', 'b', 'test']])
+    changes = {'dataset.ann_file': str(tmp_path / 'other.csv')}
+    checkpoint = trained / 'run' / 'best.safetensors'
+    table = predictions('wsi/classification', checkpoint, trained, tmp_path, **changes)
+    assert table.startswith('slide_id,label,p_b,p_a') and table.count('\n') == 2
+
+
+def test_folds_of_another_table_are_not_known(trained, tmp_path, capsys):
+    """A table that was mended after the training may deal its cases out in another way."""
+    rows = list(csv.reader(open(trained / 'labels.csv')))
+    write_table(tmp_path / 'labels.csv', rows[0][:2], [row[:2] for row in rows[1:]])
+    changes = {'dataset.ann_file': str(tmp_path / 'labels.csv'), 'dataset.folds': 3}
+    changes['dataset.columns'] = TRAINED['dataset.columns']
+    predictions('wsi/classification', trained / 'run' / 'best.safetensors', trained, tmp_path, **changes)
+    assert 'whether cases that are tested were trained on is not known' in capsys.readouterr().out.replace('\n', ' ')
+
+
+@pytest.mark.parametrize('notes', [dict(model_args='[1]'), dict(data='{"table": ""}'), dict(model_args='{"x": 1}')])
+def test_notes_that_are_none_of_ours_are_refused(notes, trained, tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    tensors, metadata = read_checkpoint(trained / 'run' / 'best.safetensors')
+    save_file(tensors, tmp_path / 'odd.safetensors', {**metadata, **notes})
+    arguments = ['--data-root', trained, '--work-dir', tmp_path, *options(**HERE)]
+    assert run('test', 'wsi/classification', tmp_path / 'odd.safetensors', *arguments) == 2
+    assert 'odd.safetensors must note a network and its data' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('config', ['wsi/survival', 'wsi/survival_cox'])
+def test_fold_and_time_bins_are_those_of_the_checkpoint(config, cases, tmp_path, capsys):
+    """Another fold would test on cases of the training."""
+    changes = {**SMALL, 'train_cfg.max_epochs': 1, 'train_dataloader.batch_size': 2, 'dataset.folds': 3}
+    if config == 'wsi/survival':
+        changes |= {'dataset.bins': 2, 'model.num_classes': 2}
+    changes['dataset.fold'] = 2
+    arguments = ['--data-root', cases, '--work-dir', tmp_path / 'run', *options(**changes)]
+    assert run('train', config, *arguments) == 0
+    best = tmp_path / 'run' / 'best.safetensors'
+    table = predictions(config, best, cases, tmp_path)
+    splits = split_cases(read_table(cases / 'survival.csv', 'survival')[0], 3, 2)
+    tested = {row['case_id'] for row in csv.DictReader(table.splitlines())}
+    assert tested == {case for case, split in splits.items() if split == 'test'}
+    edges = json.loads(read_checkpoint(best)[1]['data'])['edges']
+    train = SlideDataset(str(cases), 'survival.csv', 'train', task='survival', bins=2, folds=3, fold=2)
+    assert edges == (train.edges.tolist() if config == 'wsi/survival' else [])
+    capsys.readouterr()
+    arguments = ['--data-root', cases, '--work-dir', tmp_path / 'no', *options(**HERE | {'dataset.fold': 0})]
+    assert run('test', config, best, *arguments) == 2
+    assert 'was trained with dataset.fold=2, not 0' in capsys.readouterr().err
 
 
 def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(classification, tmp_path, monkeypatch):
@@ -619,6 +1039,77 @@ def test_survival_with_folds(config, cases, tmp_path, capsys):
     assert json.loads((work_dir / 'results.json').read_text()) == results
 
 
+@pytest.fixture(scope='module')
+def repeated(tmp_path_factory):
+    """The options of a finished wsi-repeat, with its data, and what it left."""
+    folder = tmp_path_factory.mktemp('repeated')
+    for i in range(12):
+        write_slide(folder / f's{i}.h5', torch.randn(PATCHES, WIDTH) + 3 * (i % 2))
+    write_table(folder / 'labels.csv', LABELS, labels('ab'))
+    changes = SMALL | {'train_cfg.max_epochs': 1}
+    assert run(*repeat(folder, folder / 'runs', changes)) == 0
+    return folder, changes
+
+
+def repeat(folder, work_dir, changes):
+    arguments = ['--data-root', folder, '--work-dir', work_dir, *options(**changes)]
+    return ['wsi-repeat', 'wsi/classification', '--seeds', 0, 1, *arguments]
+
+
+@pytest.fixture
+def finished(repeated, tmp_path):
+    """A copy of its runs for each test."""
+    folder, changes = repeated
+    shutil.copytree(folder / 'runs', tmp_path / 'runs')
+    return folder, tmp_path / 'runs', changes
+
+
+def test_repeat_says_what_it_reuses(finished, capsys):
+    folder, work_dir, changes = finished
+    results = (work_dir / 'results.json').read_text()
+    (work_dir / 'seed1' / 'run.json').unlink()  # as if it had not begun
+    assert run(*repeat(folder, work_dir, {**changes, 'default_hooks.logger.interval': 5})) == 0
+    out = capsys.readouterr().out
+    assert f'seed0: the finished training of {work_dir}/seed0 is tested again' in out and 'seed1: ' not in out
+    assert json.loads((work_dir / 'results.json').read_text()) == json.loads(results)
+
+
+@pytest.mark.parametrize(
+    'changes, said',
+    [
+        ({'model.dim': 8}, 'model.dim: 16 -> 8'),
+        ({'optim_wrapper.optimizer.lr': 3e-3}, 'optim_wrapper.optimizer.lr: 0.0001 -> 0.003'),
+        ({'dataset.classes': ['b', 'a']}, "dataset.classes: not set -> ['b', 'a']"),
+        ({'model.model_name': 'mean_mil'}, "model.model_name: 'mamba2d_mil' -> 'mean_mil'"),
+    ],
+)
+def test_repeat_reuses_no_runs_of_other_options(changes, said, finished, capsys):
+    folder, work_dir, before = finished
+    results = (work_dir / 'results.json').read_bytes()
+    assert run(*repeat(folder, work_dir, before | changes)) == 2
+    error = capsys.readouterr().err
+    assert f'{work_dir}/seed0 holds a run of other options, {said}' in error and error.count('\n') == 1
+    assert (work_dir / 'results.json').read_bytes() == results
+
+
+def test_repeat_reuses_no_runs_of_another_table(finished, capsys):
+    """Of the same name and size, whose labels are turned."""
+    folder, work_dir, changes = finished
+    table = (folder / 'labels.csv').read_bytes()
+    try:
+        write_table(folder / 'labels.csv', LABELS, labels('ba'))
+        assert run(*repeat(folder, work_dir, changes)) == 2
+        assert (
+            f'{work_dir}/seed0 holds a run of another table, {folder}/labels.csv has changed' in capsys.readouterr().err
+        )
+        arguments = ['--data-root', folder, '--work-dir', work_dir / 'seed0', '--resume']
+        changes = changes | {'train_cfg.max_epochs': 2}
+        assert run('train', 'wsi/classification', *arguments, *options(**changes)) == 2
+        assert 'with other data (table: ' in capsys.readouterr().err
+    finally:
+        (folder / 'labels.csv').write_bytes(table)
+
+
 def test_seeds_make_runs_of_their_own(classification, tmp_path, capsys):
     arguments = ['--data-root', classification, '--work-dir', tmp_path / 'runs', *options(**SMALL)]
     assert run('wsi-repeat', 'wsi/classification', '--seeds', 3, 4, *arguments) == 0
@@ -626,6 +1117,15 @@ def test_seeds_make_runs_of_their_own(classification, tmp_path, capsys):
     assert [metadata['seed'] for _, metadata in weights] == ['3', '4']
     assert not torch.equal(weights[0][0]['head.weight'], weights[1][0]['head.weight'])
     assert set(json.loads((tmp_path / 'runs' / 'results.json').read_text())['runs']) == {'seed3', 'seed4'}
+
+
+def test_the_mean_is_over_the_runs_with_a_metric():
+    from vssm.tools.wsi_repeat import summarise
+
+    runs = [dict(a=1.0, b=math.nan, c=5.0), dict(a=3.0, b=math.nan, c=math.nan)]
+    summary = summarise(runs)
+    assert summary['mean'] == pytest.approx(dict(a=2.0, b=math.nan, c=5.0), nan_ok=True)
+    assert summary['deviation'] == pytest.approx(dict(a=math.sqrt(2), b=math.nan, c=0.0), nan_ok=True)
 
 
 @pytest.mark.parametrize('network', ['mamba_mil', 'attention_mil', 'mean_mil', 'max_mil'])
@@ -643,7 +1143,11 @@ def test_the_other_networks_train(network, classification, tmp_path):
         ('wsi/classification', {'model.in_dim': 7}, 's[0-9]: MambaMIL: features must be .n, 7.'),
         ('wsi/classification', {'model.patch_size': 1024}, 's[0-9]: coords must put one patch into a cell of 1024'),
         ('wsi/classification', {'dataset.ann_file': 'none.csv'}, 'none.csv does not exist'),
-        ('wsi/classification', {'custom_hooks.1.metric': 'wsi/f2'}, 'BestHook needs a finite wsi/f2, got nan'),
+        (
+            'wsi/classification',
+            {'custom_hooks.1.metric': 'wsi/f2'},
+            'BestHook needs wsi/f2, got None: evaluated are wsi/accuracy',
+        ),
         ('wsi/survival', {'dataset.ann_file': 'labels.csv'}, 'must have the columns case_id'),
         ('wsi/classification', {'model.model_name': 'resnet50'}, "must be one of mamba2d_mil, .*got 'resnet50'"),
     ],
@@ -748,6 +1252,22 @@ def test_a_heat_map_lies_on_the_thumbnail(checkpoint, tmp_path, capsys, monkeypa
     monkeypatch.setitem(sys.modules, 'openslide', None)
     assert run(*command) == 0
     assert 'drawn on the grid: openslide is not installed' in capsys.readouterr().out.replace('\n', '')
+
+
+def test_the_heat_map_names_the_classes_of_the_checkpoint(trained, tmp_path, monkeypatch):
+    from vssm.tools import wsi_heatmap
+
+    titles = []
+    draw = wsi_heatmap.draw
+    monkeypatch.setattr(wsi_heatmap, 'draw', lambda *args: titles.append(args[-1]) or draw(*args))
+    best, features = trained / 'run' / 'best.safetensors', trained / 's9.h5'
+    assert run('wsi-heatmap', best, features, '--output', tmp_path / 'map.png') == 0
+    tensors, metadata = read_checkpoint(best)
+    model = create_mil_model('mamba2d_mil', **json.loads(metadata['model_args'])).eval()
+    model.load_state_dict(tensors)
+    with h5py.File(features) as file:
+        logits = model(*(torch.from_numpy(file[key][()]) for key in ('features', 'coords')))[0].tolist()
+    assert titles == [f's9\noutputs b {logits[0]:.2f}, a {logits[1]:.2f}']
 
 
 @pytest.mark.parametrize(

@@ -380,7 +380,6 @@ def test_risk_grows_with_the_hazards():
 
 
 def test_cox_loss_is_the_partial_likelihood():
-    pytest.importorskip('torchsurv')
     times, censored = torch.tensor([5.0, 1.0, 3.0, 4.0]), torch.tensor([True, False, False, True])
     risks = torch.randn(4, 1, requires_grad=True)
     r = risks[:, 0]
@@ -388,6 +387,30 @@ def test_cox_loss_is_the_partial_likelihood():
     torch.testing.assert_close(survival.cox_loss(risks, times, censored), -((r[1] - at_1) + (r[2] - at_3)) / 2)
     loss = survival.cox_loss(risks, times, torch.ones(4, dtype=bool))
     assert loss == 0 and not torch.autograd.grad(loss, risks)[0].any()
+
+
+@pytest.mark.parametrize('shift', [0.0, 90.0, -200.0])
+def test_cox_loss_of_ties_is_a_mean_over_events_wherever_the_outputs_drift(shift):
+    """Efron's product by hand, at 1 with two events of four at risk, then at 2, where one is censored too, and at 3."""
+    times, censored = torch.tensor([1.0, 1, 2, 2, 3]), torch.tensor([False, False, False, True, False])
+    r = torch.tensor([0.5, -1.0, 0.25, 2.0, -0.5], dtype=torch.float64, requires_grad=True)
+    a, b, c, d, e = hazards = r.exp()
+    total = hazards.sum()
+    likelihood = a * b / (total * (total - (a + b) / 2)) * c / (c + d + e) * e / e
+    expected = -likelihood.log() / 4
+    drifted = (r + shift).float().detach()[:, None].requires_grad_()
+    loss = survival.cox_loss(drifted, times, censored)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    for actual, value in zip(*map(torch.autograd.grad, (loss, expected), (drifted, r)), strict=True):
+        torch.testing.assert_close(actual.squeeze().double(), value, rtol=1e-4, atol=1e-5)
+
+
+def test_cox_loss_is_finite_where_the_hazards_lie_far_apart():
+    risks = torch.tensor([[300.0], [-300.0], [-310.0]], requires_grad=True)
+    loss = survival.cox_loss(risks, torch.tensor([1.0, 2, 2]), torch.zeros(3, dtype=bool))
+    (grad,) = torch.autograd.grad(loss, risks)
+    expected = -(-310 + 300 - math.log((1 + math.exp(-10)) / 2) - math.log1p(math.exp(-10))) / 3
+    assert loss.item() == pytest.approx(expected, rel=1e-5) and grad.isfinite().all()
 
 
 # ---- big slides ------------------------------------------------------------------------------------------------------
