@@ -4,9 +4,103 @@
 import torch
 from torch import Tensor
 
-__all__ = ['to_cells']
+__all__ = ['find_step', 'place', 'side_of_cells', 'to_cells']
 
 MAX_CELLS = 1 << 22  # more than any slide has; a grid by a wrong patch size or coordinate soon exceeds it
+PATCH_SIZE = 512  # of the published runs
+
+
+def find_step(coords: Tensor) -> float | None:
+    """The step of a slide's grid, in pixels, by the distances of patches that follow each other in a row or a column.
+
+    It is the largest of their common distances that two thirds of them are multiples of, to a pixel. In tissue without
+    many holes that is the commonest one. Where patches are few and far between, twice the step may be commoner than the
+    step, but not all distances are multiples of it. Pieces of tissue whose grids begin anywhere make a few distances of
+    any length. A step that is no whole number, as of patches cut by physical size, gives distances one pixel apart, and
+    is their mean.
+
+    Args:
+        coords: Pixel coordinates of the patches, whole numbers from 0, (n, 2).
+
+    Returns:
+        The step, or None where it is not seen three times.
+    """
+    gaps = []
+    for place, line in (coords.unbind(1), coords.flip(1).unbind(1)):
+        order = (line * (place.max() + 1) + place).argsort()
+        gaps.append(place[order].diff()[line[order].diff() == 0])
+    distances, counts = torch.cat(gaps).unique(return_counts=True)
+    distances, counts = distances[distances > 0], counts[distances > 0]
+    for step in _common(distances, counts):
+        steps = (distances + step // 2) // step
+        off = (distances - steps * step).abs()
+        multiple = (steps > 0) & (off <= (step > 16))  # coordinates may count cells, whose step is 1
+        total = counts[multiple].sum()
+        if 3 * total >= 2 * counts.sum() and counts[multiple & (steps == 1)].sum() >= 3:
+            if 20 * counts[multiple & (off > 0)].sum() <= total:
+                return float(step)
+            return (distances * counts)[multiple].sum().item() / (steps * counts)[multiple].sum().item()
+    return None
+
+
+def _common(distances: Tensor, counts: Tensor) -> Tensor:
+    """The distances that occur a quarter as often as the commonest one, 64 at most, the largest first."""
+    if not len(counts):
+        return distances
+    most = counts.topk(min(64, len(counts)))
+    return distances[most.indices[4 * most.values >= counts.amax()]].sort(descending=True).values
+
+
+def place(coords: Tensor, step: float) -> tuple[Tensor, Tensor]:
+    """Put patches whose pieces of tissue have grids of their own, as CLAM cuts them, on one grid.
+
+    The grid is that on which most patches lie. A piece of tissue keeps its form and moves by half a cell at most. Where
+    two pieces overlap, two patches can come into one cell, of which the nearer to the cell's centre is kept. A slide
+    with the same coordinates twice, or where this meets more than a quarter of all patches, has no such grid: all its
+    patches are kept where they are, so that `to_cells` refuses it.
+
+    Args:
+        coords: Pixel coordinates of the patches, whole numbers from 0, (n, 2).
+        step: Distance of neighbouring patches, in pixels.
+
+    Returns:
+        The coordinates of the patches that are kept, (k, 2), of which `coords // round(step)` are cells, and the rows
+        of these patches in order, (k,). A slide whose patches lie on one grid of whole pixels is returned as it is.
+    """
+    whole, rows = round(step), torch.arange(len(coords), device=coords.device)
+    phases = (coords.double() % step).long().clamp(max=whole - 1)
+    if step == whole and (phases == phases[0]).all():
+        return coords, rows
+    pairs, counts = (phases[:, 1] * whole + phases[:, 0]).unique(return_counts=True)
+    most = pairs[counts.argmax()]
+    origin = torch.stack([most % whole, most // whole])
+    cells = ((coords - origin).double() / step + 0.5).floor()  # in double precision: halves are exact
+    off_centre = (coords - origin - cells * step).square().sum(1)
+    cells = cells.long() - cells.long().amin(0).clamp(max=0)
+
+    order = off_centre.argsort(stable=True)
+    order = order[(cells[order, 1] * (cells[:, 0].max() + 1) + cells[order, 0]).argsort(stable=True)]
+    shared = (cells[order].diff(dim=0) == 0).all(1)  # whether a patch has the cell of the one before
+    twice = shared & (coords[order].diff(dim=0).abs().amax(1) <= 1)
+    if twice.any() or 4 * shared.sum() > len(coords):
+        return coords, rows
+    kept = order[torch.cat([shared.new_zeros(1), shared]).logical_not()].sort().values
+    return cells[kept] * whole + origin, kept
+
+
+def side_of_cells(step: int | None, patch_size: int | None) -> int:
+    """The side of a slide's cells in pixels: its step, or the size that is given, or else that of the published runs.
+
+    Args:
+        step: Distance of the slide's neighbouring patches, None where its file does not tell.
+        patch_size: Size given for all slides, None for none.
+
+    Raises:
+        ValueError: The two contradict each other.
+    """
+    if step is not None and patch_size is not None and step != patch_size:
+        raise ValueError(f"patch_size must be the step of the slide's patches, {step} pixels, got {patch_size}.")
+    return step or patch_size or PATCH_SIZE
 
 
 def to_cells(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .. import ssm
 from ..weights.rename import rename_checkpoint
-from .grid import to_cells
+from .grid import side_of_cells, to_cells
 
 __all__ = ['MIL', 'MambaMIL', 'checkpoint_filter_fn', 'create_mil_model', 'list_mil_models']
 
@@ -95,37 +95,54 @@ class MIL(nn.Module):
         self.pool = AttentionPool(dim, **dd) if pool == 'attention' else _POOLS[pool]()
         self.head = nn.Linear(dim, num_classes, **dd)
 
-    def forward_features(self, features: Tensor, coords: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_features(
+        self, features: Tensor, coords: Tensor | None = None, step: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """One slide -> its tokens, as they are pooled, (T, dim); and the index of each patch among them, (n,).
 
         Args:
             features: Features of the patches, (n, in_dim).
             coords: Pixel coordinates, (n, 2), which this network does not use.
+            step: Distance of neighbouring patches, which this network does not use.
         """
         x = self.drop(self.act(self.embed(features)))  # [n, in_dim] -> [n, C]
         return x, torch.arange(len(x), device=x.device)
 
-    def forward(self, features: Tensor, coords: Tensor | None = None, lengths: Sequence[int] | None = None) -> Tensor:
+    def forward(
+        self,
+        features: Tensor,
+        coords: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
+        steps: Sequence[int | None] | None = None,
+    ) -> Tensor:
         """A bag -> its logits, (1, num_classes).
 
         Args:
             features: Features of the patches of one slide, or of all slides of a case one after the other, (n, in_dim).
             coords: Pixel coordinates of the patches within their slide, (n, 2), x before y.
             lengths: Number of patches of each slide, one slide unless given. Slides are pooled together.
+            steps: Distance of neighbouring patches in pixels for each slide, None for those of which it is not known.
 
         Raises:
             ValueError: An argument has another form, or the coordinates make no grid, see `to_cells`.
         """
-        tokens = [self.forward_features(*slide)[0] for slide in self._slides(features, coords, lengths)]
+        tokens = [self.forward_features(*slide)[0] for slide in self._slides(features, coords, lengths, steps)]
         return self.head(self.pool(torch.cat(tokens)))  # [T, C] -> [1, C] -> [1, num_classes]
 
-    def attention(self, features: Tensor, coords: Tensor | None = None, lengths: Sequence[int] | None = None) -> Tensor:
+    def attention(
+        self,
+        features: Tensor,
+        coords: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
+        steps: Sequence[int | None] | None = None,
+    ) -> Tensor:
         """The weight of each patch in the pooling, (n,). Their sum is 1, less the weights of cells without a patch.
 
         Args:
             features: Features of the patches of one slide, or of all slides of a case one after the other, (n, in_dim).
             coords: Pixel coordinates of the patches within their slide, (n, 2), x before y.
             lengths: Number of patches of each slide, one slide unless given.
+            steps: Distance of neighbouring patches in pixels for each slide, None for those of which it is not known.
 
         Raises:
             ValueError: The pooling has no weights, an argument has another form, or the coordinates make no grid.
@@ -133,7 +150,7 @@ class MIL(nn.Module):
         if not hasattr(self.pool, 'weights'):
             raise ValueError(f'{type(self).__name__}: attention needs a pooling with weights, got that by the maximum.')
         tokens, patches, total = [], [], 0
-        for slide in self._slides(features, coords, lengths):
+        for slide in self._slides(features, coords, lengths, steps):
             x, index = self.forward_features(*slide)
             tokens.append(x)
             patches.append(index + total)
@@ -141,8 +158,13 @@ class MIL(nn.Module):
         return self.pool.weights(torch.cat(tokens))[torch.cat(patches)]
 
     def _slides(
-        self, features: Tensor, coords: Tensor | None, lengths: Sequence[int] | None
-    ) -> list[tuple[Tensor, Tensor | None]]:
+        self,
+        features: Tensor,
+        coords: Tensor | None,
+        lengths: Sequence[int] | None,
+        steps: Sequence[int | None] | None,
+    ) -> list[tuple[Tensor, Tensor | None, int | None]]:
+        """The arguments of forward_features for each slide."""
         name = type(self).__name__
         if features.ndim != 2 or features.shape[1] != self.in_dim or not len(features):
             raise ValueError(f'{name}: features must be (n, {self.in_dim}) with n >= 1, got {tuple(features.shape)}.')
@@ -152,7 +174,10 @@ class MIL(nn.Module):
         if not all(length >= 1 for length in lengths) or sum(lengths) != len(features):
             raise ValueError(f'{name}: lengths must be positive and add up to {len(features)}, got {lengths}.')
         parts = coords.split(lengths) if coords is not None else [None] * len(lengths)
-        return list(zip(features.split(lengths), parts, strict=True))
+        steps = [None] * len(lengths) if steps is None else list(steps)
+        if len(steps) != len(lengths) or not all(step is None or step >= 1 for step in steps):
+            raise ValueError(f'{name}: steps must be {len(lengths)} numbers from 1 up, or None, got {steps}.')
+        return list(zip(features.split(lengths), parts, steps, strict=True))
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load tensors under our names or published ones; all else as nn.Module does."""
@@ -250,7 +275,8 @@ class MambaMIL(MIL):
         dim: Width of the tokens.
         depth: Number of blocks.
         scan_ndim: Dimensions of the scan, 2 on the grid, 1 in the order of the file.
-        patch_size: Side of a grid cell in the pixels of the coordinates.
+        patch_size: Side of a grid cell in the pixels of the coordinates, for slides that come without a step, 512
+            unless given; a slide's step must not contradict it.
         grid_size: Height and width of the grid in cells; unless given, the grid ends with the slide's last patch.
         crop: Whether the grid begins with the slide's first patch, which leaves fewer pad tokens to compute.
         pad_token: 'learned', 'zero' or 'none'.
@@ -268,7 +294,7 @@ class MambaMIL(MIL):
         dim: int = 128,
         depth: int = 1,
         scan_ndim: int = 2,
-        patch_size: int = 512,
+        patch_size: int | None = None,
         grid_size: tuple[int, int] | None = None,
         crop: bool = False,
         pad_token: str = 'learned',
@@ -312,12 +338,15 @@ class MambaMIL(MIL):
     def no_weight_decay(self) -> set:
         return {'pad_token', 'blocks.*.mixer.A_log', 'blocks.*.mixer.D', 'blocks.*.mixer.dt_bias'}
 
-    def forward_features(self, features: Tensor, coords: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_features(
+        self, features: Tensor, coords: Tensor | None = None, step: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """One slide -> its tokens, as they are pooled, (T, dim); and the index of each patch among them, (n,).
 
         Args:
             features: Features of the patches, (n, in_dim).
             coords: Pixel coordinates, (n, 2), which the 1-D network does not use.
+            step: Distance of neighbouring patches in pixels, the side of a grid cell; patch_size unless given.
         """
         x, patches = super().forward_features(features)  # [n, in_dim] -> [n, C]
         if self.scan_ndim == 1:
@@ -327,7 +356,7 @@ class MambaMIL(MIL):
 
         if coords is None:
             raise ValueError('MambaMIL: coords must be (n, 2) for a 2-D scan, got None.')
-        cells, (H, W) = to_cells(coords, self.patch_size, self.grid_size, self.crop)
+        cells, (H, W) = to_cells(coords, side_of_cells(step, self.patch_size), self.grid_size, self.crop)
         tissue = None
         if self.pad_token is None:
             pad = x.new_zeros(x.shape[1])
