@@ -181,14 +181,15 @@ def _read_h5(path: Path, key: str) -> tuple[Tensor, Attributes]:
         with h5py.File(path) as file:  # opened for each read, as an open file must not reach another process
             if key not in file:
                 raise ValueError(f'{path.name} must hold features and coords, got {", ".join(file) or "nothing"}.')
-            array, attributes = file[key][()], {**file.attrs, **file[key].attrs}
+            data, attributes = file[key], {**file.attrs, **file[key].attrs}
+            kind = getattr(data, 'dtype', np.dtype(object)).kind
+            if kind not in 'iuf' or not data.shape:
+                raise ValueError(f'{path.name} must hold numbers as {key}, got {getattr(data, "dtype", "a group")}.')
+            array = np.empty(data.shape, np.float32 if kind == 'f' else np.int64)
+            if data.size:
+                data.read_direct(array)  # which converts on the way, without a second array
     except OSError as error:
         raise ValueError(f'{path.name} cannot be read as HDF5: {error}') from error
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in 'iuf':
-        raise ValueError(
-            f'{path.name} must hold numbers as {key}, got {getattr(array, "dtype", type(array).__name__)}.'
-        )
-    array = array.astype(np.float32 if array.dtype.kind == 'f' else np.int64, copy=False)
     return torch.from_numpy(array), attributes
 
 
@@ -213,10 +214,10 @@ def _check(path: Path, features: Tensor, coords: Tensor) -> tuple[Tensor, Tensor
     if coords.shape != (len(features), 2):
         raise ValueError(f'{path.name}: coords must be {(len(features), 2)}, got {tuple(coords.shape)}.')
     for name, array in (('features', features), ('coords', coords)):
-        finite = array.isfinite().all(1)
-        if not finite.all():
-            row = _first(~finite)
-            raise ValueError(f'{path.name}: {name} row {row} must be finite, got {_shorten(array[row])}.')
+        # A sum is not finite where a number is not, and takes no second array; a large one may overflow.
+        for row in array.sum(1).isfinite().logical_not().nonzero().flatten().tolist():
+            if not array[row].isfinite().all():
+                raise ValueError(f'{path.name}: {name} row {row} must be finite, got {_shorten(array[row])}.')
     whole = (coords == coords.floor()).all(1) if coords.is_floating_point() else torch.ones(len(coords)).bool()
     if not whole.all():
         row = _first(~whole)

@@ -3,6 +3,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from processes import options
 
 from vssm.models.mil import create_mil_model, to_cells
 from vssm.models.mil.grid import find_step, place
+from vssm.tools._memory import peak_growth
 from vssm.tools.main import main
 
 h5py = pytest.importorskip('h5py', reason="h5py is not installed: pip install '.[wsi]'")
@@ -282,6 +284,31 @@ def test_patches_that_are_left_out_are_counted(overlapping, capsys, monkeypatch)
     for _ in range(2):
         assert dataset[0]['inputs']['lengths'] == [31] and len(dataset[0]['inputs']['coords']) == 31
     assert len(said) == 1 and 's.h5: 3 of 34 patches are left out' in said[0]
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='peak memory is read from /proc')
+@pytest.mark.parametrize('layout', ['h5', 'h5 of halves', 'pt'])
+def test_a_bag_is_read_within_its_own_size(layout, tmp_path):
+    """The arrays of one slide are there once, from the file to what the data set gives."""
+    features, coords = torch.ones(20_000, 1024), rectangle(100, 200, 512)
+    if layout == 'pt':
+        torch.save(dict(features=features, coords=coords), tmp_path / 's.pt')
+    else:
+        write(tmp_path / 's.h5', coords, features.half() if layout == 'h5 of halves' else features)
+    (tmp_path / 'labels.csv').write_text('slide_id,label,split\ns,a,train\n')
+    dataset = SlideDataset(str(tmp_path), 'labels.csv', 'train')
+    assert torch.equal(dataset[0]['inputs']['features'], features)
+    size = features.nbytes
+    del features
+    assert size <= peak_growth(lambda: dataset[0], torch.device('cpu')) < size + 15e6
+
+
+def test_large_numbers_whose_sum_overflows_are_finite(tmp_path):
+    features = torch.full((4, WIDTH), 3e38)
+    assert torch.equal(read_slide(write(tmp_path / 's.h5', rectangle(2, 2, 512), features)).features, features)
 
 
 # ---- the heat map ----------------------------------------------------------------------------------------------------
