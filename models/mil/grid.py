@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The patches of a slide on its grid."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
-__all__ = ['find_step', 'place', 'side_of_cells', 'to_cells']
+__all__ = ['FOLD', 'check_memory', 'find_step', 'fold_gaps', 'place', 'shorten_gaps', 'side_of_cells', 'to_cells']
 
 MAX_CELLS = 1 << 22  # more than any slide has; a grid by a wrong patch size or coordinate soon exceeds it
 PATCH_SIZE = 512  # of the published runs
+FOLD = 16  # empty rows or columns that one stands for
 
 
 def find_step(coords: Tensor) -> float | None:
@@ -153,3 +156,89 @@ def to_cells(
             f'{tuple(coords[first].tolist())} and {tuple(coords[second].tolist())}: is patch_size right?'
         )
     return cells, (height, width)
+
+
+def shorten_gaps(cells: Tensor, grid: tuple[int, int], max_gap: int) -> tuple[Tensor, tuple[int, int]]:
+    """Leave out the rows and columns by which a stretch without a patch exceeds max_gap; cells and grid as `to_cells`.
+
+    A stretch may also lie before the first patch; the grid ends with the last one.
+    """
+    axes = []
+    for index in (cells // grid[1], cells % grid[1]):
+        used, inverse = index.unique(return_inverse=True)
+        gaps = used.diff(prepend=used.new_full((1,), -1)) - 1
+        axes.append((gaps.clamp(max=max_gap) + 1).cumsum(0)[inverse] - 1)
+    rows, columns = axes
+    height, width = int(rows.max()) + 1, int(columns.max()) + 1
+    return rows * width + columns, (height, width)
+
+
+def fold_gaps(cells: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int], Tensor | None]:
+    """Fold long stretches of rows and columns without a patch, and leave out those around the tissue.
+
+    A folded row or column stands for FOLD, over which a state must fade as often. Three that are empty stay beside the
+    folded ones, all that a causal convolution of four sees.
+
+    Returns:
+        Cells and grid as `to_cells`, and where the grid has folded rows or columns, (H, W), None if nowhere.
+    """
+    axes, folded = [], []
+    for index in (cells // grid[1], cells % grid[1]):
+        used, inverse = index.unique(return_inverse=True)
+        folds = (used.diff() - 4).clamp(min=0) // FOLD  # of the empty ones, three less
+        places = used - used[0]
+        places[1:] -= (FOLD - 1) * folds.cumsum(0)
+        bounds = places.new_zeros(int(places[-1]) + 1)
+        bounds.index_add_(0, places[:-1] + 1, torch.ones_like(folds))
+        bounds.index_add_(0, places[:-1] + 1 + folds, -torch.ones_like(folds))
+        axes.append(places[inverse])
+        folded.append(bounds.cumsum(0) > 0)
+    rows, columns = axes
+    height, width = map(len, folded)
+    where = folded[0][:, None] | folded[1]
+    return rows * width + columns, (height, width), where if where.any() else None
+
+
+def check_memory(grid: tuple[int, int], numbers: int, device: torch.device) -> None:
+    """Refuse a grid for whose network the memory at hand is too small, where the system tells how much there is.
+
+    Args:
+        grid: Height and width of the grid in cells.
+        numbers: Count of the numbers of four bytes that the network needs for each cell.
+        device: Device of the network.
+
+    Raises:
+        ValueError: There is too little memory.
+    """
+    needed = 4 * numbers * grid[0] * grid[1]
+    if needed < 1 << 30:  # there always is as much, and the question takes time
+        return
+    there = _free_bytes(device)
+    if there is not None and needed > there:
+        raise ValueError(
+            f'coords make a grid of {grid[0]} x {grid[1]} cells, which needs about {needed / 1e9:.1f} GB of memory, '
+            f"got {there / 1e9:.1f} GB: is patch_size right? crop, max_gap and pad_token='none' make grids smaller."
+        )
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """Memory that a process can still have: on a GPU, or in Linux within the limit of its control group."""
+    if device.type == 'cuda':
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        lines = Path('/proc/meminfo').read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith('MemAvailable:'))
+    except (OSError, StopIteration):
+        return None
+    try:
+        group = Path('/sys/fs/cgroup')
+        limit, used = (int((group / f'memory.{name}').read_text()) for name in ('max', 'current'))
+        cache = next(
+            int(line.split()[1])
+            for line in (group / 'memory.stat').read_text().splitlines()
+            if line.startswith('inactive_file ')  # which the system frees when it must
+        )
+    except (OSError, ValueError, StopIteration):
+        return free
+    return min(free, limit - used + cache)

@@ -196,11 +196,9 @@ def _open_zip(file: BinaryIO, size: int, known: Mapping[str, Any]) -> tuple[Any,
     def storage(key: str) -> bytearray:
         info = records[f'data/{key}']
         data = bytearray(info.file_size)
-        with archive.open(info) as record:  # in parts, since a whole one would be there twice
+        with archive.open(info) as record, memoryview(data) as view:  # in parts, or all of it would be there twice
             for start in range(0, len(data), _PART):
-                part = memoryview(data)[start : start + _PART]
-                if record.readinto(part) < len(part):
-                    raise Refused('one that lacks its end')
+                view[start : start + _PART] = record.read(_PART)
         return data
 
     unpickler = _Unpickler(_program(io.BytesIO(archive.read(records['data.pkl']))), known)
