@@ -2,8 +2,9 @@
 """Check a table of slides and the files of their features before a training.
 
 Every problem is told with its row and slide: missing files, labels and splits that are not in their list, no patches,
-numbers that are not finite, features of another width, coordinates off the grid, two patches in one cell. Rows of the
-table count its header as row 1, rows of a slide's arrays begin with 0.
+numbers that are not finite, features of another width, a step of the grid that contradicts the file's attributes or
+--patch-size, coordinates off the grid, two patches in one cell. Rows of the table count its header as row 1, rows of a
+slide's arrays begin with 0.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from ._tables import print_table
 if TYPE_CHECKING:
     from ..models.mil.tables import Slide
 
-EXAMPLE = 'vssm wsi-check labels.csv features --patch-size 512'
+EXAMPLE = 'vssm wsi-check labels.csv features'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument('--classes', metavar='NAME', nargs='+', help='the labels that there may be (default: any)')
     parser.add_argument(
-        '--patch-size', metavar='N', type=int, default=512, help='side of a grid cell in pixels (default: 512)'
+        '--patch-size',
+        metavar='N',
+        type=int,
+        help='distance of neighbouring patches in pixels (default: that of each slide, 512 where a slide has too few '
+        'patches to tell)',
     )
     parser.add_argument(
         '--grid-size', metavar=('H', 'W'), type=int, nargs=2, help='the largest grid that there may be, in cells'
@@ -44,11 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..models.mil import to_cells
+    from ..models.mil import side_of_cells, to_cells
     from ..models.mil.slides import find_slide, read_slide
     from ..models.mil.tables import read_table
 
-    if args.patch_size < 1:
+    if args.patch_size is not None and args.patch_size < 1:
         raise UsageError(f'--patch-size must be at least 1, got {args.patch_size}.')
     if not args.folder.is_dir():
         raise UsageError(f'DIR must be a folder, got {args.folder}, which does not exist.')
@@ -59,22 +64,23 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(str(error)) from error
 
     usual: int | None = None
-    patches, heights, columns = [], [], []
+    patches, steps, grids, left_out = [], [], [], []
     for slide in track(slides, 'reading', console=console, transient=True, disable=not console.is_terminal):
         try:
-            features, coords = read_slide(find_slide(args.folder, slide.slide_id))
-            usual = usual or features.shape[1]
-            if features.shape[1] != usual:
+            bag = read_slide(find_slide(args.folder, slide.slide_id))
+            usual = usual or bag.features.shape[1]
+            if bag.features.shape[1] != usual:
                 raise ValueError(
-                    f'features must be as wide as those of the first slide, {usual}, got {features.shape[1]}.'
+                    f'features must be as wide as those of the first slide, {usual}, got {bag.features.shape[1]}.'
                 )
-            _, (height, width) = to_cells(coords, args.patch_size, args.grid_size)
+            _, grid = to_cells(bag.coords, side_of_cells(bag.step, args.patch_size), args.grid_size)
         except (FileNotFoundError, ValueError) as error:
             problems.append(f'{args.table.name} row {slide.row}, slide {slide.slide_id!r}: {error}')
             continue
-        patches.append(len(features))
-        heights.append(height)
-        columns.append(width)
+        patches.append(len(bag.pixels))
+        steps.append(bag.step)
+        grids.append(grid)
+        left_out.append(bag.left_out)
     if problems:
         for problem in problems:
             console.print(problem, highlight=False, markup=False, soft_wrap=True)
@@ -85,11 +91,25 @@ def run(args: argparse.Namespace) -> int:
         ('cases', str(len({slide.case_id for slide in slides}))),
         ('width of the features', str(usual)),
         ('patches of a slide', f'{min(patches)} to {max(patches)}'),
-        ('largest grid, height x width', f'{max(heights)} x {max(columns)}'),
+        *_count_steps(steps),
+        ('largest grid, height x width', ' x '.join(str(max(lengths)) for lengths in zip(*grids, strict=True))),
         *_count_groups(slides, task),
     ]
+    if any(left_out):
+        rows.append(('patches left out, in the cell of a patch of another piece of tissue', str(sum(left_out))))
+        rows.append(('slides with patches left out', str(sum(map(bool, left_out)))))
     print_table(['what', 'count'], rows)
     return 0
+
+
+def _count_steps(steps: 'Sequence[int | None]') -> Iterator[tuple[str, str]]:
+    """Rows with the number of slides of each step of the grid."""
+    counts = Counter(steps)
+    unknown = counts.pop(None, 0)
+    for step, count in sorted(counts.items()):
+        yield f'slides with patches {step} pixels apart', str(count)
+    if unknown:
+        yield 'slides with too few patches to tell their distance', str(unknown)
 
 
 def _count_groups(slides: 'Sequence[Slide]', task: str) -> Iterator[tuple[str, str]]:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw what a network for slides attends to, on the slide's thumbnail or on the grid of its patches.
 
-The colour says how many times the mean over the patches a patch's weight in the pooling is. The thumbnail needs the
-package openslide-python and the slide's file; without either the grid is drawn, and a line says so.
+The colour says how many times the mean over the patches a patch's weight in the pooling is. Each patch is drawn at its
+own coordinates; one that is left out, as it shares a cell with a patch of another piece of tissue, stays blank. The
+thumbnail needs the package openslide-python and the slide's file; without either the patches alone are drawn, and a
+line says so.
 """
 
 import argparse
@@ -32,7 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('features', metavar='FEATURES', type=Path, help="the slide's .h5 or .pt file")
     parser.add_argument('--slide', metavar='FILE', type=Path, help='the slide itself, for its thumbnail')
     parser.add_argument(
-        '--patch-size', metavar='N', type=int, help="side of a patch in pixels (default: the network's, or else 512)"
+        '--patch-size',
+        metavar='N',
+        type=int,
+        help="distance of neighbouring patches in pixels (default: the slide's, or else the network's, or else 512)",
     )
     parser.add_argument(
         '--output',
@@ -44,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..models.mil import to_cells
+    from ..models.mil import side_of_cells
     from ..models.mil.slides import read_slide
 
     check_output(args.output)
@@ -55,16 +60,23 @@ def run(args: argparse.Namespace) -> int:
     pyplot()  # a missing package is better told now than after the work
     try:
         model = load_model(args.checkpoint)
-        features, coords = read_slide(args.features)
-        patch_size = args.patch_size or getattr(model, 'patch_size', 512)
-        cells, grid = to_cells(coords, patch_size)
+        bag = read_slide(args.features)
+        step = side_of_cells(bag.step, args.patch_size or getattr(model, 'patch_size', None))
         with torch.inference_mode():
-            logits, weights = model(features, coords)[0], model.attention(features, coords)
+            logits, weights = (forward(bag.features, bag.coords, steps=[step]) for forward in (model, model.attention))
     except (FileNotFoundError, ValueError) as error:
         raise UsageError(str(error)) from error
     thumbnail, on = read_thumbnail(args.slide)
-    title = f'{args.features.stem}\noutputs {describe_outputs(args.checkpoint, logits.tolist())}'
-    save_figure(draw(weights / weights.mean(), cells, grid, coords, patch_size, thumbnail, title), args.output)
+    if thumbnail is not None and (bag.pixels >= torch.tensor(thumbnail[1])).any():
+        raise UsageError(
+            f'--slide must hold the patches of {args.features.name}, whose coordinates go up to '
+            f'{tuple(bag.pixels.amax(0).tolist())}, got {args.slide} of {thumbnail[1]} pixels.'
+        )
+    title = f'{args.features.stem}\noutputs {describe_outputs(args.checkpoint, logits[0].tolist())}'
+    relative = bag.spread(weights / weights.mean())
+    save_figure(draw(relative, bag.pixels, step, thumbnail, title), args.output)
+    if bag.left_out:
+        on += f'; {bag.left_out} of {len(bag.pixels)} patches, left out of the grid, are blank'
     console.print(f'{args.output}, drawn on {on}', highlight=False, soft_wrap=True)
     return 0
 
@@ -120,36 +132,38 @@ def read_thumbnail(slide: Path | None) -> tuple[tuple['Image.Image', tuple[int, 
 
 def draw(
     relative: Tensor,
-    cells: Tensor,
-    grid: tuple[int, int],
-    coords: Tensor,
-    patch_size: int,
+    pixels: Tensor,
+    side: int,
     thumbnail: tuple['Image.Image', tuple[int, int]] | None,
     title: str,
 ) -> 'Figure':
-    """Draw each patch's weight over the mean, (n,), in its cell, (n,), of a grid; cells without a patch stay empty."""
+    """Draw each patch's weight over the mean, (n,), as a square at its coordinates, (n, 2); NaN stays blank."""
+    from matplotlib.collections import PolyCollection
     from matplotlib.colors import LogNorm
 
     plt = pyplot()
-    height, width = grid
-    picture = torch.full((height * width,), torch.nan).index_copy(0, cells, relative).unflatten(0, grid)
+    drawn = relative.isfinite()
+    relative, pixels = relative[drawn], pixels[drawn]
     reach = max(2.0, relative.clamp_min(1e-6).log().abs().quantile(0.99).exp().item())
-    # Cells begin at multiples of the patch's size, patches wherever the tissue was first met.
-    left, top = (coords % patch_size).median(0).values.tolist()
-    extent = (left, left + width * patch_size, top + height * patch_size, top)
     fig, ax = plt.subplots(figsize=(7.5, 6.5), layout='constrained')
     if thumbnail is not None:
-        image, (image_width, image_height) = thumbnail
-        ax.imshow(image, extent=(0, image_width, image_height, 0))
-    norm = LogNorm(1 / reach, reach)
-    drawn = ax.imshow(
-        picture.clamp(1 / reach, reach), cmap='RdBu_r', norm=norm, extent=extent, alpha=0.6 if thumbnail else 1.0
+        image, (width, height) = thumbnail
+        ax.imshow(image, extent=(0, width, height, 0))
+    else:
+        width, height = (pixels.amax(0) + side).tolist()
+    squares = PolyCollection(
+        list((pixels[:, None] + side * torch.tensor([[0, 0], [1, 0], [1, 1], [0, 1]])).numpy()),  # n x [4, 2]
+        array=relative.clamp(1 / reach, reach).numpy(),
+        cmap='RdBu_r',
+        norm=LogNorm(1 / reach, reach),
+        alpha=0.6 if thumbnail else 1.0,
+        linewidth=0,
+        antialiased=False,  # or seams would show between neighbours
     )
+    ax.add_collection(squares)
     ax.set_facecolor('0.9')
-    ax.set(title=title, xlabel='x (pixels)', ylabel='y (pixels)')
-    ax.set_xlim(0, thumbnail[1][0] if thumbnail else extent[1])
-    ax.set_ylim(thumbnail[1][1] if thumbnail else extent[2], 0)
-    bar = fig.colorbar(drawn, ax=ax, label='weight over the mean of the patches', shrink=0.8)
+    ax.set(title=title, xlabel='x (pixels)', ylabel='y (pixels)', xlim=(0, width), ylim=(height, 0), aspect='equal')
+    bar = fig.colorbar(squares, ax=ax, label='weight over the mean of the patches', shrink=0.8)
     bar.set_ticks([1 / reach, reach**-0.5, 1, reach**0.5, reach], minor=False)
     bar.ax.yaxis.set_major_formatter('{x:.2g}')
     bar.ax.minorticks_off()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .. import ssm
 from ..weights.rename import rename_checkpoint
-from .grid import to_cells
+from .grid import FOLD, check_memory, fold_gaps, shorten_gaps, side_of_cells, to_cells
 
 __all__ = ['MIL', 'MambaMIL', 'checkpoint_filter_fn', 'create_mil_model', 'list_mil_models']
 
@@ -95,37 +95,54 @@ class MIL(nn.Module):
         self.pool = AttentionPool(dim, **dd) if pool == 'attention' else _POOLS[pool]()
         self.head = nn.Linear(dim, num_classes, **dd)
 
-    def forward_features(self, features: Tensor, coords: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_features(
+        self, features: Tensor, coords: Tensor | None = None, step: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """One slide -> its tokens, as they are pooled, (T, dim); and the index of each patch among them, (n,).
 
         Args:
             features: Features of the patches, (n, in_dim).
             coords: Pixel coordinates, (n, 2), which this network does not use.
+            step: Distance of neighbouring patches, which this network does not use.
         """
         x = self.drop(self.act(self.embed(features)))  # [n, in_dim] -> [n, C]
         return x, torch.arange(len(x), device=x.device)
 
-    def forward(self, features: Tensor, coords: Tensor | None = None, lengths: Sequence[int] | None = None) -> Tensor:
+    def forward(
+        self,
+        features: Tensor,
+        coords: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
+        steps: Sequence[int | None] | None = None,
+    ) -> Tensor:
         """A bag -> its logits, (1, num_classes).
 
         Args:
             features: Features of the patches of one slide, or of all slides of a case one after the other, (n, in_dim).
             coords: Pixel coordinates of the patches within their slide, (n, 2), x before y.
             lengths: Number of patches of each slide, one slide unless given. Slides are pooled together.
+            steps: Distance of neighbouring patches in pixels for each slide, None for those of which it is not known.
 
         Raises:
             ValueError: An argument has another form, or the coordinates make no grid, see `to_cells`.
         """
-        tokens = [self.forward_features(*slide)[0] for slide in self._slides(features, coords, lengths)]
+        tokens = [self.forward_features(*slide)[0] for slide in self._slides(features, coords, lengths, steps)]
         return self.head(self.pool(torch.cat(tokens)))  # [T, C] -> [1, C] -> [1, num_classes]
 
-    def attention(self, features: Tensor, coords: Tensor | None = None, lengths: Sequence[int] | None = None) -> Tensor:
+    def attention(
+        self,
+        features: Tensor,
+        coords: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
+        steps: Sequence[int | None] | None = None,
+    ) -> Tensor:
         """The weight of each patch in the pooling, (n,). Their sum is 1, less the weights of cells without a patch.
 
         Args:
             features: Features of the patches of one slide, or of all slides of a case one after the other, (n, in_dim).
             coords: Pixel coordinates of the patches within their slide, (n, 2), x before y.
             lengths: Number of patches of each slide, one slide unless given.
+            steps: Distance of neighbouring patches in pixels for each slide, None for those of which it is not known.
 
         Raises:
             ValueError: The pooling has no weights, an argument has another form, or the coordinates make no grid.
@@ -133,7 +150,7 @@ class MIL(nn.Module):
         if not hasattr(self.pool, 'weights'):
             raise ValueError(f'{type(self).__name__}: attention needs a pooling with weights, got that by the maximum.')
         tokens, patches, total = [], [], 0
-        for slide in self._slides(features, coords, lengths):
+        for slide in self._slides(features, coords, lengths, steps):
             x, index = self.forward_features(*slide)
             tokens.append(x)
             patches.append(index + total)
@@ -141,8 +158,13 @@ class MIL(nn.Module):
         return self.pool.weights(torch.cat(tokens))[torch.cat(patches)]
 
     def _slides(
-        self, features: Tensor, coords: Tensor | None, lengths: Sequence[int] | None
-    ) -> list[tuple[Tensor, Tensor | None]]:
+        self,
+        features: Tensor,
+        coords: Tensor | None,
+        lengths: Sequence[int] | None,
+        steps: Sequence[int | None] | None,
+    ) -> list[tuple[Tensor, Tensor | None, int | None]]:
+        """The arguments of forward_features for each slide."""
         name = type(self).__name__
         if features.ndim != 2 or features.shape[1] != self.in_dim or not len(features):
             raise ValueError(f'{name}: features must be (n, {self.in_dim}) with n >= 1, got {tuple(features.shape)}.')
@@ -152,7 +174,10 @@ class MIL(nn.Module):
         if not all(length >= 1 for length in lengths) or sum(lengths) != len(features):
             raise ValueError(f'{name}: lengths must be positive and add up to {len(features)}, got {lengths}.')
         parts = coords.split(lengths) if coords is not None else [None] * len(lengths)
-        return list(zip(features.split(lengths), parts, strict=True))
+        steps = [None] * len(lengths) if steps is None else list(steps)
+        if len(steps) != len(lengths) or not all(step is None or step >= 1 for step in steps):
+            raise ValueError(f'{name}: steps must be {len(lengths)} numbers from 1 up, or None, got {steps}.')
+        return list(zip(features.split(lengths), parts, steps, strict=True))
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load tensors under our names or published ones; all else as nn.Module does."""
@@ -193,7 +218,7 @@ class MambaMixer(nn.Module):
         self.out_proj = nn.Linear(inner_dim, dim, bias=False, **dd)
         ssm.init_scan_(self.A_log, self.D, self.dt_weight, self.dt_bias)
 
-    def forward(self, x: Tensor, tissue: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, tissue: Tensor | None = None, folded: Tensor | None = None) -> Tensor:
         """The map of a slide, (H, W, C) -> (H, W, C).
 
         Args:
@@ -201,6 +226,7 @@ class MambaMixer(nn.Module):
             tissue: Where it has patches, (H, W, 1), True or False, if the other cells, zero in x, are to take no part:
                 they add nothing to a state, which fades across them as the step's bias says; the convolution begins
                 anew with each row, or it would see the end of the row before; and what comes out there is zero.
+            folded: Where a cell without a patch stands for FOLD in a row or column, (H, W), True or False.
         """
         H, W, _ = x.shape
         x, z = self.in_proj(x).chunk(2, dim=-1)  # [H, W, C] -> 2 x [H, W, E]
@@ -211,15 +237,23 @@ class MambaMixer(nn.Module):
             x = x * tissue
         proj = self.x_proj(x).unsqueeze(3)  # -> [1, H, W, K = 1, R + 2N]
         dt, B, C = proj.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        dt = self.dt_norm(dt)
+        dt_weight: Tensor = self.dt_weight
+        if folded is not None:
+            # A state fades across FOLD cells as across one whose step is as much longer: a rank more, in such cells.
+            long_step = FOLD * F.softplus(self.dt_bias)  # [K, E]
+            more = long_step + (-torch.expm1(-long_step)).log() - self.dt_bias  # softplus' inverse
+            dt = torch.cat([dt, folded[None, :, :, None, None].to(dt.dtype)], -1)  # -> [1, H, W, K, R + 1]
+            dt_weight = torch.cat([dt_weight, more[..., None]], -1)
         y = ssm.scan(
             x,
-            self.dt_norm(dt),
+            dt,
             ssm.decay_rates(self.A_log),
             self.B_norm(B),
             self.C_norm(C),
             self.D,
             self.dt_bias,
-            self.dt_weight,
+            dt_weight,
             ndim=self.scan_ndim,
             orders=[0],
         )
@@ -233,8 +267,8 @@ class MambaBlock(nn.Module):
         self.norm = nn.RMSNorm(dim, eps=1e-5, **dd)
         self.mixer = MambaMixer(dim, **mixer_args, **dd)
 
-    def forward(self, x: Tensor, tissue: Tensor | None = None) -> Tensor:
-        return x + self.mixer(self.norm(x), tissue)
+    def forward(self, x: Tensor, tissue: Tensor | None = None, folded: Tensor | None = None) -> Tensor:
+        return x + self.mixer(self.norm(x), tissue, folded)
 
 
 class MambaMIL(MIL):
@@ -250,9 +284,11 @@ class MambaMIL(MIL):
         dim: Width of the tokens.
         depth: Number of blocks.
         scan_ndim: Dimensions of the scan, 2 on the grid, 1 in the order of the file.
-        patch_size: Side of a grid cell in the pixels of the coordinates.
+        patch_size: Side of a grid cell in the pixels of the coordinates, for slides that come without a step, 512
+            unless given; a slide's step must not contradict it.
         grid_size: Height and width of the grid in cells; unless given, the grid ends with the slide's last patch.
         crop: Whether the grid begins with the slide's first patch, which leaves fewer pad tokens to compute.
+        max_gap: Most empty rows, or columns, in a stretch; what a longer one has beyond is left out. None leaves all.
         pad_token: 'learned', 'zero' or 'none'.
         d_state: Number of states per channel, N.
         ssm_ratio: Inner width of the mixer over dim.
@@ -268,9 +304,10 @@ class MambaMIL(MIL):
         dim: int = 128,
         depth: int = 1,
         scan_ndim: int = 2,
-        patch_size: int = 512,
+        patch_size: int | None = None,
         grid_size: tuple[int, int] | None = None,
         crop: bool = False,
+        max_gap: int | None = None,
         pad_token: str = 'learned',
         d_state: int = 16,
         ssm_ratio: float = 2.0,
@@ -290,6 +327,11 @@ class MambaMIL(MIL):
             raise ValueError(
                 f'MambaMIL: crop leaves grid_size to the tissue, so that it must be None, got {grid_size}.'
             )
+        if max_gap is not None and (max_gap < 0 or grid_size is not None or pad_token == 'none'):
+            raise ValueError(
+                'MambaMIL: max_gap must be 0 or more, and be left out with a grid_size or without a pad token, got '
+                f'{max_gap}.'
+            )
         self.scan_ndim = scan_ndim
         self.patch_size = patch_size
         self.grid_size: tuple[int, int] | None = None
@@ -297,6 +339,8 @@ class MambaMIL(MIL):
             height, width = grid_size
             self.grid_size = (height, width)
         self.crop = crop
+        self.max_gap = max_gap
+        self.inner_dim = int(dim * ssm_ratio)
         if scan_ndim == 1 or pad_token == 'none':
             self.pad_token = None
         elif pad_token == 'zero':  # which the published files hold too
@@ -312,12 +356,15 @@ class MambaMIL(MIL):
     def no_weight_decay(self) -> set:
         return {'pad_token', 'blocks.*.mixer.A_log', 'blocks.*.mixer.D', 'blocks.*.mixer.dt_bias'}
 
-    def forward_features(self, features: Tensor, coords: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_features(
+        self, features: Tensor, coords: Tensor | None = None, step: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """One slide -> its tokens, as they are pooled, (T, dim); and the index of each patch among them, (n,).
 
         Args:
             features: Features of the patches, (n, in_dim).
             coords: Pixel coordinates, (n, 2), which the 1-D network does not use.
+            step: Distance of neighbouring patches in pixels, the side of a grid cell; patch_size unless given.
         """
         x, patches = super().forward_features(features)  # [n, in_dim] -> [n, C]
         if self.scan_ndim == 1:
@@ -327,17 +374,19 @@ class MambaMIL(MIL):
 
         if coords is None:
             raise ValueError('MambaMIL: coords must be (n, 2) for a 2-D scan, got None.')
-        cells, (H, W) = to_cells(coords, self.patch_size, self.grid_size, self.crop)
-        tissue = None
+        cells, grid = to_cells(coords, side_of_cells(step, self.patch_size), self.grid_size, self.crop)
+        tissue = folded = None
+        if self.max_gap is not None:
+            cells, grid = shorten_gaps(cells, grid, self.max_gap)
         if self.pad_token is None:
-            pad = x.new_zeros(x.shape[1])
-            tissue = torch.zeros(H * W, 1, dtype=torch.bool, device=x.device).index_fill(0, cells, True)
-            tissue = tissue.unflatten(0, (H, W))
-        else:
-            pad = self.pad_token.to(x.dtype)
-        x = pad.expand(H * W, -1).index_copy(0, cells, x).unflatten(0, (H, W))  # [n, C] -> [H, W, C]
+            cells, grid, folded = fold_gaps(cells, grid)
+            tissue = cells.new_zeros(grid[0] * grid[1], 1).index_fill(0, cells, 1).bool().unflatten(0, grid)
+        maps = 3 + 9 * len(self.blocks) if torch.is_grad_enabled() else 7  # of the inner width, as measured on a CPU
+        check_memory(grid, maps * self.inner_dim, x.device)
+        pad = x.new_zeros(x.shape[1]) if self.pad_token is None else self.pad_token.to(x.dtype)
+        x = pad.expand(grid[0] * grid[1], -1).index_copy(0, cells, x).unflatten(0, grid)  # [n, C] -> [H, W, C]
         for block in self.blocks:
-            x = block(x, tissue)
+            x = block(x, tissue, folded)
         x = x.flatten(0, 1)  # -> [H W, C]
         if tissue is not None:
             return self.norm(x[cells]), patches

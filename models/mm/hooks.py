@@ -276,8 +276,8 @@ def note_data(runner: Runner) -> dict[str, str]:
 
 
 def note_images(runner: Runner) -> dict[str, str]:
-    """What `vssm.predict` needs to know of a run's images, as JSON: the names of their classes, and how they are prepared
-    for an evaluation, as arguments of timm's `create_transform`. Nothing of other data."""
+    """What `vssm.predict` needs to know of a run's images, as JSON: the names of the classes, and how images
+    are prepared for an evaluation, as arguments of timm's `create_transform`. Nothing of other data."""
     dataset = leaves((runner.val_loop or runner.train_loop).dataloader.dataset)[0]
     noted: dict[str, str] = {}
     if not hasattr(dataset, 'preprocessing'):

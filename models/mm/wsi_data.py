@@ -14,7 +14,7 @@ from mmengine.registry import DATASETS, FUNCTIONS
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..mil.slides import find_slide, read_slide
+from ..mil.slides import Bag, find_slide, read_slide
 from ..mil.survival import time_bin, time_edges
 from ..mil.tables import SPLITS, Slide, apply_splits, class_name, read_table, recognised_cases, split_cases
 from .utils import RunError
@@ -27,8 +27,9 @@ class SlideDataset(Dataset):
     """Bags of patches: the slides of a split, or for survival its cases with all their slides.
 
     Gives dict(inputs, data_samples). The inputs are the arguments of the networks of `vssm.models.mil`, dict(features,
-    coords, lengths): (n, width), (n, 2) and the number of patches of each slide. The data samples are dict(name, label)
-    or dict(name, months, censored), the latter with `bin` in a training. Features are read when a sample is asked for.
+    coords, lengths, steps): (n, width), (n, 2), and the number and the step of the patches of each slide. The data
+    samples are dict(name, label) or dict(name, months, censored), the latter with `bin` in a training. Features are
+    read when a sample is asked for.
 
     Args:
         data_root: The folder with the slides' files, see `find_slide`.
@@ -98,7 +99,8 @@ class SlideDataset(Dataset):
         if split not in SPLITS or not by_split[split]:
             raise RunError(self._no_slides(split))
         self.task, self.split = task, split
-        self.cache: dict[int, list[tuple[Tensor, Tensor]]] | None = {} if cache else None
+        self.cache: dict[int, list[Bag]] | None = {} if cache else None
+        self.told: set[Path] = set()  # files of which it was said that patches are left out
         self.metainfo: dict[str, Any] = {}
         if task == 'classification':
             self.bags = [[slide] for slide in by_split[split]]
@@ -184,8 +186,12 @@ class SlideDataset(Dataset):
             parts = [self._read(slide, path) for slide, path in zip(bag, self.files[index], strict=True)]
             if self.cache is not None:
                 self.cache[index] = parts
-        features, coords = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        inputs = dict(features=features, coords=coords, lengths=[len(part[0]) for part in parts])
+        inputs = dict(
+            features=_join([part.features for part in parts]),
+            coords=_join([part.coords for part in parts]),
+            lengths=[len(part.features) for part in parts],
+            steps=[part.step for part in parts],
+        )
         first = bag[0]
         if self.task == 'classification':
             return dict(inputs=inputs, data_samples=dict(name=first.slide_id, label=self.classes.index(first.label)))
@@ -194,11 +200,24 @@ class SlideDataset(Dataset):
             data_samples['bin'] = time_bin(torch.tensor([first.months]), self.edges).item()
         return dict(inputs=inputs, data_samples=data_samples)
 
-    def _read(self, slide: Slide, path: Path) -> tuple[Tensor, Tensor]:
+    def _read(self, slide: Slide, path: Path) -> Bag:
         try:
-            return read_slide(path)
+            bag = read_slide(path)
         except (FileNotFoundError, ValueError) as error:
             raise self._error(slide, error) from error
+        if bag.left_out and path not in self.told:
+            self.told.add(path)
+            print_log(
+                f'{path.name}: {bag.left_out} of {len(bag.pixels)} patches are left out, each in the cell of a patch '
+                'of another piece of tissue.',
+                'current',
+                logging.WARNING,
+            )
+        return bag
+
+
+def _join(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)  # without a copy of a single slide
 
 
 def table_files(data_root: str, ann_file: str, split_file: str | None = None, fold: int = 0, **_: Any) -> list[Path]:

@@ -178,6 +178,9 @@ def open_archive(
     return *_open_legacy(io.BytesIO(file.read()), known or {}), False
 
 
+_PART = 1 << 20
+
+
 def _open_zip(file: BinaryIO, size: int, known: Mapping[str, Any]) -> tuple[Any, Callable[[Stored], Tensor]]:
     archive = zipfile.ZipFile(file)  # which checks what it reads by CRC-32
     records = {info.filename.partition('/')[2]: info for info in archive.infolist()}
@@ -191,7 +194,12 @@ def _open_zip(file: BinaryIO, size: int, known: Mapping[str, Any]) -> tuple[Any,
 
     @functools.cache
     def storage(key: str) -> bytearray:
-        return bytearray(archive.read(records[f'data/{key}']))
+        info = records[f'data/{key}']
+        data = bytearray(info.file_size)
+        with archive.open(info) as record, memoryview(data) as view:  # in parts, or all of it would be there twice
+            for start in range(0, len(data), _PART):
+                view[start : start + _PART] = record.read(_PART)
+        return data
 
     unpickler = _Unpickler(_program(io.BytesIO(archive.read(records['data.pkl']))), known)
     return unpickler.load(), lambda stored: _tensor(stored, storage(stored.key))

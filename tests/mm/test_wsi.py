@@ -463,9 +463,9 @@ def test_layouts(layout, tmp_path):
         with h5py.File(tmp_path / ('h5_files/s.h5' if layout == 'pt_files' else 's.h5'), 'w') as file:
             file['coords'] = coords.double().numpy()  # whole numbers all the same
     assert find_slide(tmp_path, 's') == find_slide(tmp_path, 's.svs')
-    got = read_slide(find_slide(tmp_path, 's'))
-    assert torch.equal(got[0], features) and torch.equal(got[1], coords)
-    assert (got[0].dtype, got[1].dtype) == (torch.float32, torch.int64)
+    bag = read_slide(find_slide(tmp_path, 's'))
+    assert torch.equal(bag.features, features) and torch.equal(bag.coords, coords)
+    assert (bag.features.dtype, bag.coords.dtype) == (torch.float32, torch.int64)
 
 
 class Evil:
@@ -502,6 +502,10 @@ FILES = {
         lambda path: write_slide(path / 's.h5', coords=CELLS + torch.eye(9)[:, :2] / 2),
         r'coords row 0 must be whole pixels, got \[0.5, 0.0\]',
     ),
+    'negative': (
+        lambda path: write_slide(path / 's.h5', coords=CELLS - 1),
+        r'coords row 0 must lie on the slide, got \(-1, -1\)',
+    ),
     'one axis': (lambda path: write_slide(path / 's.h5', torch.randn(9)), r'features must be \(n, width\), got \(9,\)'),
     'integers': (lambda path: write_slide(path / 's.h5', torch.ones(9, 2).int()), 'features .* torch.int64'),
     'no coords': (h5(features=torch.randn(3, 2).numpy()), 'must hold features and coords, got features'),
@@ -519,17 +523,13 @@ FILES = {
     ),
 }
 GRIDS = {
-    'negative': (
-        lambda path: write_slide(path / 's.h5', coords=CELLS - 1),
-        r'coords row 0 must lie on the grid of 512 pixels each, got \(-1, -1\)',
-    ),
     'far off': (
-        lambda path: write_slide(path / 's.h5', coords=CELLS * 10**4),
+        lambda path: write_slide(path / 's.h5', coords=CELLS + 10**8 * torch.eye(9)[:, :1].long()),
         'coords must span at most .* is patch_size right',
     ),
     'twice': (
-        lambda path: write_slide(path / 's.h5', coords=CELLS // 2),
-        r'one patch into a cell .* rows 0 and 1 in one',
+        lambda path: write_slide(path / 's.h5', coords=CELLS[[0, 1, 2, 3, 4, 5, 6, 7, 1]]),
+        r'one patch into a cell .* rows 1 and 8 in one',
     ),
     'width': (
         lambda path: write_slide(path / 's.h5', torch.randn(9, 5)),
@@ -624,8 +624,8 @@ def test_a_case_has_all_its_slides(cases):
         inputs = dataset[i]['inputs']
         count = 1 + int(name[1:]) % 2
         assert inputs['lengths'] == [PATCHES] * count
-        first, _ = read_slide(cases / f'{name}_0.h5')
-        assert torch.equal(inputs['features'][:PATCHES], first) and len(inputs['coords']) == PATCHES * count
+        first = read_slide(cases / f'{name}_0.h5')
+        assert torch.equal(inputs['features'][:PATCHES], first.features) and len(inputs['coords']) == PATCHES * count
 
 
 def test_time_bins_come_from_the_training_data(cases):
@@ -847,7 +847,8 @@ def test_the_whole_path(classification, tmp_path, capsys):
     model = create_mil_model('mamba2d_mil', **json.loads(metadata['model_args'])).eval()
     model.load_state_dict(weights)
     for row in rows:
-        probabilities = model(*read_slide(classification / f'{row["slide_id"]}.h5')).softmax(1)[0]
+        bag = read_slide(classification / f'{row["slide_id"]}.h5')
+        probabilities = model(bag.features, bag.coords).softmax(1)[0]
         torch.testing.assert_close(torch.tensor([float(row['p_a']), float(row['p_b'])]), probabilities)
 
     picture = tmp_path / 'heatmap.png'
@@ -1141,7 +1142,7 @@ def test_the_other_networks_train(network, classification, tmp_path):
     [
         ('wsi/classification', {'model.num_classes': 5}, 'model.num_classes must be 2, the number of classes'),
         ('wsi/classification', {'model.in_dim': 7}, 's[0-9]: MambaMIL: features must be .n, 7.'),
-        ('wsi/classification', {'model.patch_size': 1024}, 's[0-9]: coords must put one patch into a cell of 1024'),
+        ('wsi/classification', {'model.patch_size': 1024}, 's[0-9]: patch_size must be .*512 pixels, got 1024'),
         ('wsi/classification', {'dataset.ann_file': 'none.csv'}, 'none.csv does not exist'),
         (
             'wsi/classification',

@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from vssm.models.mil import MambaMIL, checkpoint_filter_fn, create_mil_model, list_mil_models, survival, to_cells
+from vssm.models.mil import (
+    MambaMIL,
+    checkpoint_filter_fn,
+    create_mil_model,
+    grid,
+    list_mil_models,
+    networks,
+    survival,
+    to_cells,
+)
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 BENCHMARKS = Path(__file__).parents[2] / 'benchmarks'
@@ -133,8 +142,10 @@ def test_every_network(name):
 
 
 @pytest.mark.parametrize('name', list_mil_models())
-def test_autocast(name):
-    model, (features, coords) = small(name), bag(TISSUE)
+@pytest.mark.parametrize('far', [0, 50])
+def test_autocast(name, far):
+    model = small(name, **(dict(pad_token='none') if name == 'mamba2d_mil' and far else {}))
+    features, coords = bag([*TISSUE, (far, far)])
     with torch.autocast('cpu', torch.bfloat16):
         logits = model(features, coords)
     torch.testing.assert_close(logits.float(), model(features, coords), rtol=0.05, atol=0.02)
@@ -217,6 +228,8 @@ def test_the_published_sizes():
         (lambda: small('mamba2d_mil', scan_ndim=3), 'scan_ndim must be 1 or 2, got 3'),
         (lambda: small('mamba2d_mil', pad_token='one'), "pad_token must be 'learned', 'zero' or 'none', got 'one'"),
         (lambda: small('mamba2d_mil', crop=True, grid_size=(4, 4)), 'grid_size .* must be None, got .4, 4.'),
+        (lambda: small('mamba2d_mil', max_gap=-1), 'max_gap must be 0 or more, .* got -1'),
+        (lambda: small('mamba2d_mil', max_gap=3, pad_token='none'), 'max_gap must be .* got 3'),
         (lambda: small('mean_mil', pool='median'), "pool must be one of attention, mean, max, got 'median'"),
         (lambda: small('mean_mil')(torch.randn(3, 5)), r'features must be \(n, 6\) with n >= 1, got \(3, 5\)'),
         (lambda: small('mean_mil')(torch.randn(0, 6)), r'features must be .*, got \(0, 6\)'),
@@ -321,6 +334,87 @@ def test_without_a_pad_token_holes_take_no_part():
                 expected.append(h[row, column] @ C + mixer.D[0] * v)
     y = mixer.out_proj(torch.stack(expected) * torch.nn.functional.silu(z))
     torch.testing.assert_close(tokens, model.norm(u + y), rtol=1e-9, atol=1e-12)
+
+
+FAR = [
+    (row + y, column + x) for row in range(2) for column in range(3) for y, x in ((0, 0), (37, 0), (60, 90), (3, 19))
+]
+
+
+@pytest.mark.parametrize('depth', [1, 2])
+@pytest.mark.parametrize('inner_norms', [False, True])
+def test_without_a_pad_token_folded_gaps_change_nothing(depth, inner_norms, assert_close, monkeypatch):
+    """A row or column in the place of 16 empty ones; values and every gradient, as on the whole grid."""
+    features, coords = bag(FAR, dtype=torch.float64)
+    assert networks.fold_gaps(*to_cells(coords, 512))[1] == (32, 33)  # of 62 x 93
+    results = []
+    for fold in (True, False):
+        if not fold:
+            monkeypatch.setattr(networks, 'fold_gaps', lambda cells, grid: (cells, grid, None))
+        torch.manual_seed(1)
+        model = small('mamba2d_mil', pad_token='none', depth=depth, inner_norms=inner_norms, dtype=torch.float64)
+        for block in model.blocks:
+            torch.nn.init.uniform_(block.mixer.dt_bias, -7, 1)  # small steps, which a gap lets pass, and large ones
+        x = features.clone().requires_grad_()
+        logits = model(x, coords)
+        logits.square().sum().backward()
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        results.append(dict(grads, logits=logits.detach(), features=x.grad))
+    for name, value in results[0].items():
+        assert_close(value, results[1][name], 1e-10, name)
+
+
+@pytest.mark.parametrize('gap', [1, 3, 4, 18, 19, 20, 34, 35, 36, 371])
+def test_a_folded_gap_is_as_long_as_it_was(gap):
+    """Each folded row counts 16, three or more that are not folded stay, and no row is lost."""
+    coords = 512 * torch.tensor([[9, 9], [9, 10 + gap], [10 + gap, 9]])
+    cells, (height, width), folded = networks.fold_gaps(*to_cells(coords, 512))
+    assert height == width and cells.tolist() == [0, (height - 1) * width, width - 1]
+    folded = torch.zeros(height, width).bool() if folded is None else folded
+    empty = folded[1:-1, 0]
+    assert torch.equal(folded, folded.T) and not folded[0, 0]
+    assert len(empty) + 15 * empty.sum() == gap
+    assert (~empty).sum() >= min(gap, 3) and (~empty).sum() <= 18
+
+
+@pytest.mark.parametrize('pad_token', ['learned', 'zero'])
+def test_the_longest_gap(pad_token):
+    """What a gap has beyond max_gap is as if it were not there, also before the first patch."""
+    model = small('mamba2d_mil', pad_token=pad_token, max_gap=5)
+    features = torch.randn(3, 6)
+    expected = model(features, 512 * torch.tensor([[5, 2], [6, 2], [12, 8]]))
+    assert torch.equal(model(features, 512 * torch.tensor([[50, 2], [51, 2], [90, 70]])), expected)
+    assert len(model.forward_features(features, 512 * torch.tensor([[50, 2], [51, 2], [90, 70]]))[0]) == 9 * 13
+    whole = small('mamba2d_mil', pad_token=pad_token)
+    whole.load_state_dict(model.state_dict())
+    assert torch.equal(whole(features, 512 * torch.tensor([[5, 2], [6, 2], [12, 8]])), expected)
+
+
+@pytest.mark.parametrize('options, cells', [(dict(pad_token='none'), 55**2), (dict(max_gap=8, crop=True), 28**2)])
+def test_two_pieces_in_opposite_corners_make_a_small_grid(options, cells, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(networks, 'check_memory', lambda grid, *rest: sizes.append(grid[0] * grid[1]))
+    corners = [(row + corner, column + corner) for corner in (0, 390) for row in range(10) for column in range(10)]
+    small('mamba2d_mil', **options)(*bag(corners))
+    assert sizes == [cells]
+
+
+def test_a_grid_that_memory_has_no_room_for_is_refused(monkeypatch):
+    """2,001 x 2,001 cells, for which a step of the published network needs some 49 GB."""
+    model = create_mil_model('mamba2d_mil', in_dim=6)
+    features, coords = bag([(0, 0), (2000, 2000)])
+    monkeypatch.setattr('vssm.models.mil.grid._free_bytes', lambda device: 15 << 30)
+    with pytest.raises(
+        ValueError, match=r'grid of 2001 x 2001 cells, which needs about 49.2 GB of memory, got 16.1 GB'
+    ):
+        model(features, coords)
+    with torch.no_grad(), pytest.raises(ValueError, match='needs about 28.7 GB'):
+        model(features, coords)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='free memory is read from /proc')
+def test_the_free_memory_is_some():
+    assert 1 << 20 < grid._free_bytes(torch.device('cpu')) < 1 << 50
 
 
 # ---- survival --------------------------------------------------------------------------------------------------------
