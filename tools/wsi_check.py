@@ -35,6 +35,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--task', choices=('classification', 'survival'), help='default: survival, if CSV has a column survival_months'
     )
+    parser.add_argument('--split-file', metavar='FILE', type=Path, help='published splits, as of dataset.split_file')
+    parser.add_argument(
+        '--columns',
+        metavar='OURS=THEIRS',
+        nargs='+',
+        default=[],
+        help='names of columns in CSV that have others here, such as label=subtype',
+    )
+    parser.add_argument(
+        '--no-barcodes',
+        action='store_true',
+        help='take no notice of the patients in TCGA barcodes, as dataset.barcodes=False',
+    )
     parser.add_argument('--classes', metavar='NAME', nargs='+', help='the labels that there may be (default: any)')
     parser.add_argument(
         '--patch-size',
@@ -51,17 +64,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..models.mil import side_of_cells, to_cells
     from ..models.mil.slides import find_slide, read_slide
-    from ..models.mil.tables import read_table
+    from ..models.mil.tables import apply_splits, read_table, recognised_cases
 
     if args.patch_size is not None and args.patch_size < 1:
         raise UsageError(f'--patch-size must be at least 1, got {args.patch_size}.')
     if not args.folder.is_dir():
         raise UsageError(f'DIR must be a folder, got {args.folder}, which does not exist.')
+    if not all('=' in entry for entry in args.columns):
+        raise UsageError(f'--columns must be OURS=THEIRS, such as label=subtype, got {" ".join(args.columns)}.')
+    columns = dict(entry.split('=', 1) for entry in args.columns)
+    barcodes = not args.no_barcodes
     try:
-        task = args.task or ('survival' if 'survival_months' in _header(args.table) else 'classification')
-        slides, problems = read_table(args.table, task, args.classes)
+        known = {*_header(args.table), *columns}
+        task = args.task or ('survival' if 'survival_months' in known else 'classification')
+        slides, problems = read_table(args.table, task, args.classes, barcodes, columns)
+        said = recognised_cases(slides)
+        notes = [f'{args.table.name} has no case_id: {said}' if said else None]
+        if args.split_file is not None:
+            slides, more, said = apply_splits(slides, args.split_file, barcodes)
+            problems += [problem for problem in more if problem not in problems]
+            notes.append(said)
     except (FileNotFoundError, ValueError) as error:
         raise UsageError(str(error)) from error
+
+    for note in filter(None, notes):
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
 
     usual: int | None = None
     patches, steps, grids, left_out = [], [], [], []
@@ -124,12 +151,12 @@ def _count_groups(slides: 'Sequence[Slide]', task: str) -> Iterator[tuple[str, s
         yield 'cases with an event', str(sum(not value for value in censored.values()))
 
 
-def _header(path: Path) -> str:
-    try:
-        with open(path, encoding='utf-8-sig', errors='replace') as file:
-            return file.readline()
-    except OSError as error:
-        raise UsageError(f'CSV must be a file, got {path}: {error.strerror}.') from error
+def _header(path: Path) -> list[str]:
+    from ..models.mil.tables import read_rows
+
+    if not path.is_file():
+        raise UsageError(f'CSV must be a file, got {path}, which does not exist.')
+    return read_rows(path)[0]
 
 
 if __name__ == '__main__':

@@ -571,6 +571,23 @@ def test_check_lists_all_problems(classification, capsys):
     assert capsys.readouterr().out.count('must lie on a grid of 3 x 4 cells') == 10
 
 
+def test_check_knows_splits_columns_and_barcodes(barcodes, capsys):
+    """All that a data set takes beside its table, so that nothing is told by a training first."""
+    (barcodes / 'labels.csv').write_bytes((barcodes / 'labels.csv').read_bytes().replace(b'label', b'Kind'))
+    command = ['wsi-check', str(barcodes / 'labels.csv'), str(barcodes), '--columns', 'label=Kind']
+    assert main(command) == 0
+    assert 'labels.csv has no case_id: the barcodes of 60 slides' in capsys.readouterr().out
+    slides = sorted(path.stem for path in barcodes.glob('*.h5'))
+    write_splits(barcodes / 'splits.csv', slides[:31], slides[31:45], slides[45:])
+    command += ['--split-file', str(barcodes / 'splits.csv')]
+    assert main(command) == 2
+    assert "split must be that of case 'TCGA-15-A015'" in capsys.readouterr().out
+    assert main([*command, '--no-barcodes']) == 0
+    assert 'slides of train' in capsys.readouterr().out
+    assert main([*command[:4], 'Kind']) == 2
+    assert '--columns must be OURS=THEIRS' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('task', ['classification', 'survival'])
 def test_check_counts(task, request, capsys):
     folder = request.getfixturevalue('classification' if task == 'classification' else 'cases')
