@@ -63,7 +63,7 @@ VSSM_INLINE void exp2_(Vec<float> (&x)[M]) {
   typedef Vec<float> V;
   typedef Int<float> I;
   const V to_int = splat(12582912.f);  // as in exp_
-  const I zero = (I)to_int;
+  const V least = splat(12582912.f - kExponent), most = splat(12582912.f + kExponent);
   const float c[] = {9.665856775e-03f, 5.550922573e-02f, 2.402236820e-01f, 6.931469671e-01f, 1.f};
   V z[M], p[M];
   VSSM_UNROLL
@@ -72,7 +72,7 @@ VSSM_INLINE void exp2_(Vec<float> (&x)[M]) {
     x[m] -= z[m] - to_int;
     if (BOUNDED) {
       x[m] = at_most(at_least(x[m], splat(-0.5f)), splat(0.5f));
-      z[m] = (V)at_most(at_least((I)z[m], zero - kExponent), zero + kExponent);
+      z[m] = at_most(at_least(z[m], least), most);
     }
     p[m] = splat(1.318679360e-03f);
   }

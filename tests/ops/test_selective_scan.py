@@ -643,5 +643,20 @@ def test_scan_values_that_are_not_finite_spoil_no_other_image(name, value, kerne
             assert torch.equal(grads[other][1:], grads_clean[other][1:]), other
 
 
+@pytest.mark.parametrize('states', (1, 16))
+@pytest.mark.parametrize('name', NAMES)
+def test_scan_makes_no_number_of_what_is_none(name, states, kernel_path, interpreted):
+    """Where the definition gives NaN, and its gradient, the kernels do: no such loss looks sound."""
+    sizes = dict(height=1, width=2, channels=3, orders=(2,)) if kernel_path == 'triton' and interpreted else {}
+    tensors, options = make_case(**sizes, states=states, rank=2, dtype=torch.float32)
+    tensors[name].view(-1)[-1] = math.nan
+    grad_y = random_like(tensors['x'])
+    y, grads = values_and_grads(tensors, options, grad_y)
+    y_ref, grads_ref = values_and_grads(tensors, options, grad_y, selective_scan_ref)
+    assert y_ref.isnan().any() and not (y_ref.isnan() & ~y.isnan()).any()
+    for other, grad in grads_ref.items():
+        assert not (grad.isnan() & ~grads[other].isnan()).any(), other
+
+
 if __name__ == '__main__':
     write_pinned()
