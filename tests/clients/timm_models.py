@@ -12,10 +12,14 @@ _list_models = timm.list_models
 OURS = {*weights.list_models()}
 
 
-def list_models(filter='', module='', **kwargs):
+TOKENS = ['vim_*', 'test_vim']  # timm's tests keep networks without feature maps apart, by their names
+
+
+def list_models(filter='', module='', exclude_filters='', **kwargs):
     """Our models among those of a filter, whatever modules timm's test asks for; no pretrained ones, as their names end
     in a tag."""
-    return [name for name in _list_models(filter, **kwargs) if name in OURS]
+    filter, exclude_filters = ([*names, *TOKENS] if 'vit_*' in names else names for names in (filter, exclude_filters))
+    return [name for name in _list_models(filter, exclude_filters=exclude_filters, **kwargs) if name in OURS]
 
 
 timm.list_models = list_models

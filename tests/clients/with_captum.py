@@ -26,14 +26,15 @@ def outputs(model, names, x):
 
 
 def test_activations_of_layers(model, images, plainly, assert_close):
-    expected, _ = plainly(outputs, model, LAYERS, images)
-    for name in LAYERS:
+    layers = [name for name in LAYERS if name in dict(model.named_modules())]  # not all networks have MLPs
+    expected, _ = plainly(outputs, model, layers, images)
+    for name in layers:
         activation = LayerActivation(model, model.get_submodule(name)).attribute(images)
         assert activation.shape[:1] == images.shape[:1]
         assert_close(activation, expected[name], 1e-5, name)
 
 
-@pytest.mark.parametrize('layer', ('stem.conv2', 'stages.1.blocks.0.mixer.conv', 'stages.3.blocks.0.mixer.conv'))
+@pytest.mark.parametrize('layer', ('stem.conv1', 'stages.1.blocks.0.mixer.conv', 'stages.3.blocks.0.mixer.conv'))
 def test_grad_cam_of_a_convolution(layer, model, images, plainly, assert_close):
     def by_hand():
         found, score = outputs(model, [layer], images)
