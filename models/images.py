@@ -6,11 +6,21 @@ import os
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-__all__ = ['eight_bits', 'misplaced', 'read_rgb', 'turn_upright']
+__all__ = ['as_rgb', 'eight_bits', 'misplaced', 'read_rgb', 'turn_upright']
+
+
+def as_rgb(picture: Image.Image) -> Image.Image:
+    """The picture in RGB with 8 bits a channel, what is transparent on white.
+
+    Raises:
+        ValueError: Its values have no range that would tell what is white.
+    """
+    picture = eight_bits(picture).convert('RGBA')
+    return Image.alpha_composite(Image.new('RGBA', picture.size, 'white'), picture).convert('RGB')
 
 
 def read_rgb(path: str | os.PathLike) -> Image.Image:
-    """A picture as a viewer shows it: upright, in RGB with 8 bits, what is transparent on white.
+    """A picture as a viewer shows it: upright, and as `as_rgb` makes it.
 
     Raises:
         ValueError: There is no such file, or it cannot be read.
@@ -18,10 +28,9 @@ def read_rgb(path: str | os.PathLike) -> Image.Image:
     try:
         with Image.open(path) as file:
             turn_upright(file)
-            picture = eight_bits(file).convert('RGBA')
+            return as_rgb(file)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f'{path} must be an image that Pillow reads: {error}') from error
-    return Image.alpha_composite(Image.new('RGBA', picture.size, 'white'), picture).convert('RGB')
 
 
 def eight_bits(image: Image.Image) -> Image.Image:

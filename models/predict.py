@@ -15,20 +15,14 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, res
 from torch import Tensor, nn
 
 from .files import printable
-from .images import read_rgb
+from .images import as_rgb, read_rgb
 from .weights import convert, list_models, misfits, read_checkpoint
 
-__all__ = ['Classifier', 'load_classifier', 'predict']
+__all__ = ['Classifier', 'load_classifier', 'load_network', 'predict']
 
 Picture = str | os.PathLike | Image.Image
-TRANSFORM = {
-    'input_size',
-    'interpolation',
-    'mean',
-    'std',
-    'crop_pct',
-    'crop_mode',
-}  # what files note of timm's arguments
+# What a file may note of timm's arguments.
+TRANSFORM = {'input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode'}
 FILES = ('.safetensors', '.pth', '.pt', '.bin', '.ckpt', '.tar')  # how names of files of weights end
 
 
@@ -56,8 +50,11 @@ def predict(
     Raises:
         FileNotFoundError: A file does not exist.
         RuntimeError: There are no such weights, or they cannot be loaded from their source.
-        ValueError: A file cannot be read, or is none of a classifier.
+        ValueError: A file cannot be read, or is none of a classifier; topk or batch_size is less than 1.
     """
+    for name, value in (('topk', topk), ('batch_size', batch_size)):
+        if value < 1:
+            raise ValueError(f'predict: {name} must be at least 1, got {value}.')
     pictures = [images] if isinstance(images, (str, os.PathLike, Image.Image)) else list(images)
     classifier = load_classifier(model, device)
     batches = [pictures[i : i + batch_size] for i in range(0, len(pictures), batch_size)]
@@ -94,7 +91,7 @@ class Classifier(NamedTuple):
         ]
 
     def _open(self, image: Picture) -> Image.Image:
-        picture = image.convert('RGB') if isinstance(image, Image.Image) else read_rgb(image)
+        picture = as_rgb(image) if isinstance(image, Image.Image) else read_rgb(image)
         return picture.convert('L') if getattr(self.model, 'in_chans', 3) == 1 else picture
 
 
@@ -146,9 +143,23 @@ def _from_file(path: Path) -> tuple[Any, dict[str, str]]:
             raise ValueError(f'checkpoint {path} must hold the tensors of {name}: {problems}.')
         model.load_state_dict(tensors)
         return model, metadata
+    return load_network(path)
+
+
+def load_network(path: Path, name: str | None = None) -> tuple[Any, dict[str, str]]:
+    """One of our networks with the weights of a file, any that `convert` reads, and the metadata that this gives it.
+
+    Args:
+        path: File of weights.
+        name: Name of the network that the file must hold, told by the file unless given.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: The file cannot be read safely, holds another network, or the backbone of a detector or segmentor.
+    """
     with tempfile.TemporaryDirectory() as folder:
         converted = Path(folder, 'weights.safetensors')
-        metadata = convert(path, converted).metadata
+        metadata = convert(path, converted, name).metadata
         model_args = json.loads(metadata['model_args'])
         if 'features_only' in model_args:
             raise ValueError(f'checkpoint {path} must hold a classifier, got the backbone of a detector or segmentor.')

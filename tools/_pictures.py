@@ -3,9 +3,7 @@
 
 import argparse
 import io
-import json
 import pickle
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +16,8 @@ from torchvision.transforms import functional as TF
 
 from ..models.files import reason
 from ..models.images import read_rgb
-from ..models.weights import convert, list_models
+from ..models.predict import load_network
+from ..models.weights import list_models
 from ._common import UsageError, write_file
 from ._models import find_timm_model
 
@@ -95,12 +94,7 @@ def load_model(name: str, path: Path) -> nn.Module:
     """A model with the weights of a file; for ours any that `vssm convert` reads, with the arguments found in it."""
     if name.partition('.')[0] not in list_models():
         return timm.create_model(name, checkpoint_path=str(path))
-    with tempfile.TemporaryDirectory() as folder:
-        converted = Path(folder, 'weights.safetensors')
-        model_args = json.loads(convert(path, converted, name.partition('.')[0]).metadata['model_args'])
-        if 'features_only' in model_args:
-            raise ValueError(f'checkpoint {path} must hold a classifier, got the backbone of a detector or segmentor.')
-        return timm.create_model(name, checkpoint_path=str(converted), **model_args)
+    return load_network(path, name.partition('.')[0])[0]
 
 
 def normalize(model: Any, images: Tensor) -> Tensor:

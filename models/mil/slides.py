@@ -4,7 +4,6 @@
 Rows of arrays are counted from 0.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from ..weights.archive import Stored, open_archive
 from .grid import find_step, place
+from .tables import slide_name
 
 __all__ = ['Bag', 'find_slide', 'read_slide']
 
@@ -63,7 +63,7 @@ def find_slide(folder: str | Path, slide_id: str) -> Path:
         FileNotFoundError: The slide has no file.
     """
     folder = Path(folder)
-    slide_id = re.sub(r'\.(svs|ndpi|tiff?|mrxs|scn|bif)$', '', slide_id)
+    slide_id = slide_name(slide_id)
     candidates = [folder / f'{slide_id}.h5', folder / 'h5_files' / f'{slide_id}.h5']
     candidates += [folder / f'{slide_id}.pt', folder / 'pt_files' / f'{slide_id}.pt']
     for path in candidates:

@@ -147,8 +147,8 @@ def read_rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]], 
                     f'row {reader.line_num} has {len(cells)} cells for {len(header)} columns: is there a decimal comma?'
                 )
             if any(map(str.strip, cells)):
-                cells = [*map(str.strip, cells), *[''] * (len(header) - len(cells))]
-                columns = list(zip(header, cells, strict=False))
+                cells = [*map(str.strip, cells), *[''] * len(header)][: len(header)]
+                columns = list(zip(header, cells, strict=True))
                 records.append((reader.line_num, dict(reversed(columns))))  # the first of those without a name
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(
