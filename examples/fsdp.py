@@ -35,7 +35,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from vssm.models.files import replacing
-from vssm.models.mm import GuardedDataset, RunError, save_for_timm
+from vssm.models.mm import GuardedDataset, RunError, note_images, save_for_timm
 from vssm.models.mm.utils import mix_seeds, seed_everything
 from vssm.tools._common import UsageError, add_run_arguments, read_config
 
@@ -72,14 +72,16 @@ def build_schedulers(cfg: Config, optimizer: Optimizer, epoch_length: int) -> li
     return schedulers
 
 
-def save(folder: Path, epoch: int, classifier: nn.Module, optimizer: Optimizer, schedulers: list) -> None:
+def save(
+    folder: Path, epoch: int, classifier: nn.Module, optimizer: Optimizer, schedulers: list, notes: dict[str, str]
+) -> None:
     """Write checkpoint.safetensors for timm and `vssm test`, and resume.pt; each appears as a whole."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, moments = get_state_dict(classifier, optimizer, options=options)  # all send, the first process receives
     if dist.get_rank() != 0:
         return
     network = {name.removeprefix('model.'): value for name, value in weights.items()}
-    save_for_timm(folder / 'checkpoint.safetensors', classifier, network, epoch)
+    save_for_timm(folder / 'checkpoint.safetensors', classifier, network, epoch, **notes)
     # The weights again: a run that is killed between the two files must not mix two epochs.
     state = dict(epoch=epoch, weights=weights, moments=moments, schedulers=[s.state_dict() for s in schedulers])
     with replacing(folder / 'resume.pt') as temporary:
@@ -107,6 +109,7 @@ def train(cfg: Config, folder: Path, device: str, resumes: bool) -> None:
     start, end, length = 0, cfg.train_cfg.max_epochs, len(loader)
     if resumes and (folder / 'resume.pt').is_file():
         start = resume(folder, classifier, optimizer, schedulers)
+    notes = note_images(DATASETS.build(cfg.val_dataloader.dataset), classifier)  # for `vssm predict`
     optim_wrapper.initialize_count_status(classifier, start * length, end * length)  # to accumulate gradients
 
     for epoch in range(start, end):
@@ -126,7 +129,7 @@ def train(cfg: Config, folder: Path, device: str, resumes: bool) -> None:
                     raise RunError(f'the loss is {loss.item()} in epoch {epoch + 1}, iteration {i + 1}.')
                 if dist.get_rank() == 0:
                     print(f'epoch {epoch + 1}/{end}  {i + 1}/{length}  loss {loss:.4f}  lr {rate:.2e}', flush=True)
-        save(folder, epoch + 1, classifier, optimizer, schedulers)
+        save(folder, epoch + 1, classifier, optimizer, schedulers, notes)
 
 
 def main() -> None:

@@ -37,6 +37,7 @@ from .hooks import (  # noqa: E402
     SeedHook,
     SharedBuffersHook,
     UnreadableImagesHook,
+    note_images,
     save_for_timm,
 )
 from .identity import current_run  # noqa: E402
@@ -79,6 +80,7 @@ __all__ = [
     'UnreadableImagesHook',
     'current_run',
     'load_weights',
+    'note_images',
     'numbered_checkpoints',
     'progress_bar',
     'read_run',

@@ -39,6 +39,7 @@ __all__ = [
     'SharedBuffersHook',
     'UnreadableImagesHook',
     'note_data',
+    'note_images',
     'save_for_timm',
 ]
 
@@ -264,7 +265,8 @@ def _write_weights(runner: Runner, name: str, epoch: int, **metadata: str) -> No
     path = Path(runner.work_dir, name)
     check_finite(source, path)
     run = getattr(runner, 'run_name', '')  # mmengine's own Runner has none
-    metadata = dict(metadata, **note_data(runner), **note_images(runner), run=run)
+    dataset = (runner.val_loop or runner.train_loop).dataloader.dataset
+    metadata = dict(metadata, **note_data(runner), **note_images(dataset, classifier), run=run)
     in_first_process(lambda: save_for_timm(path, classifier, source.model.state_dict(), epoch, **metadata))
     runner.logger.info(f'Wrote {path}.')
 
@@ -275,17 +277,25 @@ def note_data(runner: Runner) -> dict[str, str]:
     return {} if notes is None else dict(data=json.dumps(notes))
 
 
-def note_images(runner: Runner) -> dict[str, str]:
-    """What `vssm.predict` needs to know of a run's images, as JSON: the names of the classes, and how images
-    are prepared for an evaluation, as arguments of timm's `create_transform`. Nothing of other data."""
-    dataset = leaves((runner.val_loop or runner.train_loop).dataloader.dataset)[0]
+def note_images(dataset: Any, classifier: NamedModel) -> dict[str, str]:
+    """What `vssm.predict` needs to know of the images, as JSON, for `save_for_timm`; nothing of other data.
+
+    Args:
+        dataset: The data set that the classifier is evaluated on, in whatever wrappers.
+        classifier: The model, whose preprocessor scales the images.
+
+    Returns:
+        `classes`, the names in their order, and `transform`, how an image is prepared for an evaluation, as arguments
+        of timm's `create_transform`.
+    """
+    dataset = leaves(dataset)[0]
     noted: dict[str, str] = {}
     if not hasattr(dataset, 'preprocessing'):
         return noted
     if classes := (getattr(dataset, 'metainfo', None) or {}).get('classes'):
         noted['classes'] = json.dumps(list(classes))
     if dataset.preprocessing is not None:
-        preprocessor = unwrap(runner.model).data_preprocessor
+        preprocessor = classifier.data_preprocessor
         scale = {
             key: (getattr(preprocessor, key).flatten() / 255).tolist()
             for key in ('mean', 'std')
