@@ -13,7 +13,7 @@ PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 QUICK := tests/test_architecture.py tests/ops tests/models/test_layers.py $(addprefix tests/models/test_models.py::, \
 	test_golden_classifier test_kernel_and_reference_agree test_every_parameter_gets_a_gradient)
 
-.PHONY: setup demo check test test-slow gpu lint format clean
+.PHONY: setup demo check test test-slow docs gpu lint format clean
 
 setup: $(INSTALLED)
 
@@ -22,7 +22,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard ops/csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "vssm needs Python 3.11 or newer, got " + sys.version.split()[0] + ": make setup PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch torchvision setuptools wheel
-	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[demo,export,hub,mmlab,plot,test,wsi]'
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[demo,docs,export,hub,mmlab,plot,test,wsi]'
 	# mmengine asks for opencv-python, which needs a display library that servers lack; the headless build does not.
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps --force-reinstall opencv-python-headless
 	touch $@
@@ -38,6 +38,10 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+# The site of docs/, in build/site; any warning is an error. The variable silences what the theme says of mkdocs's future.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # On a machine with a card, in minutes: its results are in benchmarks/results/gpu. `make gpu GPU_ARGS='--steps op models'`
 gpu: $(INSTALLED)
