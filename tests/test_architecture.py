@@ -48,6 +48,7 @@ ALSO = {  # what single files may besides
     'models/mm/hooks.py': {'mmengine', 'vssm.version'},
     'models/mm/loading.py': {'mmengine'},
     'models/mm/optim.py': {'mmengine'},
+    'models/mm/own_classes.py': {'mmengine'},
     'models/mm/progress.py': {'mmengine', 'rich'},
     'models/mm/resume.py': {'mmengine'},
     'models/mm/runner.py': {'mmengine', 'rich'},

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """VMamba-T from its published weights, on any images in folders, DIR/train/CLASS/... and DIR/val/CLASS/..., 50 epochs.
 
-    vssm train finetune/vmamba_tiny_1xb64-50e_folder --data-root DIR --cfg-options model.num_classes=N
+    vssm train finetune/vmamba_tiny_1xb64-50e_folder --data-root DIR
 
 Another model: model.model_name=...; one's own weights: model.pretrained=False model.init_cfg.type=Pretrained
 model.init_cfg.checkpoint=FILE. A head for other classes is left out.
@@ -11,7 +11,7 @@ _base_ = '../imagenet/_8xb128-300e.py'
 
 model = dict(
     model_name='vmamba_tiny',
-    num_classes=2,
+    num_classes=None,  # as many as there are folders in train
     pretrained=True,
     drop_path_rate=0.1,
     label_smoothing=0.1,

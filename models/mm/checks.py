@@ -23,6 +23,7 @@ from .utils import RunError
 
 __all__ = [
     'agreed',
+    'categories',
     'check_batches',
     'check_channels',
     'check_classes',
@@ -226,7 +227,8 @@ def _check_categories(leaf: Any, classes: Sequence[str], model: nn.Module) -> No
 
     if type(leaf).load_data_list is not CocoDataset.load_data_list:
         return  # others number their classes in other ways
-    names = {category['id']: category['name'] for category in _categories(leaf)}
+    text = get_text(leaf.ann_file, backend_args=getattr(leaf, 'backend_args', None))
+    names = {category['id']: category['name'] for category in categories(text)}
     found = [names.get(number) for number in leaf.cat_ids]
     if not names or found == list(classes):
         left_out = [name for name in names.values() if name not in classes]
@@ -250,9 +252,8 @@ def _tuple(names: Sequence[Any]) -> str:
     return f'({shown},)' if len(names) == 1 else f'({shown})'
 
 
-def _categories(leaf: Any) -> list[dict[str, Any]]:
-    """The categories of a file as of COCO, without the rest, which may be half a gigabyte."""
-    text = get_text(leaf.ann_file, backend_args=getattr(leaf, 'backend_args', None))
+def categories(text: str) -> list[dict[str, Any]]:
+    """The categories of a json as of COCO, without the rest, which may be half a gigabyte."""
     for match in re.finditer(r'"categories"\s*:\s*', text):
         try:
             value, _ = json.JSONDecoder().raw_decode(text, match.end())

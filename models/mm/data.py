@@ -65,8 +65,8 @@ class ImageFolder(Dataset):
         root, class_root = Path(data_root, split), Path(data_root, class_split)
         self.upright = upright
         try:
-            classes = _classes(class_root)
-            strangers = set(_classes(root)) - set(classes)
+            classes = class_folders(class_root)
+            strangers = set(class_folders(root)) - set(classes)
             if not classes or strangers:
                 raise RunError(
                     f'ImageFolder: {root} must hold classes of the {len(classes)} in {class_root}, got '
@@ -144,12 +144,13 @@ def _is_data(name: str) -> bool:
     return not name.startswith('.') and name not in ('__MACOSX', '@eaDir')
 
 
-def _classes(root: Path) -> list[str]:
-    """The names of the folders of classes, sorted.
+def class_folders(root: str | Path) -> list[str]:
+    """The names of the folders of classes in a folder, sorted.
 
     Raises:
         RunError: There is no such folder, or two of the names are one folder.
     """
+    root = Path(root)
     if not root.is_dir():
         raise RunError(f'ImageFolder: {root} must be a folder with one folder of images per class.')
     inside = root.resolve()

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 
 from .checks import agreed, check_batches, check_channels, check_classes, check_masks, explained, part, where_none_were
 from .data import GuardedDataset
+from .own_classes import fill_classes
 from .progress import console
 from .resume import ResumableRunner
 from .sources import has_folder
@@ -51,7 +52,8 @@ OWN_HOOKS = dict(
 class TimmRunner(ResumableRunner):
     """A Runner with a quiet console, whose runs can be killed at any moment, see `ResumableRunner`.
 
-    What is wrong with data, disk or loss it says in a sentence (RunError).
+    What is wrong with data, disk or loss it says in a sentence (RunError). Classes that the config leaves open are
+    those of the data, see `fill_classes`.
 
     Further keys of the config:
         device: 'cpu', where mmengine would take a GPU.
@@ -59,6 +61,12 @@ class TimmRunner(ResumableRunner):
         unreadable: What a training does at an image that cannot be read, 'stop' (the default) or 'skip'.
         dataset: Keyword arguments of all data sets, which those of a single one override.
     """
+
+    @classmethod
+    def from_cfg(cls, cfg: Any) -> Runner:
+        cfg = copy.deepcopy(cfg)
+        fill_classes(cfg)
+        return super().from_cfg(cfg)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

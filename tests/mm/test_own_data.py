@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configs of docs/own-data.md, as they stand there: they train, resume, test and draw on data in that layout."""
+"""Data of one's own: the README's commands, the configs of docs/own-data.md as they stand there, and open classes."""
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
 import make_datasets
 import pytest
+import torch
 from PIL import Image
 from processes import finish, start
 
-from vssm.tools._common import config_dir
+from vssm.models.mm import RunError
+from vssm.models.mm.own_classes import fill_classes
+from vssm.tools._common import config_dir, load_config
 
 pytest.importorskip('mmdet', reason="mmdet is not installed: pip install '.[mmlab]'")
 
-PAGE = (Path(__file__).parents[2] / 'docs' / 'own-data.md').read_text()
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / 'docs' / 'own-data.md').read_text()
 
 
 @pytest.fixture
@@ -76,3 +81,94 @@ def test_a_wrong_category_is_named_in_the_words_of_the_page(folder):
     said = finish(process, status=2)
     assert 'in their order there (Cell, nucleus, debris), got cell, nucleus, debris' in said
     shutil.rmtree(folder / 'data')
+
+
+# ---- classes that a config leaves open -------------------------------------------------------------------------------
+
+CELLS, FIELDS = ('cell', 'nucleus', 'debris'), ('soil', 'wheat', 'maize', 'road', 'water')
+OPEN = {
+    'finetune/faster-rcnn_vmamba_tiny_fpn_1xb2-12e_folder': ('cells', CELLS),
+    'finetune/mask-rcnn_vmamba_tiny_fpn_1xb2-12e_folder': ('cells', CELLS),
+    'finetune/upernet_vmamba_tiny_1xb4-20k_folder-512x512': ('fields', FIELDS),
+}
+
+
+def parts(node):
+    if isinstance(node, dict):
+        yield node
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ():
+        yield from parts(child)
+
+
+def open_config(name, folder):
+    cfg = load_config(name)
+    for loader in ('train', 'val', 'test'):
+        cfg[f'{loader}_dataloader'].dataset.data_root = str(folder / 'data' / OPEN[name][0])
+    (folder / 'data' / 'fields' / 'classes.txt').write_text('\n'.join(FIELDS) + '\n\n')
+    return cfg
+
+
+@pytest.mark.parametrize('name', OPEN)
+def test_open_classes_come_from_the_data(name, folder):
+    cfg, classes = open_config(name, folder), OPEN[name][1]
+    fill_classes(cfg)
+    numbers = [part['num_classes'] for part in parts(cfg.model.to_dict()) if 'num_classes' in part]
+    assert numbers and set(numbers) == {len(classes)}
+    for loader in ('train', 'val', 'test'):
+        assert tuple(cfg[f'{loader}_dataloader'].dataset.metainfo.classes) == classes
+
+
+def test_classes_that_are_given_stay(folder):
+    cfg = open_config('finetune/mask-rcnn_vmamba_tiny_fpn_1xb2-12e_folder', folder)
+    cfg.model.roi_head.bbox_head.num_classes = 7
+    fill_classes(cfg)
+    assert (cfg.model.roi_head.bbox_head.num_classes, cfg.model.roi_head.mask_head.num_classes) == (7, 3)
+    whole = load_config('coco/mask-rcnn_vmamba_tiny_fpn_8xb2-1x_coco')  # whose data are not here
+    fill_classes(whole)
+    assert whole.model.roi_head.bbox_head.num_classes == 80
+
+
+@pytest.mark.parametrize(
+    ('kind', 'content', 'said'),
+    [
+        ('cells', None, 'train.json must be there, for the names of the classes'),
+        ('cells', '{"images": [], "categories": []}', 'train.json must have categories, each with an id and a name'),
+        ('fields', None, 'classes.txt must be there, for the names of the classes'),
+        ('fields', ' \n', 'classes.txt must name a class in each line'),
+    ],
+)
+def test_open_classes_without_names_end_in_a_sentence(kind, content, said, folder):
+    cfg = open_config(next(name for name in OPEN if OPEN[name][0] == kind), folder)
+    file = folder / 'data' / kind / dict(cells='train.json', fields='classes.txt')[kind]
+    file.unlink()
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(RunError, match=said):
+        fill_classes(cfg)
+
+
+def test_other_data_need_their_classes(folder):
+    cfg = open_config('finetune/mask-rcnn_vmamba_tiny_fpn_1xb2-12e_folder', folder)
+    cfg.train_dataloader.dataset.type = 'LVISV1Dataset'
+    with pytest.raises(RunError, match='must be given for data of type LVISV1Dataset, got None'):
+        fill_classes(cfg)
+
+
+@pytest.mark.slow
+def test_the_readmes_commands_train_a_detector_on_three_classes(folder):
+    """With a small network and small images, for one epoch, and without a download."""
+    commands = re.findall(r'^vssm (.*/faster-rcnn.*)', (ROOT / 'README.md').read_text(), flags=re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ['train', 'test']
+    options = ['model.backbone.model_name=test_vmamba', 'model.backbone.pretrained=False', 'train_cfg.max_epochs=1']
+    options += ['model.neck.in_channels=32,48,64,96']
+    for loader in ('train', 'val', 'test'):
+        options += [f'{loader}_dataloader.num_workers=0', f'{loader}_dataloader.persistent_workers=False']
+        resize = 2 if loader == 'train' else 1
+        options += [f'{loader}_dataloader.dataset.pipeline.{resize}.scale=(128,64)']
+    for command in commands:
+        tool, *arguments = shlex.split(command.replace('epoch_12', 'epoch_1'))
+        said = finish(start(f'vssm.tools.{tool}', *arguments, '--cfg-options', *options, cwd=folder / 'data'))
+    assert 'bbox_mAP_50' in said
+    checkpoint = torch.load(folder / 'data' / 'runs' / 'cells' / 'epoch_1.pth', weights_only=True)
+    assert checkpoint['meta']['dataset_meta']['classes'] == CELLS
+    assert len(checkpoint['state_dict']['roi_head.bbox_head.fc_cls.bias']) == 3 + 1

@@ -268,7 +268,7 @@ def test_a_training_notes_what_a_prediction_needs(photographs, tmp_path, monkeyp
     options = ['model.model_name=test_vmamba2d', 'model.pretrained=False', 'train_cfg.max_epochs=1']
     options += [f'{part}_dataloader.num_workers=0' for part in ('train', 'val', 'test')]
     options += [f'{part}_dataloader.persistent_workers=False' for part in ('train', 'val', 'test')]
-    config = 'finetune/vmamba_tiny_1xb64-50e_folder'
+    config = 'finetune/vmamba_tiny_1xb64-50e_folder'  # which counts the classes
     assert main(['train', config, '--data-root', 'own', '--work-dir', 'run', '--cfg-options', *options]) == 0
     metadata = read_checkpoint('run/checkpoint.safetensors')[1]
     assert json.loads(metadata['classes']) == ['dark', 'light']
