@@ -101,12 +101,13 @@ class SlideFolder:
         """
         name = slide_name(slide_id)
         if name in self.lists:
-            return tuple(self.lists[name])
+            return tuple(dict.fromkeys(self.lists[name]))
         paths = self._of_encoder(self.files.get(name, []))
         if len(paths) > 1:
+            paths = list({os.path.realpath(path): path for path in paths}.values())  # links may lead to one file
             paths = [path for path in paths if path.suffix not in ('.h5', '.hdf5') or not lacks_features(path)]
         if not paths:
-            such = f', which has those of {len(self.files)} others' if self.files else ''
+            such = f', but of {", ".join(sorted(self.files)[:3])} and so on' if self.files else ''
             raise FileNotFoundError(f'no features, neither {name}.h5 nor {name}.pt, in {self.folder}{such}.')
         first, *others = sorted(paths, key=lambda path: (SUFFIXES.index(path.suffix.lower()), len(path.parts), path))
         for other in others:  # the same features again, as CLAM writes them, where only the kinds of files differ

@@ -4,6 +4,7 @@
 import json
 import sys
 import tracemalloc
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -278,7 +279,7 @@ UNKNOWN = {
     ),
     'another slide': (
         lambda folder: h5(folder / 't.h5', features=FEATURES, coords=COORDS),
-        'no features, neither s.h5 nor s.pt, in .*, which has those of 1 others',
+        'no features, neither s.h5 nor s.pt, in .*, but of t and so on',
     ),
     'a file of the list': (
         lambda folder: (folder / 'manifest.csv').write_text('embeddings,wsi_id\na.pt,s\nb.pt,s\n'),
@@ -325,12 +326,15 @@ def test_an_encoder_is_chosen(tmp_path):
         read_slide(tmp_path / 'a.h5', encoder='gigapath')
 
 
-def test_links_in_circles_end(tmp_path):
+def test_links_are_followed_once(tmp_path):
     clam(tmp_path / 'real')
     (tmp_path / 'data').mkdir()
     (tmp_path / 'data/features').symlink_to(tmp_path / 'real')
     (tmp_path / 'data/features/again').symlink_to(tmp_path / 'data')
     assert SlideFolder(tmp_path / 'data').find('s') == (tmp_path / 'data/features/s.h5',)
+    (tmp_path / 'data/fold').mkdir()
+    (tmp_path / 'data/fold/s.h5').symlink_to(tmp_path / 'real/s.h5')
+    assert len(SlideFolder(tmp_path / 'data').find('s')) == 1
 
 
 # ---- data sets, networks, commands -----------------------------------------------------------------------------------
@@ -420,35 +424,22 @@ def test_the_encoder_of_a_training_is_that_of_the_test(tmp_path):
             follow_checkpoint(cfg, tmp_path / 'best.safetensors', {'dataset': {'encoder': 'uni'}})
 
 
-class Slide:
-    """openslide's, as far as it is used: 2,048 x 4,096 pixels of half a micrometre."""
-
-    dimensions = (2048, 4096)
-    properties = {'openslide.mpp-x': '0.5', 'openslide.mpp-y': '0.5'}
-
-    def __init__(self, path):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *args):
-        pass
-
-    def get_thumbnail(self, size):
-        return Image.new('RGB', (512, 1024))
-
-
 def test_a_heat_map_of_micrometres_lies_on_the_thumbnail(tmp_path, monkeypatch, capsys):
     """Tiles of STAMP, 256 micrometres wide: 512 pixels of the slide, which is four of them wide and eight high."""
     from safetensors.torch import save_file
 
+    slide = SimpleNamespace(
+        dimensions=(2048, 4096),
+        properties={'openslide.mpp-x': '0.5', 'openslide.mpp-y': '0.5'},
+        get_thumbnail=lambda size: Image.new('RGB', (512, 1024)),
+    )
+    openslide = SimpleNamespace(OpenSlide=lambda path: nullcontext(slide), OpenSlideError=OSError)
+    monkeypatch.setitem(sys.modules, 'openslide', openslide)
     args, figures = dict(in_dim=WIDTH, dim=16), []
     notes = dict(model='mamba2d_mil', model_args=json.dumps(args))
     save_file(dict(create_mil_model('mamba2d_mil', **args).state_dict()), tmp_path / 'best.safetensors', notes)
     stamp(tmp_path)
     (tmp_path / 's.svs').touch()
-    monkeypatch.setitem(sys.modules, 'openslide', SimpleNamespace(OpenSlide=Slide, OpenSlideError=OSError))
     monkeypatch.setattr(wsi_heatmap, 'save_figure', lambda figure, path: figures.append(figure))
     command = ['wsi-heatmap', tmp_path / 'best.safetensors', *SlideFolder(tmp_path).find('s')]
     command = [str(part) for part in [*command, '--slide', tmp_path / 's.svs', '--output', tmp_path / 'map.png']]
@@ -457,7 +448,7 @@ def test_a_heat_map_of_micrometres_lies_on_the_thumbnail(tmp_path, monkeypatch, 
     assert tuple(axes.images[0].get_extent()) == (0, 4 * 224, 8 * 224, 0)
     corners = [path.vertices.max(0).tolist() for path in axes.collections[0].get_paths()]
     assert max(corners) == [4 * 224, 3 * 224]
-    monkeypatch.setattr(Slide, 'properties', {})
+    slide.properties.clear()
     assert main(command) == 2
     assert '--slide must tell the size of its pixels' in capsys.readouterr().err
     pt(tmp_path / 'lonely.pt', FEATURES)
