@@ -3,8 +3,8 @@
 
     vssm train wsi/classification --data-root DIR --cfg-options dataset.ann_file=labels.csv model.num_classes=3
 
-Another network: model.model_name=mamba_mil, attention_mil, mean_mil or max_mil. The grid of each slide has the step of
-its patches; for slides of too few patches to tell it: model.patch_size=256.
+Another network: model.model_name=NAME, one out of list_mil_models(), such as mambamil, transmil or attention_mil. The
+grid of each slide has the step of its patches; for slides of too few patches to tell it: model.patch_size=256.
 """
 
 custom_imports = dict(imports=['vssm.models.mm', 'vssm.models.mm.wsi'], allow_failed_imports=False)

@@ -19,7 +19,7 @@ from mmengine.registry import HOOKS, METRICS, MODELS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from ..mil import checkpoint_filter_fn, create_mil_model
+from ..mil import checkpoint_filter_fn, create_mil_model, current_name
 from ..mil.survival import cox_loss, risk_score, survival_nll
 from .classification import NamedModel
 from .utils import RunError, check_init, replacing
@@ -56,7 +56,14 @@ class SlideModel(NamedModel):
     ) -> None:
         check_init(type(self).__name__, False, init_cfg)
         model = create_mil_model(model_name, **model_args)
-        super().__init__(model_name, model, model_args, data_preprocessor, init_cfg)
+        super().__init__(current_name(model_name) or '', model, model_args, data_preprocessor, init_cfg)
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        return self.model.heads
+
+    def is_named(self, name: str) -> bool:
+        return current_name(name) == self.model_name
 
     def rename(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         return checkpoint_filter_fn(state_dict, self.model)
@@ -80,18 +87,27 @@ class SlideModel(NamedModel):
         Raises:
             RunError: A bag is unfit for the network; the message names it.
         """
-        outputs = []
+        outputs, parts = [], []
         for i, bag in enumerate(inputs):
             try:
-                outputs.append(self.model(**bag))
+                if mode == 'loss':
+                    output, of_bag = self.model.forward_train(**bag)
+                    parts.append(of_bag)
+                else:
+                    output = self.model(**bag)
             except ValueError as error:
                 raise RunError(f'{data_samples[i]["name"] if data_samples else f"bag {i}"}: {error}') from error
+            outputs.append(output)
         logits = torch.cat(outputs)  # [batch, num_classes]
         if mode == 'tensor':
             return logits
         samples = cast(Sequence[dict[str, Any]], data_samples)  # logits alone need none
         if mode == 'loss':
-            return self.loss(logits, samples)
+            losses = self.loss(logits, samples)
+            of_parts = [sample for sample, of_bag in zip(samples, parts, strict=True) for _ in of_bag]
+            if of_parts:  # each of which has the label of its bag
+                losses |= {f'{name}_parts': loss for name, loss in self.loss(torch.cat(parts), of_parts).items()}
+            return losses
         if mode == 'predict':
             return self.predict(logits.float(), samples)
         raise ValueError(f"{type(self).__name__}: mode must be 'tensor', 'loss' or 'predict', got {mode!r}.")

@@ -9,7 +9,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from ..mil import create_mil_model, list_mil_models
+from ..mil import create_mil_model, current_name
 from ..mil.tables import class_name
 from ..weights import read_checkpoint
 from ..weights.read import is_safetensors
@@ -44,11 +44,12 @@ def follow_checkpoint(cfg: Config, path: Path, options: Mapping[str, Any], force
         ValueError: The checkpoint cannot be read safely, or its notes are none of ours.
     """
     notes = read_checkpoint(path)[1] if is_safetensors(path) else read_notes(path)
-    if notes.get('model') not in list_mil_models():
+    name = current_name(notes.get('model'))
+    if name is None:
         return []
     dataset = {**cfg.get('dataset', {}), **cfg.test_dataloader.dataset}
     try:
-        network = dict(json.loads(notes['model_args']), model_name=notes['model'])
+        network = dict(json.loads(notes['model_args']), model_name=name)
         defaults = inspect.signature(type(create_mil_model(**network, device='meta'))).parameters
         data = json.loads(notes.get('data', '{}'))
         of_training = {**dataset, **{key: data[key] for key in ('split_file', 'fold') if key in data}}
@@ -107,7 +108,9 @@ def _agrees(key: str, value: Any, noted: Mapping[str, Any]) -> bool:
 
 
 def _plain(value: Any, name: str) -> Any:
-    """A value as JSON gives it back, so that tuples are lists; and classes by their names."""
+    """A value as JSON gives it back, so that tuples are lists; classes by name, networks by their present one."""
+    if name == 'model_name':
+        return current_name(value) or value
     if name == 'classes' and value is not None:
         return [class_name(label) for label in ([value] if isinstance(value, str) else value)]
     return json.loads(json.dumps(value))

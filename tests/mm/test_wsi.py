@@ -20,8 +20,9 @@ import pytest
 import torch
 from PIL import Image
 from processes import finish, losses, options, start, wait_for
+from torch.nn.functional import cross_entropy
 
-from vssm.models.mil import create_mil_model
+from vssm.models.mil import create_mil_model, current_name, list_mil_models
 from vssm.models.mil.survival import time_edges
 from vssm.models.weights import read_checkpoint
 from vssm.tools.main import main
@@ -32,7 +33,13 @@ pytest.importorskip('mmengine', reason="mmengine is not installed: pip install '
 from vssm.models.mil.slides import find_slide, read_slide  # noqa: E402
 from vssm.models.mil.tables import read_table, split_cases  # noqa: E402
 from vssm.models.mm import BestHook, RunError  # noqa: E402
-from vssm.models.mm.wsi import ConcordanceIndex, SlideAccuracy, SlideDataset, SlideSurvival  # noqa: E402
+from vssm.models.mm.wsi import (  # noqa: E402
+    ConcordanceIndex,
+    SlideAccuracy,
+    SlideClassifier,
+    SlideDataset,
+    SlideSurvival,
+)
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 BENCHMARKS = Path(__file__).parents[2] / 'benchmarks'
@@ -1146,12 +1153,50 @@ def test_the_mean_is_over_the_runs_with_a_metric():
     assert summary['deviation'] == pytest.approx(dict(a=math.sqrt(2), b=math.nan, c=0.0), nan_ok=True)
 
 
-@pytest.mark.parametrize('network', ['mamba_mil', 'attention_mil', 'mean_mil', 'max_mil'])
+@pytest.mark.parametrize('network', ['mamba_mil', *list_mil_models()[2:]])
 def test_the_other_networks_train(network, classification, tmp_path):
     arguments = ['--data-root', classification, '--work-dir', tmp_path / 'run']
     changes = {**SMALL, 'model.model_name': network, 'train_cfg.max_epochs': 1}
     assert run('train', 'wsi/classification', *arguments, *options(**changes)) == 0
-    assert read_checkpoint(tmp_path / 'run' / 'best.safetensors')[1]['model'] == network
+    assert read_checkpoint(tmp_path / 'run' / 'best.safetensors')[1]['model'] == current_name(network)
+
+
+def test_parts_of_bags_learn_the_labels_of_their_bags():
+    """Those of DTFD-MIL, by the same loss, in classification and survival."""
+    bags = [dict(features=torch.randn(n, WIDTH)) for n in (9, 3)]
+    samples = [dict(name='a', label=1), dict(name='b', label=0)]
+    model = SlideClassifier('dtfd_mil', in_dim=WIDTH, dim=16).eval()
+    losses = model(bags, samples, mode='loss')
+    assert losses.keys() == {'loss_cls', 'loss_cls_parts'}
+    logits, parts = (torch.cat(rows) for rows in zip(*(model.model.forward_train(**bag) for bag in bags), strict=True))
+    labels = torch.tensor([1] * 5 + [0] * 3)
+    torch.testing.assert_close(losses['loss_cls'], cross_entropy(logits, torch.tensor([1, 0])))
+    torch.testing.assert_close(losses['loss_cls_parts'], cross_entropy(parts, labels))
+    samples = [dict(name=name, months=m, censored=c) for name, m, c in (('a', 3.0, False), ('b', 5.0, True))]
+    model = SlideSurvival('dtfd_mil', in_dim=WIDTH, dim=16, num_classes=1, loss='cox')
+    assert model(bags, samples, mode='loss').keys() == {'loss_cox', 'loss_cox_parts'}
+    assert SlideClassifier('mean_mil', in_dim=WIDTH)(bags, [dict(label=0)] * 2, mode='loss').keys() == {'loss_cls'}
+
+
+def test_a_checkpoint_under_a_former_name(tmp_path):
+    """A heat map, a test and a training that begins with it know the network; so does one of other classes."""
+    from safetensors.torch import save_file
+
+    from vssm.models.mm.classification import load_weights
+    from vssm.models.mm.wsi_notes import follow_checkpoint
+    from vssm.tools._common import load_config
+    from vssm.tools.wsi_heatmap import load_model
+
+    args = dict(in_dim=WIDTH, dim=16)
+    path, weights = tmp_path / 'old.safetensors', create_mil_model('mamba1d_mil', **args).state_dict()
+    save_file(weights, path, dict(model='mamba_mil', model_args=json.dumps(args)))
+    assert load_model(path).scan_ndim == 1
+    cfg = load_config('wsi/classification')
+    follow_checkpoint(cfg, path, {'model.model_name': 'mamba_mil'})
+    assert cfg.model.model_name == 'mamba1d_mil'
+    model = SlideClassifier('mamba1d_mil', **args, num_classes=3)
+    load_weights(model, str(path), start=True)
+    assert torch.equal(model.model.embed.weight, weights['embed.weight'])
 
 
 @pytest.mark.parametrize(
@@ -1195,7 +1240,7 @@ def test_training_goes_on_from_published_weights(classification, tmp_path, golde
     changes = {
         'model.in_dim': 20,
         'model.dim': 24,
-        'model.model_name': 'mamba_mil',
+        'model.model_name': 'mamba1d_mil',
         'model.depth': 2,
         'model.d_state': 4,
         'model.init_cfg': dict(type='Pretrained', checkpoint=str(tmp_path / 'published.pth')),
