@@ -41,7 +41,7 @@ class SlideDataset(Dataset):
             data; None for Cox's loss.
         split_file: A file of splits, see `read_splits`, in place of the table's column; a relative path begins in
             data_root, and %d in it stands for the fold.
-        folds: Number of folds to split the cases into, see `split_cases`, instead of by the table's column.
+        folds: Number of folds to split the cases into, see `split_cases`, instead of by the table's column split.
         fold: Number of the fold for the test; the next one is for validation.
         fold_seed: Seed of the division into folds.
         edges: Edges between the time bins, as a training has found them and its checkpoint notes; unless given, those
@@ -84,6 +84,8 @@ class SlideDataset(Dataset):
                 slides, problems, said = apply_splits(slides, self.split_file, barcodes)
                 notes += [said] if said else []
             splits = split_cases(slides, folds, fold, fold_seed) if folds and not problems else {}
+            if folds and any(slide.fold is not None for slide in slides):
+                notes.append(f'the folds are those of the column fold of {self.table.name}.')
         except (FileNotFoundError, ValueError) as error:
             raise RunError(str(error)) from error
         if problems:

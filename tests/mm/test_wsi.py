@@ -412,7 +412,7 @@ def test_a_spreadsheets_table_is_read(tmp_path):
 
 def slides_of(labels, slides_per_case=2):
     return [
-        SimpleNamespace(case_id=f'c{i}', label=label, censored=None)
+        SimpleNamespace(case_id=f'c{i}', label=label, censored=None, fold=None)
         for i, label in enumerate(labels)
         for _ in range(slides_per_case)
     ]
@@ -444,6 +444,22 @@ def test_folds_divide_the_cases(folds):
 def test_bad_folds_are_refused(folds, fold):
     with pytest.raises(ValueError, match=f'got {folds} folds of 40 cases, and fold {fold}'):
         split_cases(slides_of('ab' * 20), folds, fold)
+
+
+def test_folds_of_the_table():
+    """In the order of their numbers, whatever these are, and whatever the seed."""
+    slides = [
+        SimpleNamespace(row=i, slide_id=f's{i}', case_id=f'c{i // 2}', label='a', censored=None, fold=fold)
+        for i, fold in enumerate(['10', '10', '2', '2', '7', '7'])
+    ]
+    assert split_cases(slides, 3, 0) == split_cases(slides, 3, 0, seed=1) == dict(c0='train', c1='test', c2='val')
+    assert split_cases(slides, 3, 2) == dict(c0='test', c1='val', c2='train')
+    with pytest.raises(ValueError, match='folds must be 2, as many as the column fold has, got 3'):
+        split_cases([*slides[:4], *(SimpleNamespace(**{**vars(s), 'fold': '2'}) for s in slides[4:])], 3, 0)
+    for fold, said in (('2', "fold must be that of its case 'c0', 10, got 2"), (None, "whole number, got 'none'")):
+        slides[1].fold = fold
+        with pytest.raises(ValueError, match=f"row 1, slide 's1': .*{said}"):
+            split_cases(slides, 3, 0)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -1135,13 +1151,27 @@ def test_repeat_reuses_no_runs_of_another_table(finished, capsys):
         (folder / 'labels.csv').write_bytes(table)
 
 
-def test_seeds_make_runs_of_their_own(classification, tmp_path, capsys):
-    arguments = ['--data-root', classification, '--work-dir', tmp_path / 'runs', *options(**SMALL)]
-    assert run('wsi-repeat', 'wsi/classification', '--seeds', 3, 4, *arguments) == 0
-    weights = [read_checkpoint(tmp_path / 'runs' / f'seed{seed}' / 'best.safetensors') for seed in (3, 4)]
-    assert [metadata['seed'] for _, metadata in weights] == ['3', '4']
-    assert not torch.equal(weights[0][0]['head.weight'], weights[1][0]['head.weight'])
-    assert set(json.loads((tmp_path / 'runs' / 'results.json').read_text())['runs']) == {'seed3', 'seed4'}
+def test_folds_and_seeds_make_runs_of_their_own(classification, tmp_path, warnings_of_a_run):
+    """By the table's column fold, whose numbers begin with 1."""
+    rows = [[f's{i}', 'ab'[i % 2], 1 + i % 3] for i in range(12)]
+    write_table(classification / 'labels.csv', ['slide_id', 'label', 'Fold'], rows)
+    changes = SMALL | {'model.model_name': 'mean_mil', 'train_cfg.max_epochs': 1}
+    arguments = ['--data-root', classification, '--work-dir', tmp_path / 'runs', *options(**changes)]
+    assert run('wsi-repeat', 'wsi/classification', '--folds', 3, '--seeds', 3, 4, *arguments) == 0
+    assert 'the folds are those of the column fold of labels.csv.' in warnings_of_a_run
+    results = json.loads((tmp_path / 'runs' / 'results.json').read_text())
+    assert list(results['runs']) == [f'fold{fold}-seed{seed}' for fold in range(3) for seed in (3, 4)]
+    values = [metrics['wsi/accuracy'] for metrics in results['runs'].values()]
+    assert results['mean']['wsi/accuracy'] == pytest.approx(statistics.fmean(values))
+    assert results['deviation']['wsi/accuracy'] == pytest.approx(statistics.stdev(values))
+    for fold in range(3):
+        folders = [tmp_path / 'runs' / f'fold{fold}-seed{seed}' for seed in (3, 4)]
+        weights = [read_checkpoint(folder / 'best.safetensors') for folder in folders]
+        assert [metadata['seed'] for _, metadata in weights] == ['3', '4']
+        assert not torch.equal(weights[0][0]['head.weight'], weights[1][0]['head.weight'])
+        for folder in folders:
+            tested = {row['slide_id'] for row in csv.DictReader(open(folder / 'predictions.csv'))}
+            assert tested == {f's{i}' for i in range(12) if i % 3 == fold}
 
 
 def test_the_mean_is_over_the_runs_with_a_metric():
@@ -1404,6 +1434,7 @@ def test_bad_predictions_are_named(header, rows, said, tmp_path, capsys):
         (['digits/vmamba_test', '--seeds', '0'], 'whose dataset is a SlideDataset'),
         (['wsi/classification', '--seeds', '0', '0'], '--seeds must differ'),
         (['wsi/classification', '--folds', '2'], '--folds must be at least 3'),
+        (['wsi/classification'], '--folds or --seeds must be given, or both'),
     ],
 )
 def test_bad_arguments_of_repeat(argv, said, tmp_path, capsys):
