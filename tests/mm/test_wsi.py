@@ -22,10 +22,13 @@ from PIL import Image
 from processes import finish, losses, options, start, wait_for
 from torch.nn.functional import cross_entropy
 
-from vssm.models.mil import create_mil_model, current_name, list_mil_models
+from vssm.models.mil import create_mil_model, current_name
 from vssm.models.mil.survival import time_edges
 from vssm.models.weights import read_checkpoint
+from vssm.tools import wsi_compare, wsi_repeat
+from vssm.tools._common import UsageError
 from vssm.tools.main import main
+from vssm.tools.wsi_repeat import Trial
 
 h5py = pytest.importorskip('h5py', reason="h5py is not installed: pip install '.[wsi]'")
 pytest.importorskip('mmengine', reason="mmengine is not installed: pip install '.[wsi]'")
@@ -1183,7 +1186,7 @@ def test_the_mean_is_over_the_runs_with_a_metric():
     assert summary['deviation'] == pytest.approx(dict(a=math.sqrt(2), b=math.nan, c=0.0), nan_ok=True)
 
 
-@pytest.mark.parametrize('network', ['mamba_mil', *list_mil_models()[2:]])
+@pytest.mark.parametrize('network', ['mamba_mil', 'transmil', 'dtfd_mil', 'max_mil'])
 def test_the_other_networks_train(network, classification, tmp_path):
     arguments = ['--data-root', classification, '--work-dir', tmp_path / 'run']
     changes = {**SMALL, 'model.model_name': network, 'train_cfg.max_epochs': 1}
@@ -1442,6 +1445,102 @@ def test_bad_arguments_of_repeat(argv, said, tmp_path, capsys):
     assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+# ---- comparison of networks ------------------------------------------------------------------------------------------
+
+
+def trials(**aucs):
+    """The results of networks, a trial for each AUC."""
+    return {
+        name: {Trial(None, seed): {'wsi/auc': auc, 'wsi/accuracy': 0.5} for seed, auc in enumerate(values)}
+        for name, values in aucs.items()
+    }
+
+
+def test_what_a_comparison_says():
+    """Means, deviations of n - 1, mean ranks with ties, and the exact p of pairs that all differ in one direction."""
+    rows = wsi_compare.compare(
+        trials(
+            b=[0.5, 0.6, 0.7, 0.6, 0.5, 0.7],
+            a=[0.6, 0.72, 0.83, 0.74, 0.65, 0.86],
+            same=[0.6, 0.72, 0.83, 0.74, 0.65, 0.86],
+        ),
+        'wsi/auc',
+    )
+    assert [row.network for row in rows] == ['a', 'same', 'b']
+    assert [row.rank for row in rows] == [1.5, 1.5, 3]
+    assert [row.p for row in rows] == [None, 1.0, pytest.approx(2 / 2**6)]
+    assert rows[0].mean['wsi/auc'] == pytest.approx(4.4 / 6)
+    assert rows[2].deviation['wsi/auc'] == pytest.approx(math.sqrt(4 / 3 * 0.1**2 * 3 / 5))
+    assert rows[0].mean['wsi/accuracy'] == 0.5 and rows[0].deviation['wsi/accuracy'] == 0
+
+
+def test_a_comparison_is_of_trials_that_all_networks_share():
+    rows = wsi_compare.compare(trials(a=[0.9, math.nan, 0.7, 0.8, 0.6], b=[0.8, 0.9, 0.6, math.nan, 0.7]), 'wsi/auc')
+    assert [row.mean['wsi/auc'] for row in rows] == pytest.approx([2.2 / 3, 2.1 / 3])
+    assert [row.p for row in rows] == [None, None]  # of three pairs nothing can be said
+    with pytest.raises(UsageError, match='defined in a run, one of wsi/accuracy, wsi/auc; got wsi/f1'):
+        wsi_compare.compare(trials(a=[0.5]), 'wsi/f1')
+
+
+def test_the_comparison_from_the_command_line(classification, tmp_path, capsys, monkeypatch):
+    """One network trained, and a second whose runs are made up: folders, tables and the picture."""
+    made_up = {Trial(None, seed): {'wsi/auc': 0.25, 'wsi/accuracy': 0.5, 'wsi/macro_f1': 0.3} for seed in (3,)}
+
+    def repeat(configs):
+        cfg = next(iter(configs.values()))
+        assert (cfg.model.in_dim, cfg.model.num_classes) == (WIDTH, 2) and list(configs) == list(made_up)
+        folders.append(Path(cfg.work_dir).parent.name)
+        return wsi_repeat.repeat(configs) if cfg.model.model_name == 'mean_mil' else made_up
+
+    folders = []
+    monkeypatch.setattr(wsi_compare, 'repeat', repeat)
+    changes = {**SMALL, 'train_cfg.max_epochs': 1}
+    del changes['model.in_dim']  # which the data tell
+    networks = ['mean_mil', 'mamba2d_mil:depth=2:pad_token=none']
+    arguments = ['--models', *networks, '--seeds', 3, '--work-dir', tmp_path / 'runs', *options(**changes)]
+    assert run('wsi-compare', classification / 'labels.csv', classification, *arguments) == 0
+    assert folders == ['mean_mil', 'mamba2d_mil,depth=2,pad_token=none']
+    assert 'mamba2d_mil:depth=2:pad_token=none' in capsys.readouterr().out
+    rows = list(csv.DictReader(open(tmp_path / 'runs' / 'runs.csv')))
+    assert [(row['network'], row['fold'], row['seed']) for row in rows] == [(n, '', '3') for n in networks]
+    table = {row['network']: row for row in csv.DictReader(open(tmp_path / 'runs' / 'comparison.csv'))}
+    aucs = [float(row['wsi/auc']) for row in rows if row['network'] == 'mean_mil']
+    assert float(table['mean_mil']['wsi/auc mean']) == pytest.approx(statistics.fmean(aucs))
+    assert float(table[networks[1]]['wsi/auc mean']) == 0.25
+    assert (tmp_path / 'runs' / 'mean_mil' / 'seed3' / 'best.safetensors').is_file()
+    assert colours(tmp_path / 'runs' / 'comparison.png') > 20
+
+
+@pytest.mark.parametrize(
+    'argv, said',
+    [
+        (['--models', 'resnet50'], 'resnet50 cannot be built: '),
+        (['--models', 'mean_mil:depth=2'], "mean_mil:depth=2 cannot be built: .*unexpected keyword argument 'depth'"),
+        (['--models', 'mean_mil:depth'], '--models must be NAME or NAME:KEY=VALUE, .* got mean_mil:depth'),
+        (['--models', 'mean_mil', 'mean_mil'], '--models must differ, got mean_mil twice'),
+        (['--seeds', '1', '1'], '--seeds must differ'),
+        (['--folds', '2'], 'folds must be 3 or more'),
+        (['--config', 'digits/vmamba2d_test'], '--config must be one whose dataset is a SlideDataset'),
+    ],
+)
+def test_bad_arguments_of_a_comparison(argv, said, classification, tmp_path, capsys):
+    command = ['wsi-compare', classification / 'labels.csv', classification, '--work-dir', tmp_path / 'runs', *argv]
+    assert run(*command) == 2
+    error = capsys.readouterr().err
+    assert re.search(said, error) and error.count('\n') == 1 and not (tmp_path / 'runs').exists(), error
+
+
+def test_a_comparison_without_data(cases, tmp_path, capsys):
+    """A table without splits, whose task is a survival; one that is not there; and a folder that is not."""
+    for table, folder, said in (
+        (cases / 'survival.csv', cases, 'is it --folds that is missing?'),
+        (cases / 'none.csv', cases, 'none.csv does not exist'),
+        (cases / 'survival.csv', cases / 'none', 'FEATURES must be a folder'),
+    ):
+        assert run('wsi-compare', table, folder, '--work-dir', tmp_path) == 2
+        assert said in capsys.readouterr().err
+
+
 # ---- benchmarks ------------------------------------------------------------------------------------------------------
 
 
@@ -1460,6 +1559,23 @@ def test_tissues_that_touch_need_the_grid(tmp_path):
     rows = benchmark('touch', tmp_path, '--networks', '2DMambaMIL', 'mean')
     assert rows['2DMambaMIL']['test_accuracy'] >= 0.9
     assert abs(rows['mean']['test_accuracy'] - 0.5) < 0.1
+
+
+@pytest.mark.slow
+def test_all_kinds_of_networks_are_compared(tmp_path):
+    """On few synthetic slides, and again from what is there, which gives the same."""
+    networks = ['mamba2d_mil:depth=2', 'srmambamil', 'transmil', 'dtfd_mil', 'max_mil']
+    command = [BENCHMARKS / 'compare_slides.py', '--models', *networks, '--seeds', 0, 1, '--train', 8, '--epochs', 1]
+    command += ['--work-dir', tmp_path, '--json', tmp_path / 'figures.json', '--picture', tmp_path / 'picture.png']
+    tables = []
+    for _ in range(2):
+        result = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+        tables.append(json.loads((tmp_path / 'figures.json').read_text())['rows'])
+    assert tables[0] == tables[1] and 'is tested again' in result.stdout
+    assert sorted(row['network'] for row in tables[0]) == sorted(networks)
+    assert all(len(row['runs']) == 2 for row in tables[0])
+    assert colours(tmp_path / 'picture.png') > 20
 
 
 @pytest.mark.slow
