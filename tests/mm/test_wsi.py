@@ -1378,6 +1378,7 @@ def test_the_heat_map_names_the_classes_of_the_checkpoint(trained, tmp_path, mon
             ['other.safetensors', 's.h5'],
             'must be the .safetensors file of a training on slides, got one of test_vmamba',
         ),
+        (['s4mil.safetensors', 's.h5'], 'S4MIL: attention needs a pooling with weights, got that by the maximum'),
     ],
 )
 def test_bad_arguments_of_the_heat_map(argv, said, checkpoint, tmp_path, capsys, monkeypatch):
@@ -1387,6 +1388,9 @@ def test_bad_arguments_of_the_heat_map(argv, said, checkpoint, tmp_path, capsys,
     write_slide('s.h5')
     write_slide('wide.h5', torch.randn(PATCHES, 20))
     save_file(dict(x=torch.ones(1)), 'other.safetensors', dict(model='test_vmamba'))
+    args = dict(in_dim=WIDTH, dim=8)
+    notes = dict(model='s4mil', model_args=json.dumps(args))
+    save_file(create_mil_model('s4mil', **args).state_dict(), 's4mil.safetensors', notes)
     assert main(['wsi-heatmap', *argv]) == 2
     captured = capsys.readouterr()
     assert said in captured.err and captured.err.count('\n') == 1
