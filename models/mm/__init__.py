@@ -4,7 +4,7 @@
 This is the only folder of the models that needs mmengine. A config imports it:
 `custom_imports = dict(imports=['vssm.models.mm'], allow_failed_imports=False)`.
 
-* `classification`, `features`, `wsi`: networks as models of mmengine, with losses and metrics.
+* `classification`, `features`, `wsi`, `wsi_metrics`: networks as models of mmengine, with losses and metrics.
 * `data`, `wsi_data`: data sets and samplers.
 * `optim`, `hooks`, `progress`: what happens in and around an iteration.
 * `runner`, `resume`, `failures`: the Runner, which can be killed and resumed, and what it cannot write.

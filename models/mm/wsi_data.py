@@ -28,13 +28,13 @@ class SlideDataset(Dataset):
 
     Gives dict(inputs, data_samples). The inputs are the arguments of the networks of `vssm.models.mil`, dict(features,
     coords, lengths, steps): (n, width), (n, 2), and the number and the step of the patches of each slide. The data
-    samples are dict(name, label) or dict(name, months, censored), the latter with `bin` in a training. Features are
-    read when a sample is asked for.
+    samples are dict(name, case, label) or dict(name, months, censored), the latter with `bin` where the edges of the
+    bins are known. Features are read when a sample is asked for.
 
     Args:
         data_root: The folder with the slides' files, see `find_slide`.
         ann_file: The table, see `read_table`; a relative path begins in data_root.
-        split: 'train', 'val' or 'test'.
+        split: 'train', 'val' or 'test'; or 'all' for every slide of the table, as of another hospital's.
         task: 'classification' or 'survival'.
         classes: Labels in order; unless given, all labels of the training data, sorted.
         bins: Number of time bins for the discrete-time likelihood, whose edges come from the events of the training
@@ -98,24 +98,25 @@ class SlideDataset(Dataset):
         by_split: dict[str | None, list[Slide]] = defaultdict(list)
         for slide in slides:
             by_split[splits.get(slide.case_id, slide.split)].append(slide)
-        if split not in SPLITS or not by_split[split]:
+        chosen = slides if split == 'all' else by_split[split] if split in SPLITS else []
+        if not chosen:
             raise RunError(self._no_slides(split))
         self.task, self.split = task, split
         self.cache: dict[int, list[Bag]] | None = {} if cache else None
         self.told: set[Path] = set()  # files of which it was said that patches are left out
         self.metainfo: dict[str, Any] = {}
         if task == 'classification':
-            self.bags = [[slide] for slide in by_split[split]]
+            self.bags = [[slide] for slide in chosen]
             self.classes = tuple(classes or sorted({str(slide.label) for slide in by_split['train']}))
             self.metainfo['classes'] = self.classes
-            for slide in by_split[split]:
+            for slide in chosen:
                 if slide.label not in self.classes:
                     raise self._error(slide, f'label must be one of the training data, got {slide.label!r}.')
         else:
-            self.bags = _by_case(by_split[split])
-            self.edges = torch.tensor(edges or (), dtype=torch.float64)  # which a training alone needs
-            if bins is not None and split == 'train' and edges is None:
-                self.edges = self._time_edges(bins)
+            self.bags = _by_case(chosen)
+            self.edges = torch.tensor(edges or (), dtype=torch.float64)
+            if bins is not None and edges is None and split in ('train', 'val'):
+                self.edges = self._time_edges(_by_case(by_split['train']), bins)
             if len(self.edges):
                 self.metainfo['classes'] = tuple(f'from {edge:g} months' for edge in [0.0, *self.edges.tolist()])
         self._tell_undefined()
@@ -142,7 +143,7 @@ class SlideDataset(Dataset):
             )
         return (
             f'{self.table.name}: split must be train, val or test and have slides, by a column of that name, by '
-            f'split_file or by folds, got {split!r} with none.'
+            f'split_file or by folds, got {split!r} with none; test_dataloader.dataset.split=all tests on every slide.'
         )
 
     def _tell_undefined(self) -> None:
@@ -162,8 +163,8 @@ class SlideDataset(Dataset):
             what = ': the last weights count as the best.' if self.split == 'val' else '.'
             print_log(f'{self.table.name}: {why} is not defined{what}', 'current', logging.WARNING)
 
-    def _time_edges(self, bins: int) -> Tensor:
-        months, censored = (torch.tensor([getattr(bag[0], key) for bag in self.bags]) for key in ('months', 'censored'))
+    def _time_edges(self, bags: list[list[Slide]], bins: int) -> Tensor:
+        months, censored = (torch.tensor([getattr(bag[0], key) for bag in bags]) for key in ('months', 'censored'))
         try:
             return time_edges(months, censored, bins)
         except ValueError as error:
@@ -196,9 +197,10 @@ class SlideDataset(Dataset):
         )
         first = bag[0]
         if self.task == 'classification':
-            return dict(inputs=inputs, data_samples=dict(name=first.slide_id, label=self.classes.index(first.label)))
+            data_samples = dict(name=first.slide_id, case=first.case_id, label=self.classes.index(first.label))
+            return dict(inputs=inputs, data_samples=data_samples)
         data_samples = dict(name=first.case_id, months=first.months, censored=first.censored)
-        if self.split == 'train' and len(self.edges):
+        if len(self.edges):
             data_samples['bin'] = time_bin(torch.tensor([first.months]), self.edges).item()
         return dict(inputs=inputs, data_samples=data_samples)
 

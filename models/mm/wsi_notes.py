@@ -68,12 +68,21 @@ def follow_checkpoint(cfg: Config, path: Path, options: Mapping[str, Any], force
         settings.setdefault(f'model.{name}', None)
     changes = list(filter(None, [_set(cfg, key, value) for key, value in settings.items() if key not in kept]))
     sentences = [f'As in the training of {path}: {", ".join(changes)}'] if changes else []
-    if data and not same_table and (data['folds'] or data['split_file'] or dataset.get('folds')):
-        sentences.append(
-            f'{dataset["ann_file"]} is not the table of the training of {path}: whether cases that are tested were '
-            'trained on is not known.'
-        )
+    if data:
+        sentences += _tell_table(data, dataset, path, same_table)
     return sentences
+
+
+def _tell_table(data: dict[str, Any], dataset: Mapping[str, Any], path: Path, same_table: bool) -> list[str]:
+    """What is to be known of the table of a test: whose it is, and whether cases are tested that were trained on."""
+    if same_table:
+        whole = dataset.get('split') == 'all'
+        return ['All slides of the table are tested, those that were trained on too.'] if whole else []
+    taken = f'classes {", ".join(data["classes"])}' if data['classes'] else 'model of risk'
+    sentence = f'{dataset["ann_file"]} is not the table of the training of {path}, whose network and {taken} are taken'
+    if data['folds'] or data['split_file'] or dataset.get('folds'):
+        return [f'{sentence}: whether cases that are tested were trained on is not known.']
+    return [f'{sentence}; columns and split are those of the config.']
 
 
 def _data_settings(data: dict[str, Any], dataset: Mapping[str, Any], path: Path, same_table: bool) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from vssm.models.mil.slides import find_slide, read_slide  # noqa: E402
 from vssm.models.mil.tables import read_table, split_cases  # noqa: E402
 from vssm.models.mm import BestHook, RunError  # noqa: E402
 from vssm.models.mm.wsi import ConcordanceIndex, SlideAccuracy, SlideDataset, SlideSurvival  # noqa: E402
+from vssm.models.mm.wsi_metrics import bootstrap, confusion_matrix  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 BENCHMARKS = Path(__file__).parents[2] / 'benchmarks'
@@ -690,7 +691,7 @@ def test_time_bins_come_from_the_training_data(cases):
         (lambda path: (path / 'labels.csv').unlink(), {}, 'labels.csv does not exist'),
         (lambda path: (path / 's4.h5').unlink(), {}, "labels.csv row 6, slide 's4': no features, neither s4.h5"),
         (lambda path: None, dict(classes=['a', 'c']), "row 3, slide 's1': label must be .* lists all 6 problems"),
-        (lambda path: None, dict(split='all'), "split must be train, val or test and have slides, .* got 'all'"),
+        (lambda path: None, dict(split='some'), "split must be train, val or test and have slides, .* got 'some'"),
         (lambda path: None, dict(folds=2), 'folds must be 3 or more'),
         (
             lambda path: write_table(path / 'labels.csv', LABELS[:2], [['s0', 'a'], ['s1', 'b']]),
@@ -788,24 +789,89 @@ def evaluate(metric, samples):
     return metric.evaluate(len(samples))
 
 
+def predicted(labels, scores, losses=None):
+    """What a SlideClassifier predicts."""
+    losses = losses or [0.0] * len(labels)
+    rows = enumerate(zip(labels, scores, losses, strict=True))
+    return [dict(name=f's{i}', case=f'c{i}', label=y, scores=s, loss=loss) for i, (y, s, loss) in rows]
+
+
 @pytest.mark.parametrize('classes', [2, 4])
-def test_accuracy_f1_and_auc_are_scikit_learns(classes):
+def test_metrics_of_classes_are_scikit_learns(classes):
     sklearn = pytest.importorskip('sklearn.metrics')
     scores, labels = torch.randn(50, classes).softmax(1), torch.randint(classes, (50,))
-    samples = [
-        dict(name=str(i), label=int(y), scores=s.tolist()) for i, (s, y) in enumerate(zip(scores, labels, strict=True))
+    samples = predicted(labels.tolist(), scores.tolist(), torch.arange(50.0).tolist())
+    metric = SlideAccuracy()
+    metric.dataset_meta = dict(classes=tuple('abcd'[:classes]))
+    got, guesses = evaluate(metric, samples), scores.argmax(1)
+    aucs = {f'wsi/auc/{"abcd"[k]}': sklearn.roc_auc_score(labels == k, scores[:, k]) for k in range(classes)}
+    assert got == pytest.approx(
+        {
+            'wsi/accuracy': sklearn.accuracy_score(labels, guesses),
+            'wsi/macro_f1': sklearn.f1_score(labels, guesses, average='macro'),
+            'wsi/auc': statistics.fmean(aucs.values()),
+            'wsi/balanced_accuracy': sklearn.balanced_accuracy_score(labels, guesses),
+            'wsi/quadratic_kappa': sklearn.cohen_kappa_score(labels, guesses, weights='quadratic'),
+            'wsi/loss': 24.5,
+            **(aucs if classes > 2 else {}),
+        }
+    )
+    expected = sklearn.confusion_matrix(labels, guesses, labels=range(classes))
+    assert confusion_matrix(samples, classes).tolist() == expected.tolist()
+
+
+def test_metrics_of_classes_by_hand():
+    """Grades 0, 0, 0, 1, 2 taken for 0, 0, 2, 1, 1, in which a fourth does not occur."""
+    guesses = torch.eye(4)[[0, 0, 2, 1, 1]].tolist()
+    got = evaluate(SlideAccuracy(), predicted([0, 0, 0, 1, 2], guesses))
+    assert got['wsi/balanced_accuracy'] == pytest.approx((2 / 3 + 1 + 0) / 3)
+    observed = 2**2 + 1**2  # squared distances of grade and guess; by chance those of all pairs, over 5
+    by_chance = (3 * (2 * 0 + 2 * 1 + 1 * 4) + 1 * (2 * 1 + 2 * 0 + 1 * 1) + 1 * (2 * 4 + 2 * 1 + 1 * 0)) / 5
+    assert got['wsi/quadratic_kappa'] == pytest.approx(1 - observed / by_chance)
+    assert math.isnan(got['wsi/auc/3']) and got['wsi/auc/1'] == 3.5 / 4  # a tie with the last slide is half a pair
+    assert confusion_matrix(predicted([0, 0, 0, 1, 2], guesses), 4).tolist() == [
+        [2, 0, 1, 0],
+        [0, 1, 0, 0],
+        [0, 1, 0, 0],
+        [0, 0, 0, 0],
     ]
-    got = evaluate(SlideAccuracy(), samples)
-    aucs = [sklearn.roc_auc_score(labels == k, scores[:, k]) for k in range(classes)]
-    assert got['wsi/accuracy'] == pytest.approx(sklearn.accuracy_score(labels, scores.argmax(1)))
-    assert got['wsi/macro_f1'] == pytest.approx(sklearn.f1_score(labels, scores.argmax(1), average='macro'))
-    assert got['wsi/auc'] == pytest.approx(statistics.fmean(aucs))
 
 
 def test_auc_of_classes_that_do_not_occur():
-    samples = [dict(name='', label=y, scores=s) for y, s in ((0, [0.8, 0.1, 0.1]), (1, [0.3, 0.6, 0.1]))]
+    samples = predicted([0, 1], [[0.8, 0.1, 0.1], [0.3, 0.6, 0.1]])
     assert evaluate(SlideAccuracy(), samples)['wsi/auc'] == 1.0
     assert math.isnan(evaluate(SlideAccuracy(), samples[:1])['wsi/auc'])
+
+
+def test_cases_are_drawn_whole():
+    """Of a case of one slide and one of three, means of 0, 3/4 and 1 can come, and no others."""
+    means = []
+
+    def measure(columns):
+        means.append(columns['x'].mean().item())
+        return dict(mean=means[-1], undefined=math.nan if means[-1] == 1 else 2.0)
+
+    columns, cases = dict(x=torch.tensor([1.0, 0.0, 1.0, 1.0])), ['b', 'a', 'b', 'b']
+    ends = bootstrap(measure, columns, cases, times=200, seed=0)
+    assert set(means) == {0.0, 0.75, 1.0} and ends == dict(mean=(0.0, 1.0), undefined=(2.0, 2.0))
+    assert bootstrap(measure, columns, cases, times=3, seed=1) == bootstrap(measure, columns, cases, times=3, seed=1)
+
+
+def test_the_interval_of_a_mean_is_the_textbooks():
+    x = torch.randn(400, dtype=torch.float64)
+    ends = bootstrap(lambda columns: dict(mean=columns['x'].mean().item()), dict(x=x), list(range(400)), 1000, 0)
+    half = 1.96 * x.std().item() / 20
+    assert ends['mean'] == pytest.approx((x.mean().item() - half, x.mean().item() + half), abs=0.1 * half)
+
+
+def test_metrics_have_intervals():
+    samples = predicted([i % 2 for i in range(40)], torch.rand(40, 2).tolist())
+    got = evaluate(SlideAccuracy(bootstrap=20), samples)
+    assert (
+        evaluate(SlideAccuracy(bootstrap=20), samples) == got != evaluate(SlideAccuracy(bootstrap=20, seed=1), samples)
+    )
+    for name, value in evaluate(SlideAccuracy(), samples).items():
+        assert got[name] == value and got[f'{name}_2.5%'] <= value <= got[f'{name}_97.5%']
 
 
 @pytest.mark.parametrize('ties', [False, True])
@@ -839,6 +905,23 @@ def test_an_event_counts_against_a_censoring_at_the_same_last_month(months, cens
     rows = zip(months, censored, risks, strict=True)
     samples = [dict(name='', months=m, censored=c, risk=r) for m, c, r in rows]
     assert evaluate(ConcordanceIndex(), samples)['wsi/c_index'] == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    'censored, expected',
+    [
+        # Hazards 1, 2 and 3: the first of all three has the event, and the second of two.
+        ([False, False, True], (math.log(6 / 1) + math.log(5 / 2)) / 2),
+        ([True, True, True], math.nan),
+    ],
+)
+def test_the_loss_of_cox_is_over_all_cases(censored, expected):
+    rows = zip((1, 2, 3), (1.0, 2.0, 3.0), censored, strict=True)
+    samples = [dict(name='', risk=math.log(r), months=m, censored=c) for r, m, c in rows]
+    assert evaluate(ConcordanceIndex(), samples)['wsi/loss'] == pytest.approx(expected, nan_ok=True)
+    for sample in samples:  # of time bins whose edges are not known
+        sample['survival'] = [0.5, 0.2]
+    assert set(evaluate(ConcordanceIndex(), samples)) == {'wsi/c_index'}
 
 
 # ---- the way from check to heat map ----------------------------------------------------------------------------------
@@ -965,13 +1048,37 @@ def test_a_checkpoint_of_another_task_is_refused(trained, tmp_path, capsys):
     assert 'must be a checkpoint of survival, as the config is, got one of classification' in capsys.readouterr().err
 
 
-def test_another_table_has_its_own_split(trained, tmp_path):
-    """As that of another hospital, in other words: its classes are those of the checkpoint all the same."""
-    write_table(tmp_path / 'other.csv', LABELS, [['s3', 'b', 'test']])
-    changes = {'dataset.ann_file': str(tmp_path / 'other.csv')}
+def test_an_external_cohort(trained, tmp_path, capsys):
+    """Another table in another folder, without splits: all its slides are tested, in the classes of the training."""
+    folder = tmp_path / 'hospital'
+    folder.mkdir()
+    for i in range(6):
+        write_slide(folder / f'x{i}.h5', torch.randn(PATCHES, WIDTH) + 3 * (i % 2))
+    rows = [[f'x{i}', f'p{i // 2}', 'ab'[i // 3]] for i in range(6)]
+    write_table(folder / 'other.csv', ['slide_id', 'case_id', 'label'], rows)
+    changes = {'dataset.ann_file': 'other.csv', 'test_dataloader.dataset.split': 'all'}
     checkpoint = trained / 'run' / 'best.safetensors'
-    table = predictions('wsi/classification', checkpoint, trained, tmp_path, **changes)
-    assert table.startswith('slide_id,label,p_b,p_a') and table.count('\n') == 2
+    table = predictions('wsi/classification', checkpoint, folder, tmp_path, '--bootstrap', 20, **changes)
+    out = capsys.readouterr().out
+    assert (
+        f'other.csv is not the table of the training of {checkpoint}, whose network and classes b, a are taken' in out
+    )
+    assert re.search(r'wsi/auc .* 0\.\d+ to [01]\.\d+', out) and re.search(r'class .* as b .* as a', out)
+    rows = list(csv.DictReader(table.splitlines()))
+    assert list(rows[0]) == ['slide_id', 'label', 'p_b', 'p_a', 'case_id', 'loss']
+    assert [(row['slide_id'], row['case_id']) for row in rows] == [(f'x{i}', f'p{i // 2}') for i in range(6)]
+    for row in rows:
+        assert float(row['loss']) == pytest.approx(-math.log(float(row[f'p_{row["label"]}'])), abs=1e-6)
+    taken = Counter((row['label'], max('ab', key=lambda name: float(row[f'p_{name}']))) for row in rows)
+    confusion = list(csv.DictReader(open(tmp_path / 'test' / 'confusion.csv')))
+    assert confusion == [{'label': x, 'b': str(taken[x, 'b']), 'a': str(taken[x, 'a'])} for x in 'ba']
+
+
+def test_a_test_on_all_slides_of_the_training_is_told(trained, tmp_path, capsys):
+    changes = {'test_dataloader.dataset.split': 'all'}
+    table = predictions('wsi/classification', trained / 'run' / 'best.safetensors', trained, tmp_path, **changes)
+    assert table.count('\n') == 13
+    assert 'All slides of the table are tested, those that were trained on too.' in capsys.readouterr().out
 
 
 def test_folds_of_another_table_are_not_known(trained, tmp_path, capsys):
@@ -1063,6 +1170,18 @@ def test_survival_with_folds(config, cases, tmp_path, capsys):
     rows = [row for path in predictions for row in csv.DictReader(open(path))]
     assert sorted(row['case_id'] for row in rows) == sorted(f'c{i}' for i in range(12))
     assert all(float(row['survival_months']) == 1.5 * int(row['case_id'][1:]) + 1 for row in rows)
+    for i, path in enumerate(predictions if config == 'wsi/survival' else ()):
+        edge = json.loads(read_checkpoint(path.with_name('best.safetensors'))[1]['data'])['edges'][0]
+        for row in csv.DictReader(open(path)):
+            assert list(row)[4:] == [f's_{edge!r}', 's_end', 'loss'], i
+            first, second = float(row[f's_{edge!r}']), float(row['s_end'])
+            assert float(row['risk']) == pytest.approx(-(first + second))
+            late = float(row['survival_months']) >= edge
+            if row['censorship'] == '1':
+                expected = -0.5 * math.log(second if late else first)
+            else:
+                expected = -math.log(first - second if late else 1 - first)
+            assert float(row['loss']) == pytest.approx(expected, rel=1e-4)
     assert run('wsi-km', *predictions, '--output', tmp_path / 'km.png') == 0
     assert '6 cases of low and 6 of high risk, log-rank p = ' in capsys.readouterr().out
     assert Image.open(tmp_path / 'km.png').size[0] > 500
