@@ -29,6 +29,7 @@ from .data import Digits, GuardedDataset, ImageFolder, SeededSampler  # noqa: E4
 from .features import Float32RoIExtractor, TimmFeatures  # noqa: E402
 from .hooks import (  # noqa: E402
     BestHook,
+    EarlyStopHook,
     FiniteLossHook,
     MESAHook,
     MissedEvaluationHook,
@@ -57,6 +58,7 @@ __all__ = [
     'BFloat16OptimWrapper',
     'BestHook',
     'Digits',
+    'EarlyStopHook',
     'FiniteLossHook',
     'Float32RoIExtractor',
     'GuardedDataset',

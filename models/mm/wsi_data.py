@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slides as a data set: bags of patches, one for each slide or case."""
+"""Slides as a data set: bags of patches, one for each slide or case; and samples of it in which classes are equal."""
 
 import hashlib
 import logging
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.dataset import DefaultSampler
 from mmengine.logging import print_log
-from mmengine.registry import DATASETS, FUNCTIONS
+from mmengine.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -19,7 +20,7 @@ from ..mil.survival import time_bin, time_edges
 from ..mil.tables import SPLITS, Slide, apply_splits, class_name, read_table, recognised_cases, split_cases
 from .utils import RunError
 
-__all__ = ['SlideDataset', 'list_bags', 'table_digest', 'table_files']
+__all__ = ['BalancedSampler', 'SlideDataset', 'list_bags', 'table_digest', 'table_files']
 
 
 @DATASETS.register_module()
@@ -28,8 +29,8 @@ class SlideDataset(Dataset):
 
     Gives dict(inputs, data_samples). The inputs are the arguments of the networks of `vssm.models.mil`, dict(features,
     coords, lengths, steps): (n, width), (n, 2), and the number and the step of the patches of each slide. The data
-    samples are dict(name, case, label) or dict(name, months, censored), the latter with `bin` where the edges of the
-    bins are known. Features are read when a sample is asked for.
+    samples are dict(name, case, label), with `weight` where classes have weights, or dict(name, months, censored), with
+    `bin` where the edges of the bins are known. Features are read when a sample is asked for.
 
     Args:
         data_root: The folder with the slides' files, see `find_slide`.
@@ -37,6 +38,8 @@ class SlideDataset(Dataset):
         split: 'train', 'val' or 'test'; or 'all' for every slide of the table, as of another hospital's.
         task: 'classification' or 'survival'.
         classes: Labels in order; unless given, all labels of the training data, sorted.
+        class_weights: Weights of the classes in the loss, by their names, or 'balanced' for such by which all classes
+            of the training data count as much, and a slide 1 in the mean; None for 1 each.
         bins: Number of time bins for the discrete-time likelihood, whose edges come from the events of the training
             data; None for Cox's loss.
         split_file: A file of splits, see `read_splits`, in place of the table's column; a relative path begins in
@@ -61,6 +64,7 @@ class SlideDataset(Dataset):
         split: str,
         task: str = 'classification',
         classes: Sequence[str] | None = None,
+        class_weights: Mapping[str, float] | str | None = None,
         bins: int | None = 4,
         split_file: str | None = None,
         folds: int | None = None,
@@ -119,12 +123,14 @@ class SlideDataset(Dataset):
                 self.edges = self._time_edges(_by_case(by_split['train']), bins)
             if len(self.edges):
                 self.metainfo['classes'] = tuple(f'from {edge:g} months' for edge in [0.0, *self.edges.tolist()])
+        self.weights = self._class_weights(class_weights, Counter(slide.label for slide in by_split['train']))
         self._tell_undefined()
         self.files = [[self._find(data_root, slide) for slide in bag] for bag in self.bags]
         # What a checkpoint notes of the data that its network was trained on, of plain values.
         self.notes = dict(
             task=task,
             classes=list(self.metainfo.get('classes', ())),
+            class_weights=self.weights,
             edges=[] if task == 'classification' else self.edges.tolist(),
             barcodes=barcodes,
             columns=dict(columns) if columns else None,
@@ -134,6 +140,35 @@ class SlideDataset(Dataset):
             fold_seed=fold_seed,
             table=table_digest(files),
         )
+
+    @property
+    def groups(self) -> list[str]:
+        """What BalancedSampler makes equal: the label of each slide, or whether a case has an event."""
+        if self.task == 'classification':
+            return [str(bag[0].label) for bag in self.bags]
+        return ['censored' if bag[0].censored else 'event' for bag in self.bags]
+
+    def _class_weights(
+        self, given: Mapping[str, float] | str | None, counts: Mapping[Any, int]
+    ) -> dict[str, float] | None:
+        """The weight of each class, from the numbers of slides in the training data where they balance these."""
+        if given is None:
+            return None
+        if self.task == 'survival':
+            raise RunError(f'class_weights must be None for survival, got {given}.')
+        if given == 'balanced':
+            if not all(counts.get(name) for name in self.classes):
+                raise RunError(f'class_weights=balanced needs training slides of each class, got {dict(counts)}.')
+            return {name: sum(counts.values()) / len(self.classes) / counts[name] for name in self.classes}
+        weights = {class_name(name): weight for name, weight in given.items()} if isinstance(given, Mapping) else {}
+        if weights.keys() != set(self.classes) or not all(
+            isinstance(weight, int | float) and 0 < weight < float('inf') for weight in weights.values()
+        ):
+            raise RunError(
+                f"class_weights must be 'balanced' or a positive number for each of {', '.join(self.classes)}, by "
+                f'name, got {given}.'
+            )
+        return weights
 
     def _no_slides(self, split: str) -> str:
         if self.split_file is not None and split in SPLITS:
@@ -198,6 +233,8 @@ class SlideDataset(Dataset):
         first = bag[0]
         if self.task == 'classification':
             data_samples = dict(name=first.slide_id, case=first.case_id, label=self.classes.index(first.label))
+            if self.weights is not None:
+                data_samples['weight'] = self.weights[str(first.label)]
             return dict(inputs=inputs, data_samples=data_samples)
         data_samples = dict(name=first.case_id, months=first.months, censored=first.censored)
         if len(self.edges):
@@ -242,6 +279,23 @@ def _by_case(slides: Sequence[Slide]) -> list[list[Slide]]:
     for slide in slides:
         cases[slide.case_id].append(slide)
     return list(cases.values())
+
+
+@DATA_SAMPLERS.register_module()
+class BalancedSampler(DefaultSampler):
+    """Draws as many samples as there are, with replacement, so that all classes of a SlideDataset come as often.
+
+    Of survival, these are the cases with an event and those without. Arguments are those of DefaultSampler; it always
+    shuffles.
+    """
+
+    def __iter__(self) -> Iterator[int]:
+        groups = self.dataset.groups  # type: ignore[attr-defined]
+        counts = Counter(groups)
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        chances = torch.tensor([1 / counts[group] for group in groups], dtype=torch.float64)
+        drawn = chances.multinomial(self.total_size, replacement=True, generator=generator).tolist()
+        return iter(drawn[self.rank : self.total_size : self.world_size])
 
 
 @FUNCTIONS.register_module()

@@ -19,8 +19,8 @@ from .wsi_data import SlideDataset, table_digest, table_files
 
 __all__ = ['follow_checkpoint']
 
-# What a model's config has beside the arguments of its network, or what steers its training alone.
-_BESIDE = ('alpha', 'data_preprocessor', 'drop_rate', 'init_cfg', 'type')
+# What a config has beside the arguments of the network, or what steers the training alone.
+_BESIDE = ('alpha', 'class_weights', 'data_preprocessor', 'drop_rate', 'init_cfg', 'type')
 # What names the columns of one table and divides it, and means nothing for another.
 _OF_TABLE = ('columns', 'barcodes', 'split_file', 'folds', 'fold', 'fold_seed')
 
@@ -94,7 +94,7 @@ def _data_settings(data: dict[str, Any], dataset: Mapping[str, Any], path: Path,
         raise RunError(f'{path} must be a checkpoint of {task}, as the config is, got one of {data["task"]}.')
     settings = {f'dataset.{key}': data[key] for key in _OF_TABLE} if same_table else {}
     if task == 'classification':
-        return {**settings, 'dataset.classes': data['classes']}
+        return {**settings, 'dataset.classes': data['classes'], 'dataset.class_weights': data.get('class_weights')}
     edges = data['edges'] or None
     settings |= {'dataset.edges': edges, 'dataset.bins': edges and len(edges) + 1}
     return {**settings, 'model.loss': 'nll' if edges else 'cox'}

@@ -29,10 +29,20 @@ from vssm.tools.main import main
 h5py = pytest.importorskip('h5py', reason="h5py is not installed: pip install '.[wsi]'")
 pytest.importorskip('mmengine', reason="mmengine is not installed: pip install '.[wsi]'")
 
+from mmengine.evaluator import Evaluator  # noqa: E402
+from mmengine.logging import MessageHub  # noqa: E402
+
 from vssm.models.mil.slides import find_slide, read_slide  # noqa: E402
 from vssm.models.mil.tables import read_table, split_cases  # noqa: E402
 from vssm.models.mm import BestHook, RunError  # noqa: E402
-from vssm.models.mm.wsi import ConcordanceIndex, SlideAccuracy, SlideDataset, SlideSurvival  # noqa: E402
+from vssm.models.mm.wsi import (  # noqa: E402
+    ConcordanceIndex,
+    SlideAccuracy,
+    SlideClassifier,
+    SlideDataset,
+    SlideSurvival,
+)
+from vssm.models.mm.wsi_data import BalancedSampler  # noqa: E402
 from vssm.models.mm.wsi_metrics import bootstrap, confusion_matrix  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -922,6 +932,99 @@ def test_the_loss_of_cox_is_over_all_cases(censored, expected):
     for sample in samples:  # of time bins whose edges are not known
         sample['survival'] = [0.5, 0.2]
     assert set(evaluate(ConcordanceIndex(), samples)) == {'wsi/c_index'}
+
+
+# ---- classes of unequal size, and the end of a training --------------------------------------------------------------
+
+
+@pytest.fixture
+def unequal(classification):
+    """The slides with three of class a to train on and one of b."""
+    splits = ['train'] * 4 + ['val'] * 4 + ['test'] * 4
+    rows = [[f's{i}', 'b' if i % 4 == 3 else 'a', split] for i, split in enumerate(splits)]
+    write_table(classification / 'labels.csv', LABELS, rows)
+    return classification
+
+
+@pytest.mark.parametrize('weights', ['balanced', dict(a=2 / 3, b=2.0)])
+def test_weights_count_in_batches_of_one(weights, unequal):
+    """Where cross-entropy's own weights cancel out: 4 slides of 2 classes, 3 of a and 1 of b."""
+    dataset = SlideDataset(str(unequal), 'labels.csv', 'train', class_weights=weights)
+    assert dataset.notes['class_weights'] == pytest.approx(dict(a=4 / (2 * 3), b=4 / (2 * 1)))
+    model = SlideClassifier('mean_mil', in_dim=WIDTH).eval()
+    for i, weight in ((0, 2 / 3), (3, 2.0)):
+        inputs, samples = ([dataset[i][key]] for key in ('inputs', 'data_samples'))
+        expected = -weight * model(inputs).log_softmax(1)[0, int(i == 3)].item()
+        assert model(inputs, samples, 'predict')[0]['loss'] == pytest.approx(expected)
+        assert model(inputs, samples, 'loss')['loss_cls'].item() == pytest.approx(expected)
+    validation = SlideDataset(str(unequal), 'labels.csv', 'val', class_weights=weights)
+    assert validation.notes['class_weights'] == dataset.notes['class_weights']
+
+
+@pytest.mark.parametrize(
+    'options, said',
+    [
+        (dict(class_weights=dict(a=1.0)), "must be 'balanced' or a positive number for each of a, b"),
+        (dict(class_weights=dict(a=1.0, b=0.0)), 'got .* 0.0'),
+        (dict(class_weights='even'), 'got even'),
+        (dict(class_weights='balanced', classes=['a', 'b', 'c']), 'slides of each class, got .*3'),
+    ],
+)
+def test_bad_weights_are_refused(options, said, unequal):
+    with pytest.raises(RunError, match=said):
+        SlideDataset(str(unequal), 'labels.csv', 'train', **options)
+
+
+def test_balanced_samples(unequal):
+    dataset = SlideDataset(str(unequal), 'labels.csv', 'train')
+    sampler = BalancedSampler(dataset, seed=0)
+    drawn = []
+    for epoch in range(200):
+        sampler.set_epoch(epoch)
+        indices = list(sampler)
+        assert len(indices) == len(sampler) == 4 and list(sampler) == indices
+        drawn += indices
+    counts = Counter(drawn)
+    assert abs(counts[3] / 800 - 1 / 2) < 0.05 and all(abs(counts[i] / 800 - 1 / 6) < 0.05 for i in range(3))
+
+
+def test_balanced_samples_of_a_survival_have_as_many_events(cases):
+    dataset = SlideDataset(str(cases), 'survival.csv', 'all', task='survival')
+    censored = [sample['data_samples']['censored'] for sample in dataset]
+    assert 0 < sum(censored) < len(censored) / 2
+    drawn = [censored[i] for seed in range(100) for i in BalancedSampler(dataset, seed=seed)]
+    assert abs(sum(drawn) / len(drawn) - 1 / 2) < 0.1
+
+
+def test_a_training_ends_by_its_validation_loss(unequal, tmp_path, monkeypatch, capsys):
+    """Of the losses the second is the lowest; two more, and six in all, are the end. A repetition goes no further."""
+    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: math.nan, 5: 2.0}
+    evaluated = []
+
+    def evaluate(self, size):
+        evaluated.append((MessageHub.get_current_instance().get_info('epoch') or 0) + 1)  # none in a test
+        return {'wsi/loss': losses.get(evaluated[-1], 9.0), 'wsi/auc': 0.5}
+
+    monkeypatch.setattr(Evaluator, 'evaluate', evaluate)
+    changes = SMALL | {
+        'model.model_name': 'mean_mil',
+        'train_cfg.max_epochs': 9,
+        'default_hooks.early_stop.patience': 2,
+        'default_hooks.early_stop.begin': 6,
+        'train_dataloader.sampler.type': 'BalancedSampler',
+        'dataset.class_weights': 'balanced',
+    }
+    arguments = ['--seeds', 0, '--data-root', unequal, '--work-dir', tmp_path / 'runs', *options(**changes)]
+    assert run('wsi-repeat', 'wsi/classification_clam', *arguments) == 0
+    folder = tmp_path / 'runs' / 'seed0'
+    written = {path.name: path.stat().st_mtime_ns for path in folder.glob('epoch_*.pth')}
+    assert written.keys() == {'epoch_5.pth', 'epoch_6.pth'}
+    metadata = read_checkpoint(folder / 'best.safetensors')[1]
+    assert (metadata['epoch'], metadata['wsi/loss']) == ('2', '1.0')
+    before = len(evaluated)
+    assert run('wsi-repeat', 'wsi/classification_clam', *arguments) == 0
+    assert written == {path.name: path.stat().st_mtime_ns for path in folder.glob('epoch_*.pth')}
+    assert len(evaluated) == before + 2 and read_checkpoint(folder / 'best.safetensors')[1] == metadata
 
 
 # ---- the way from check to heat map ----------------------------------------------------------------------------------
