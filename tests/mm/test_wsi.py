@@ -45,7 +45,7 @@ from vssm.models.mm.wsi import (  # noqa: E402
 from vssm.models.mm.wsi_data import BalancedSampler  # noqa: E402
 from vssm.models.mm.wsi_metrics import bootstrap, confusion_matrix  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = pytest.mark.usefixtures('one_thread', 'quick_configs')
 BENCHMARKS = Path(__file__).parents[2] / 'benchmarks'
 WIDTH = 6
 PATCHES = 9
