@@ -61,7 +61,7 @@ ALSO = {  # what single files may besides
     'models/mm/mmcv_ext/__init__.py': {'mmengine'},
     'models/mm/mmcv_ext/boxes.py': {'torchvision'},
     'models/mm/mmcv_ext/regions.py': {'torchvision'},
-    'models/mil/slides.py': {'h5py', 'numpy'},
+    'models/mil/arrays.py': {'h5py', 'numpy'},
 }
 
 

@@ -15,7 +15,7 @@ from mmengine.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..mil.slides import Bag, find_slide, read_slide
+from ..mil.slides import Bag, SlideFolder, count_patches, read_slide
 from ..mil.survival import time_bin, time_edges
 from ..mil.tables import SPLITS, Slide, apply_splits, class_name, read_table, recognised_cases, split_cases
 from .utils import RunError
@@ -28,12 +28,13 @@ class SlideDataset(Dataset):
     """Bags of patches: the slides of a split, or for survival its cases with all their slides.
 
     Gives dict(inputs, data_samples). The inputs are the arguments of the networks of `vssm.models.mil`, dict(features,
-    coords, lengths, steps): (n, width), (n, 2), and the number and the step of the patches of each slide. The data
-    samples are dict(name, case, label), with `weight` where classes have weights, or dict(name, months, censored), with
-    `bin` where the edges of the bins are known. Features are read when a sample is asked for.
+    coords, lengths, steps): (n, width), (n, 2) or None where a slide has no coordinates, and the number and the step
+    of the patches of each slide. The data samples are dict(name, case, label), with `weight` where classes have
+    weights, or dict(name, months, censored), with `bin` where the edges of the bins are known. Features are read when a
+    sample is asked for. Slides without patches are left out.
 
     Args:
-        data_root: The folder with the slides' files, see `find_slide`.
+        data_root: The folder with the slides' files, see `SlideFolder`.
         ann_file: The table, see `read_table`; a relative path begins in data_root.
         split: 'train', 'val' or 'test'; or 'all' for every slide of the table, as of another hospital's.
         task: 'classification' or 'survival'.
@@ -51,6 +52,7 @@ class SlideDataset(Dataset):
             of the training data.
         barcodes: Whether TCGA's barcodes tell which slides are of one patient, see `read_table`.
         columns: Names in the table of columns that have others in `read_table`.
+        encoder: Name of the encoder whose features are meant, where a file or the folder has those of several.
         cache: Whether to keep in memory what was read; each worker of a loader keeps its own.
 
     Raises:
@@ -73,6 +75,7 @@ class SlideDataset(Dataset):
         edges: Sequence[float] | None = None,
         barcodes: bool = True,
         columns: dict[str, str] | None = None,
+        encoder: str | None = None,
         cache: bool = False,
     ) -> None:
         files = table_files(data_root, ann_file, split_file, fold)
@@ -102,12 +105,13 @@ class SlideDataset(Dataset):
         by_split: dict[str | None, list[Slide]] = defaultdict(list)
         for slide in slides:
             by_split[splits.get(slide.case_id, slide.split)].append(slide)
-        chosen = slides if split == 'all' else by_split[split] if split in SPLITS else []
-        if not chosen:
+        wanted = slides if split == 'all' else by_split[split] if split in SPLITS else []
+        if not wanted:
             raise RunError(self._no_slides(split))
-        self.task, self.split = task, split
+        self.task, self.split, self.encoder = task, split, encoder
+        chosen, files_of = self._find(data_root, wanted)
         self.cache: dict[int, list[Bag]] | None = {} if cache else None
-        self.told: set[Path] = set()  # files of which it was said that patches are left out
+        self.told: set[str] = set()  # slides of which it was said that patches are left out
         self.metainfo: dict[str, Any] = {}
         if task == 'classification':
             self.bags = [[slide] for slide in chosen]
@@ -125,7 +129,7 @@ class SlideDataset(Dataset):
                 self.metainfo['classes'] = tuple(f'from {edge:g} months' for edge in [0.0, *self.edges.tolist()])
         self.weights = self._class_weights(class_weights, Counter(slide.label for slide in by_split['train']))
         self._tell_undefined()
-        self.files = [[self._find(data_root, slide) for slide in bag] for bag in self.bags]
+        self.files = [[files_of[slide.slide_id] for slide in bag] for bag in self.bags]
         # What a checkpoint notes of the data that its network was trained on, of plain values.
         self.notes = dict(
             task=task,
@@ -134,6 +138,7 @@ class SlideDataset(Dataset):
             edges=[] if task == 'classification' else self.edges.tolist(),
             barcodes=barcodes,
             columns=dict(columns) if columns else None,
+            encoder=encoder,
             split_file=split_file,
             folds=folds,
             fold=fold,
@@ -205,11 +210,25 @@ class SlideDataset(Dataset):
         except ValueError as error:
             raise RunError(f'{self.table.name}: {error}') from error
 
-    def _find(self, data_root: str, slide: Slide) -> Path:
-        try:
-            return find_slide(data_root, slide.slide_id)
-        except FileNotFoundError as error:
-            raise self._error(slide, error) from error
+    def _find(self, data_root: str, slides: Sequence[Slide]) -> tuple[list[Slide], dict[str, tuple[Path, ...]]]:
+        """The slides that have patches, and their files; what is left out is told."""
+        folder, files, empty = SlideFolder(data_root, self.encoder), {}, []
+        for slide in slides:
+            try:
+                paths = folder.find(slide.slide_id)
+                if count_patches(*paths, encoder=self.encoder):
+                    files[slide.slide_id] = paths
+                else:
+                    empty.append(slide.slide_id)
+            except (FileNotFoundError, ValueError) as error:
+                raise self._error(slide, error) from error
+        if empty:
+            such = ', '.join(empty[:5]) + (', ...' if len(empty) > 5 else '')
+            said = f'{self.table.name}: {len(empty)} of {len(slides)} slides of {self.split} have no patches: {such}'
+            if not files:
+                raise RunError(f'{said}.')
+            print_log(f'{said}. They are left out.', 'current', logging.WARNING)
+        return [slide for slide in slides if slide.slide_id in files], files
 
     def _error(self, slide: Slide, problem: Any) -> RunError:
         return RunError(f'{self.table.name} row {slide.row}, slide {slide.slide_id!r}: {problem}')
@@ -221,12 +240,13 @@ class SlideDataset(Dataset):
         bag = self.bags[index]
         parts = self.cache.get(index) if self.cache is not None else None
         if parts is None:
-            parts = [self._read(slide, path) for slide, path in zip(bag, self.files[index], strict=True)]
+            parts = [self._read(slide, paths) for slide, paths in zip(bag, self.files[index], strict=True)]
             if self.cache is not None:
                 self.cache[index] = parts
+        coords = [part.coords for part in parts if part.coords is not None]
         inputs = dict(
             features=_join([part.features for part in parts]),
-            coords=_join([part.coords for part in parts]),
+            coords=_join(coords) if len(coords) == len(parts) else None,
             lengths=[len(part.features) for part in parts],
             steps=[part.step for part in parts],
         )
@@ -241,15 +261,15 @@ class SlideDataset(Dataset):
             data_samples['bin'] = time_bin(torch.tensor([first.months]), self.edges).item()
         return dict(inputs=inputs, data_samples=data_samples)
 
-    def _read(self, slide: Slide, path: Path) -> Bag:
+    def _read(self, slide: Slide, paths: tuple[Path, ...]) -> Bag:
         try:
-            bag = read_slide(path)
+            bag = read_slide(*paths, encoder=self.encoder)
         except (FileNotFoundError, ValueError) as error:
             raise self._error(slide, error) from error
-        if bag.left_out and path not in self.told:
-            self.told.add(path)
+        if bag.left_out and slide.slide_id not in self.told:
+            self.told.add(slide.slide_id)
             print_log(
-                f'{path.name}: {bag.left_out} of {len(bag.pixels)} patches are left out, each in the cell of a patch '
+                f'{paths[0].name}: {bag.left_out} of {bag.total} patches are left out, each in the cell of a patch '
                 'of another piece of tissue.',
                 'current',
                 logging.WARNING,

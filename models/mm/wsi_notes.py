@@ -93,6 +93,8 @@ def _data_settings(data: dict[str, Any], dataset: Mapping[str, Any], path: Path,
     if data['task'] != task:
         raise RunError(f'{path} must be a checkpoint of {task}, as the config is, got one of {data["task"]}.')
     settings = {f'dataset.{key}': data[key] for key in _OF_TABLE} if same_table else {}
+    if data.get('encoder'):
+        settings['dataset.encoder'] = data['encoder']
     if task == 'classification':
         return {**settings, 'dataset.classes': data['classes'], 'dataset.class_weights': data.get('class_weights')}
     edges = data['edges'] or None

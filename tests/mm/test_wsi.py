@@ -32,7 +32,7 @@ pytest.importorskip('mmengine', reason="mmengine is not installed: pip install '
 from mmengine.evaluator import Evaluator  # noqa: E402
 from mmengine.logging import MessageHub  # noqa: E402
 
-from vssm.models.mil.slides import find_slide, read_slide  # noqa: E402
+from vssm.models.mil.slides import SlideFolder, read_slide  # noqa: E402
 from vssm.models.mil.tables import read_table, split_cases  # noqa: E402
 from vssm.models.mm import BestHook, RunError  # noqa: E402
 from vssm.models.mm.wsi import (  # noqa: E402
@@ -469,32 +469,6 @@ def test_folds_of_the_table():
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('layout', ['h5', 'h5_files', 'float16', 'dict', 'beside', 'h5 beside', 'pt_files'])
-def test_layouts(layout, tmp_path):
-    """Features and coordinates come out the same however they are kept."""
-    features, coords = torch.randn(4, WIDTH), torch.tensor([[0, 0], [512, 0], [0, 512], [1024, 512]])
-    (tmp_path / 'h5_files').mkdir()
-    (tmp_path / 'pt_files').mkdir()
-    if layout in ('h5', 'h5_files'):
-        write_slide(tmp_path / ('h5_files/s.h5' if layout == 'h5_files' else 's.h5'), features, coords.int())
-    elif layout == 'float16':
-        features = features.half().float()
-        write_slide(tmp_path / 's.h5', features.half(), coords)
-    elif layout == 'dict':
-        torch.save(dict(features=features, coords=coords), tmp_path / 's.pt')
-    elif layout == 'beside':
-        torch.save(features, tmp_path / 's.pt')
-        torch.save(coords, tmp_path / 's_coords.pt')
-    else:
-        torch.save(features, tmp_path / ('pt_files/s.pt' if layout == 'pt_files' else 's.pt'))
-        with h5py.File(tmp_path / ('h5_files/s.h5' if layout == 'pt_files' else 's.h5'), 'w') as file:
-            file['coords'] = coords.double().numpy()  # whole numbers all the same
-    assert find_slide(tmp_path, 's') == find_slide(tmp_path, 's.svs')
-    bag = read_slide(find_slide(tmp_path, 's'))
-    assert torch.equal(bag.features, features) and torch.equal(bag.coords, coords)
-    assert (bag.features.dtype, bag.coords.dtype) == (torch.float32, torch.int64)
-
-
 class Evil:
     def __reduce__(self):
         return print, ('this code must not run',)
@@ -518,7 +492,6 @@ def features_with(row, value):
 CELLS = torch.cartesian_prod(torch.arange(3), torch.arange(3)) * 512
 FILES = {
     'missing': (lambda path: None, 'no features, neither s.h5 nor s.pt'),
-    'no patches': (lambda path: write_slide(path / 's.h5', torch.empty(0, WIDTH)), 'features must be .* got none'),
     'nan': (
         lambda path: write_slide(path / 's.h5', features_with(4, math.nan)),
         'features row 4 must be finite, got nan',
@@ -535,19 +508,10 @@ FILES = {
     ),
     'one axis': (lambda path: write_slide(path / 's.h5', torch.randn(9)), r'features must be \(n, width\), got \(9,\)'),
     'integers': (lambda path: write_slide(path / 's.h5', torch.ones(9, 2).int()), 'features .* torch.int64'),
-    'no coords': (h5(features=torch.randn(3, 2).numpy()), 'must hold features and coords, got features'),
-    'text': (h5(features='abc', coords='abc'), 'must hold numbers as features'),
+    'text': (h5(features='abc', coords='abc'), r'known layout .*, got coords \(a single object\), features'),
     'no HDF5': (lambda path: (path / 's.h5').write_bytes(b'nonsense'), 's.h5 cannot be read as HDF5'),
     'no pt': (lambda path: (path / 's.pt').write_bytes(b'nonsense'), 's.pt cannot be read as tensors'),
     'code': (lambda path: torch.save([Evil()], path / 's.pt'), 's.pt cannot be read as tensors'),
-    'lonely pt': (
-        lambda path: torch.save(torch.randn(3, 2), path / 's.pt'),
-        'no coordinates to s.pt, neither s_coords.pt',
-    ),
-    'half a dict': (
-        lambda path: torch.save(dict(features=torch.randn(3, 2)), path / 's.pt'),
-        'must hold features and coords, got features',
-    ),
 }
 GRIDS = {
     'far off': (
@@ -570,7 +534,7 @@ def test_odd_files_are_refused(name, tmp_path, capsys):
     write, said = FILES[name]
     write(tmp_path)
     with pytest.raises((ValueError, FileNotFoundError), match=said):
-        read_slide(find_slide(tmp_path, 's'))
+        read_slide(*SlideFolder(tmp_path).find('s'))
     assert not capsys.readouterr().out
 
 
@@ -649,7 +613,9 @@ def test_bad_arguments_of_check(argv, said, classification, capsys, monkeypatch)
 
 def test_slides_are_read_when_asked_for_and_kept_by_an_option(classification, monkeypatch):
     reads = []
-    monkeypatch.setattr('vssm.models.mm.wsi_data.read_slide', lambda path: reads.append(path.stem) or read_slide(path))
+    monkeypatch.setattr(
+        'vssm.models.mm.wsi_data.read_slide', lambda path, **_: reads.append(path.stem) or read_slide(path)
+    )
     for cache, expected in ((False, ['s0', 's1', 's0']), (True, ['s0', 's1'])):
         reads.clear()
         dataset = SlideDataset(str(classification), 'labels.csv', 'train', cache=cache)
@@ -1544,7 +1510,7 @@ def test_the_heat_map_names_the_classes_of_the_checkpoint(trained, tmp_path, mon
     'argv, said',
     [
         (['no.safetensors', 's.h5'], 'no.safetensors does not exist'),
-        (['best.safetensors', 'no.h5'], 'FEATURES must be a .h5 or .pt file, got no.h5'),
+        (['best.safetensors', 'no.h5'], 'FEATURES must be a file, such as SLIDE.h5, got no.h5'),
         (['best.safetensors', 's.h5', '--output', 'map.svg'], '--output must be a .png file'),
         (['best.safetensors', 's.h5', '--patch-size', '-1'], '--patch-size must be at least 1, got -1'),
         (['best.safetensors', 'wide.h5'], 'features must be (n, 6)'),
