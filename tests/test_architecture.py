@@ -53,14 +53,15 @@ ALSO = {  # what single files may besides
     'models/mm/runner.py': {'mmengine', 'rich'},
     'models/mm/saved.py': {'mmengine', 'numpy'},
     'models/mm/sources.py': {'mmengine'},
-    'models/mm/wsi.py': {'mmengine', 'torchmetrics', 'torchsurv'},
+    'models/mm/wsi.py': {'mmengine'},
     'models/mm/wsi_data.py': {'mmengine'},
+    'models/mm/wsi_metrics.py': {'mmengine', 'torchmetrics', 'torchsurv'},
     'models/mm/wsi_notes.py': {'mmengine'},
     'models/mm/utils.py': {'mmengine', 'numpy', 'safetensors'},
     'models/mm/mmcv_ext/__init__.py': {'mmengine'},
     'models/mm/mmcv_ext/boxes.py': {'torchvision'},
     'models/mm/mmcv_ext/regions.py': {'torchvision'},
-    'models/mil/slides.py': {'h5py', 'numpy'},
+    'models/mil/arrays.py': {'h5py', 'numpy'},
 }
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Check a table of slides and the files of their features before a training.
 
-Every problem is told with its row and slide: missing files, labels and splits that are not in their list, no patches,
-numbers that are not finite, features of another width, a step of the grid that contradicts the file's attributes or
---patch-size, coordinates off the grid, two patches in one cell. Rows of the table count its header as row 1, rows of a
-slide's arrays begin with 0.
+Every problem is told with its row and slide: missing files, labels and splits that are not in their list, numbers that
+are not finite, features of another width, a step of the grid that contradicts the file's attributes or --patch-size,
+coordinates off the grid, two patches in one cell. Rows of the table count its header as row 1, rows of a slide's arrays
+begin with 0.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         'table', metavar='CSV', type=Path, help='table with slide_id,label,... or case_id,slide_id,censorship,...'
     )
     parser.add_argument(
-        'folder', metavar='DIR', type=Path, help='folder with SLIDE.h5, or SLIDE.pt and its coordinates'
+        'folder', metavar='DIR', type=Path, help='folder with the features, such as SLIDE.h5, in it or below it'
     )
     parser.add_argument(
         '--task', choices=('classification', 'survival'), help='default: survival, if CSV has a column survival_months'
@@ -48,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action='store_true',
         help='take no notice of the patients in TCGA barcodes, as dataset.barcodes=False',
     )
+    parser.add_argument(
+        '--encoder', metavar='NAME', help='encoder whose features are meant, where there are those of several'
+    )
     parser.add_argument('--classes', metavar='NAME', nargs='+', help='the labels that there may be (default: any)')
     parser.add_argument(
         '--patch-size',
@@ -63,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..models.mil import side_of_cells, to_cells
-    from ..models.mil.slides import find_slide, read_slide
+    from ..models.mil.slides import SlideFolder, count_patches, read_slide
     from ..models.mil.tables import apply_splits, read_table, recognised_cases
 
     if args.patch_size is not None and args.patch_size < 1:
@@ -91,23 +94,28 @@ def run(args: argparse.Namespace) -> int:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
 
     usual: int | None = None
-    patches, steps, grids, left_out = [], [], [], []
+    counts, steps, grids, empty = [], [], [], 0
+    folder = SlideFolder(args.folder, args.encoder)
     for slide in track(slides, 'reading', console=console, transient=True, disable=not console.is_terminal):
         try:
-            bag = read_slide(find_slide(args.folder, slide.slide_id))
+            paths = folder.find(slide.slide_id)
+            if not count_patches(*paths, encoder=args.encoder):
+                empty += 1
+                continue
+            bag = read_slide(*paths, encoder=args.encoder)
             usual = usual or bag.features.shape[1]
             if bag.features.shape[1] != usual:
                 raise ValueError(
                     f'features must be as wide as those of the first slide, {usual}, got {bag.features.shape[1]}.'
                 )
-            _, grid = to_cells(bag.coords, side_of_cells(bag.step, args.patch_size), args.grid_size)
+            if bag.coords is not None:
+                _, grid = to_cells(bag.coords, side_of_cells(bag.step, args.patch_size), args.grid_size)
+                grids.append(grid)
+                steps.append(bag.step)
         except (FileNotFoundError, ValueError) as error:
             problems.append(f'{args.table.name} row {slide.row}, slide {slide.slide_id!r}: {error}')
             continue
-        patches.append(len(bag.pixels))
-        steps.append(bag.step)
-        grids.append(grid)
-        left_out.append(bag.left_out)
+        counts.append((bag.total, bag.left_out))
     if problems:
         for problem in problems:
             console.print(problem, highlight=False, markup=False, soft_wrap=True)
@@ -117,14 +125,20 @@ def run(args: argparse.Namespace) -> int:
         ('slides', str(len(slides))),
         ('cases', str(len({slide.case_id for slide in slides}))),
         ('width of the features', str(usual)),
-        ('patches of a slide', f'{min(patches)} to {max(patches)}'),
+        ('patches of a slide', f'{min(counts, default=(0,))[0]} to {max(counts, default=(0,))[0]}'),
         *_count_steps(steps),
-        ('largest grid, height x width', ' x '.join(str(max(lengths)) for lengths in zip(*grids, strict=True))),
-        *_count_groups(slides, task),
     ]
-    if any(left_out):
-        rows.append(('patches left out, in the cell of a patch of another piece of tissue', str(sum(left_out))))
-        rows.append(('slides with patches left out', str(sum(map(bool, left_out)))))
+    if grids:
+        rows.append(('largest grid, height x width', ' x '.join(str(max(sides)) for sides in zip(*grids, strict=True))))
+    rows += _count_groups(slides, task)
+    left_out = [count for _, count in counts if count]
+    exceptions = {
+        'slides without coordinates, for networks that need none': len(counts) - len(grids),
+        'slides without patches, left out': empty,
+        'patches left out, in the cell of a patch of another piece of tissue': sum(left_out),
+        'slides with patches left out': len(left_out),
+    }
+    rows += [(what, str(count)) for what, count in exceptions.items() if count]
     print_table(['what', 'count'], rows)
     return 0
 

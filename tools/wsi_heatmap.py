@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ EXAMPLE = 'vssm wsi-heatmap work_dirs/wsi/classification/best.safetensors featur
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('checkpoint', metavar='CHECKPOINT', type=Path, help='a .safetensors file of a training')
-    parser.add_argument('features', metavar='FEATURES', type=Path, help="the slide's .h5 or .pt file")
+    parser.add_argument('features', metavar='FEATURES', type=Path, help="the slide's file, such as SLIDE.h5")
     parser.add_argument('--slide', metavar='FILE', type=Path, help='the slide itself, for its thumbnail')
     parser.add_argument(
         '--patch-size',
@@ -53,20 +53,22 @@ def run(args: argparse.Namespace) -> int:
     from ..models.mil.slides import read_slide
 
     check_output(args.output)
-    if not args.features.is_file() or args.features.suffix not in ('.h5', '.pt'):
-        raise UsageError(f'FEATURES must be a .h5 or .pt file, got {args.features}.')
+    if not args.features.is_file():
+        raise UsageError(f'FEATURES must be a file, such as SLIDE.h5, got {args.features}.')
     if args.patch_size is not None and args.patch_size < 1:
         raise UsageError(f'--patch-size must be at least 1, got {args.patch_size}.')
     pyplot()  # a missing package is better told now than after the work
     try:
         model = load_model(args.checkpoint)
-        bag = read_slide(args.features)
+        bag = read_slide(args.features, encoder=_notes_on_data(args.checkpoint).get('encoder'))
+        if bag.pixels is None:
+            raise UsageError(f'FEATURES must have coordinates, got {args.features} without.')
         step = side_of_cells(bag.step, args.patch_size or getattr(model, 'patch_size', None))
         with torch.inference_mode():
             logits, weights = (forward(bag.features, bag.coords, steps=[step]) for forward in (model, model.attention))
     except (FileNotFoundError, ValueError) as error:
         raise UsageError(str(error)) from error
-    thumbnail, on = read_thumbnail(args.slide)
+    thumbnail, on = read_thumbnail(args.slide, bag.mpp)
     if thumbnail is not None and (bag.pixels >= torch.tensor(thumbnail[1])).any():
         raise UsageError(
             f'--slide must hold the patches of {args.features.name}, whose coordinates go up to '
@@ -76,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     relative = bag.spread(weights / weights.mean())
     save_figure(draw(relative, bag.pixels, step, thumbnail, title), args.output)
     if bag.left_out:
-        on += f'; {bag.left_out} of {len(bag.pixels)} patches, left out of the grid, are blank'
+        on += f'; {bag.left_out} of {bag.total} patches, left out of the grid, are blank'
     console.print(f'{args.output}, drawn on {on}', highlight=False, soft_wrap=True)
     return 0
 
@@ -108,14 +110,25 @@ def load_model(path: Path) -> 'MIL':
 
 def describe_outputs(path: Path, logits: Sequence[float]) -> str:
     """A network's outputs for a slide, after the names of the classes that its checkpoint notes."""
-    from ..models.weights import read_checkpoint
-
-    names = json.loads(read_checkpoint(path)[1].get('data', '{}')).get('classes') or [''] * len(logits)
+    names = _notes_on_data(path).get('classes') or [''] * len(logits)
     return ', '.join(f'{name} {value:.2f}'.strip() for name, value in zip(names, logits, strict=True))
 
 
-def read_thumbnail(slide: Path | None) -> tuple[tuple['Image.Image', tuple[int, int]] | None, str]:
-    """A small image of a slide and the slide's width and height, or None; and, in words, what is drawn on."""
+def _notes_on_data(path: Path) -> dict[str, Any]:
+    from ..models.weights import read_checkpoint
+
+    return json.loads(read_checkpoint(path)[1].get('data', '{}'))
+
+
+def read_thumbnail(
+    slide: Path | None, mpp: float | None = None
+) -> tuple[tuple['Image.Image', tuple[int, int]] | None, str]:
+    """A small image of a slide and the slide's width and height, or None; and, in words, what is drawn on.
+
+    Args:
+        slide: The slide's file, None for none.
+        mpp: Micrometres of the pixels in which width and height are wanted, None for the slide's own.
+    """
     if slide is None:
         return None, 'the grid: no --slide is given'
     if not slide.is_file():
@@ -126,7 +139,13 @@ def read_thumbnail(slide: Path | None) -> tuple[tuple['Image.Image', tuple[int, 
         return None, 'the grid: openslide is not installed, `pip install openslide-python openslide-bin` does it'
     try:
         with openslide.OpenSlide(slide) as opened:
-            return (opened.get_thumbnail((1024, 1024)), opened.dimensions), f'the thumbnail of {slide}'
+            scales = [float(opened.properties[f'openslide.mpp-{axis}']) / mpp if mpp else 1 for axis in 'xy']
+            width, height = (round(side * scale) for side, scale in zip(opened.dimensions, scales, strict=True))
+            return (opened.get_thumbnail((1024, 1024)), (width, height)), f'the thumbnail of {slide}'
+    except KeyError as error:
+        raise UsageError(
+            f'--slide must tell the size of its pixels for coordinates in micrometres, got {slide}, which does not.'
+        ) from error
     except openslide.OpenSlideError as error:
         raise UsageError(f'--slide must be a file that openslide reads, got {slide}: {error}') from error
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ._common import UsageError, add_run_arguments, build_runner, console, read_config, write_json
-from ._tables import print_table
+from ._tables import print_table, wide_console
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -56,8 +56,10 @@ def run(args: argparse.Namespace) -> int:
     summary = summarise(list(results.values()))
     write_json(Path(cfg.work_dir, 'results.json'), dict(config=args.config, runs=results, **summary))
 
-    rows = [(name, *(f'{value:.4f}' for value in metrics.values())) for name, metrics in (results | summary).items()]
-    print_table(['run', *summary['mean']], rows, rules=[len(results)])
+    # Neither those of single classes nor the ends of intervals, which the file has.
+    columns = [name for name in summary['mean'] if name.count('/') == 1 and not name.endswith('%')]
+    rows = [(name, *(f'{metrics[c]:.4f}' for c in columns)) for name, metrics in (results | summary).items()]
+    print_table(['run', *columns], rows, rules=[len(results)], to=wide_console())
     console.print(f'Written to {cfg.work_dir}', highlight=False, soft_wrap=True)
     return 0
 
@@ -88,7 +90,7 @@ def plan(cfg: 'Config', folds: int | None = None, seeds: Sequence[int] | None = 
         raise UsageError(f'dataset.split_file must name the file of each of --folds by %d, got {splits}.')
     all_folds: list[int | None] = [None] if folds is None else [*range(folds)]
     configs = {}
-    for trial in [Trial(fold, seed) for fold in all_folds for seed in seeds or [None]]:
+    for trial in [Trial(fold, seed) for fold in all_folds for seed in ([*seeds] if seeds else [None])]:
         changed = copy.deepcopy(cfg)
         changed.work_dir = str(Path(cfg.work_dir, trial.name))
         if trial.seed is not None:

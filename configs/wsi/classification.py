@@ -62,6 +62,7 @@ test_cfg = dict()
 default_hooks = dict(
     logger=dict(type='LoggerHook', interval=100),
     checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=2),
+    early_stop=dict(type='EarlyStopHook', metric='wsi/loss', patience=None),  # of the validation; None for no end
 )
 custom_hooks = [
     dict(type='SafetensorsHook'),  # writes the last epoch

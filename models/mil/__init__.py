@@ -6,7 +6,8 @@
 * `mambamil`, `s4mil`, `transmil`, `dtfd`: the networks of other papers, for comparison.
 * `grid`: patches on the grid of their slide.
 * `tables`: tables of slides, and splits by case.
-* `slides`: files of features and coordinates, and the step of each slide's grid. Needs the extra wsi.
+* `slides`: the files of slides in a folder, and their patches on the grid of each. Needs the extra wsi.
+* `layouts`, `arrays`: how tools write features and coordinates, and the files of arrays that these are.
 * `survival`: time bins, losses and risks.
 """
 

@@ -37,7 +37,9 @@ TASKS = dict(  # with the columns that each needs
 )
 
 # What slides' own files and those of their features end with, which some tables have and others leave out.
-_SUFFIX = re.compile(r'(\.(svs|ndpi|(ome\.)?tiff?|mrxs|scn|bif|czi|vsi|dcm|h5|pt))+$', re.IGNORECASE)
+_SUFFIX = re.compile(
+    r'(\.(svs|ndpi|(ome\.)?tiff?|mrxs|scn|bif|czi|vsi|dcm|h5|hdf5|h5ad|pth?|np[yz]|features(\.\d+)?))+$', re.IGNORECASE
+)
 _BARCODE = re.compile(r'TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}(?=-|$)', re.IGNORECASE)  # the part that names the patient
 _SPLIT_NAMES = dict(training='train', valid='val', validation='val', testing='test')
 _MISSING = {'', 'nan', 'na', 'n/a', '#n/a', '<na>', 'null'}  # as programs write a cell without a value

@@ -33,7 +33,10 @@ from vssm.tools.wsi_repeat import Trial
 h5py = pytest.importorskip('h5py', reason="h5py is not installed: pip install '.[wsi]'")
 pytest.importorskip('mmengine', reason="mmengine is not installed: pip install '.[wsi]'")
 
-from vssm.models.mil.slides import find_slide, read_slide  # noqa: E402
+from mmengine.evaluator import Evaluator  # noqa: E402
+from mmengine.logging import MessageHub  # noqa: E402
+
+from vssm.models.mil.slides import SlideFolder, read_slide  # noqa: E402
 from vssm.models.mil.tables import read_table, split_cases  # noqa: E402
 from vssm.models.mm import BestHook, RunError  # noqa: E402
 from vssm.models.mm.wsi import (  # noqa: E402
@@ -43,8 +46,10 @@ from vssm.models.mm.wsi import (  # noqa: E402
     SlideDataset,
     SlideSurvival,
 )
+from vssm.models.mm.wsi_data import BalancedSampler  # noqa: E402
+from vssm.models.mm.wsi_metrics import bootstrap, confusion_matrix  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = pytest.mark.usefixtures('one_thread', 'quick_configs')
 BENCHMARKS = Path(__file__).parents[2] / 'benchmarks'
 WIDTH = 6
 PATCHES = 9
@@ -468,32 +473,6 @@ def test_folds_of_the_table():
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('layout', ['h5', 'h5_files', 'float16', 'dict', 'beside', 'h5 beside', 'pt_files'])
-def test_layouts(layout, tmp_path):
-    """Features and coordinates come out the same however they are kept."""
-    features, coords = torch.randn(4, WIDTH), torch.tensor([[0, 0], [512, 0], [0, 512], [1024, 512]])
-    (tmp_path / 'h5_files').mkdir()
-    (tmp_path / 'pt_files').mkdir()
-    if layout in ('h5', 'h5_files'):
-        write_slide(tmp_path / ('h5_files/s.h5' if layout == 'h5_files' else 's.h5'), features, coords.int())
-    elif layout == 'float16':
-        features = features.half().float()
-        write_slide(tmp_path / 's.h5', features.half(), coords)
-    elif layout == 'dict':
-        torch.save(dict(features=features, coords=coords), tmp_path / 's.pt')
-    elif layout == 'beside':
-        torch.save(features, tmp_path / 's.pt')
-        torch.save(coords, tmp_path / 's_coords.pt')
-    else:
-        torch.save(features, tmp_path / ('pt_files/s.pt' if layout == 'pt_files' else 's.pt'))
-        with h5py.File(tmp_path / ('h5_files/s.h5' if layout == 'pt_files' else 's.h5'), 'w') as file:
-            file['coords'] = coords.double().numpy()  # whole numbers all the same
-    assert find_slide(tmp_path, 's') == find_slide(tmp_path, 's.svs')
-    bag = read_slide(find_slide(tmp_path, 's'))
-    assert torch.equal(bag.features, features) and torch.equal(bag.coords, coords)
-    assert (bag.features.dtype, bag.coords.dtype) == (torch.float32, torch.int64)
-
-
 class Evil:
     def __reduce__(self):
         return print, ('this code must not run',)
@@ -517,7 +496,6 @@ def features_with(row, value):
 CELLS = torch.cartesian_prod(torch.arange(3), torch.arange(3)) * 512
 FILES = {
     'missing': (lambda path: None, 'no features, neither s.h5 nor s.pt'),
-    'no patches': (lambda path: write_slide(path / 's.h5', torch.empty(0, WIDTH)), 'features must be .* got none'),
     'nan': (
         lambda path: write_slide(path / 's.h5', features_with(4, math.nan)),
         'features row 4 must be finite, got nan',
@@ -534,19 +512,10 @@ FILES = {
     ),
     'one axis': (lambda path: write_slide(path / 's.h5', torch.randn(9)), r'features must be \(n, width\), got \(9,\)'),
     'integers': (lambda path: write_slide(path / 's.h5', torch.ones(9, 2).int()), 'features .* torch.int64'),
-    'no coords': (h5(features=torch.randn(3, 2).numpy()), 'must hold features and coords, got features'),
-    'text': (h5(features='abc', coords='abc'), 'must hold numbers as features'),
+    'text': (h5(features='abc', coords='abc'), r'known layout .*, got coords \(a single object\), features'),
     'no HDF5': (lambda path: (path / 's.h5').write_bytes(b'nonsense'), 's.h5 cannot be read as HDF5'),
     'no pt': (lambda path: (path / 's.pt').write_bytes(b'nonsense'), 's.pt cannot be read as tensors'),
     'code': (lambda path: torch.save([Evil()], path / 's.pt'), 's.pt cannot be read as tensors'),
-    'lonely pt': (
-        lambda path: torch.save(torch.randn(3, 2), path / 's.pt'),
-        'no coordinates to s.pt, neither s_coords.pt',
-    ),
-    'half a dict': (
-        lambda path: torch.save(dict(features=torch.randn(3, 2)), path / 's.pt'),
-        'must hold features and coords, got features',
-    ),
 }
 GRIDS = {
     'far off': (
@@ -569,7 +538,7 @@ def test_odd_files_are_refused(name, tmp_path, capsys):
     write, said = FILES[name]
     write(tmp_path)
     with pytest.raises((ValueError, FileNotFoundError), match=said):
-        read_slide(find_slide(tmp_path, 's'))
+        read_slide(*SlideFolder(tmp_path).find('s'))
     assert not capsys.readouterr().out
 
 
@@ -648,7 +617,9 @@ def test_bad_arguments_of_check(argv, said, classification, capsys, monkeypatch)
 
 def test_slides_are_read_when_asked_for_and_kept_by_an_option(classification, monkeypatch):
     reads = []
-    monkeypatch.setattr('vssm.models.mm.wsi_data.read_slide', lambda path: reads.append(path.stem) or read_slide(path))
+    monkeypatch.setattr(
+        'vssm.models.mm.wsi_data.read_slide', lambda path, **_: reads.append(path.stem) or read_slide(path)
+    )
     for cache, expected in ((False, ['s0', 's1', 's0']), (True, ['s0', 's1'])):
         reads.clear()
         dataset = SlideDataset(str(classification), 'labels.csv', 'train', cache=cache)
@@ -700,7 +671,7 @@ def test_time_bins_come_from_the_training_data(cases):
         (lambda path: (path / 'labels.csv').unlink(), {}, 'labels.csv does not exist'),
         (lambda path: (path / 's4.h5').unlink(), {}, "labels.csv row 6, slide 's4': no features, neither s4.h5"),
         (lambda path: None, dict(classes=['a', 'c']), "row 3, slide 's1': label must be .* lists all 6 problems"),
-        (lambda path: None, dict(split='all'), "split must be train, val or test and have slides, .* got 'all'"),
+        (lambda path: None, dict(split='some'), "split must be train, val or test and have slides, .* got 'some'"),
         (lambda path: None, dict(folds=2), 'folds must be 3 or more'),
         (
             lambda path: write_table(path / 'labels.csv', LABELS[:2], [['s0', 'a'], ['s1', 'b']]),
@@ -798,24 +769,89 @@ def evaluate(metric, samples):
     return metric.evaluate(len(samples))
 
 
+def predicted(labels, scores, losses=None):
+    """What a SlideClassifier predicts."""
+    losses = losses or [0.0] * len(labels)
+    rows = enumerate(zip(labels, scores, losses, strict=True))
+    return [dict(name=f's{i}', case=f'c{i}', label=y, scores=s, loss=loss) for i, (y, s, loss) in rows]
+
+
 @pytest.mark.parametrize('classes', [2, 4])
-def test_accuracy_f1_and_auc_are_scikit_learns(classes):
+def test_metrics_of_classes_are_scikit_learns(classes):
     sklearn = pytest.importorskip('sklearn.metrics')
     scores, labels = torch.randn(50, classes).softmax(1), torch.randint(classes, (50,))
-    samples = [
-        dict(name=str(i), label=int(y), scores=s.tolist()) for i, (s, y) in enumerate(zip(scores, labels, strict=True))
+    samples = predicted(labels.tolist(), scores.tolist(), torch.arange(50.0).tolist())
+    metric = SlideAccuracy()
+    metric.dataset_meta = dict(classes=tuple('abcd'[:classes]))
+    got, guesses = evaluate(metric, samples), scores.argmax(1)
+    aucs = {f'wsi/auc/{"abcd"[k]}': sklearn.roc_auc_score(labels == k, scores[:, k]) for k in range(classes)}
+    assert got == pytest.approx(
+        {
+            'wsi/accuracy': sklearn.accuracy_score(labels, guesses),
+            'wsi/macro_f1': sklearn.f1_score(labels, guesses, average='macro'),
+            'wsi/auc': statistics.fmean(aucs.values()),
+            'wsi/balanced_accuracy': sklearn.balanced_accuracy_score(labels, guesses),
+            'wsi/quadratic_kappa': sklearn.cohen_kappa_score(labels, guesses, weights='quadratic'),
+            'wsi/loss': 24.5,
+            **(aucs if classes > 2 else {}),
+        }
+    )
+    expected = sklearn.confusion_matrix(labels, guesses, labels=range(classes))
+    assert confusion_matrix(samples, classes).tolist() == expected.tolist()
+
+
+def test_metrics_of_classes_by_hand():
+    """Grades 0, 0, 0, 1, 2 taken for 0, 0, 2, 1, 1, in which a fourth does not occur."""
+    guesses = torch.eye(4)[[0, 0, 2, 1, 1]].tolist()
+    got = evaluate(SlideAccuracy(), predicted([0, 0, 0, 1, 2], guesses))
+    assert got['wsi/balanced_accuracy'] == pytest.approx((2 / 3 + 1 + 0) / 3)
+    observed = 2**2 + 1**2  # squared distances of grade and guess; by chance those of all pairs, over 5
+    by_chance = (3 * (2 * 0 + 2 * 1 + 1 * 4) + 1 * (2 * 1 + 2 * 0 + 1 * 1) + 1 * (2 * 4 + 2 * 1 + 1 * 0)) / 5
+    assert got['wsi/quadratic_kappa'] == pytest.approx(1 - observed / by_chance)
+    assert math.isnan(got['wsi/auc/3']) and got['wsi/auc/1'] == 3.5 / 4  # a tie with the last slide is half a pair
+    assert confusion_matrix(predicted([0, 0, 0, 1, 2], guesses), 4).tolist() == [
+        [2, 0, 1, 0],
+        [0, 1, 0, 0],
+        [0, 1, 0, 0],
+        [0, 0, 0, 0],
     ]
-    got = evaluate(SlideAccuracy(), samples)
-    aucs = [sklearn.roc_auc_score(labels == k, scores[:, k]) for k in range(classes)]
-    assert got['wsi/accuracy'] == pytest.approx(sklearn.accuracy_score(labels, scores.argmax(1)))
-    assert got['wsi/macro_f1'] == pytest.approx(sklearn.f1_score(labels, scores.argmax(1), average='macro'))
-    assert got['wsi/auc'] == pytest.approx(statistics.fmean(aucs))
 
 
 def test_auc_of_classes_that_do_not_occur():
-    samples = [dict(name='', label=y, scores=s) for y, s in ((0, [0.8, 0.1, 0.1]), (1, [0.3, 0.6, 0.1]))]
+    samples = predicted([0, 1], [[0.8, 0.1, 0.1], [0.3, 0.6, 0.1]])
     assert evaluate(SlideAccuracy(), samples)['wsi/auc'] == 1.0
     assert math.isnan(evaluate(SlideAccuracy(), samples[:1])['wsi/auc'])
+
+
+def test_cases_are_drawn_whole():
+    """Of a case of one slide and one of three, means of 0, 3/4 and 1 can come, and no others."""
+    means = []
+
+    def measure(columns):
+        means.append(columns['x'].mean().item())
+        return dict(mean=means[-1], undefined=math.nan if means[-1] == 1 else 2.0)
+
+    columns, cases = dict(x=torch.tensor([1.0, 0.0, 1.0, 1.0])), ['b', 'a', 'b', 'b']
+    ends = bootstrap(measure, columns, cases, times=200, seed=0)
+    assert set(means) == {0.0, 0.75, 1.0} and ends == dict(mean=(0.0, 1.0), undefined=(2.0, 2.0))
+    assert bootstrap(measure, columns, cases, times=3, seed=1) == bootstrap(measure, columns, cases, times=3, seed=1)
+
+
+def test_the_interval_of_a_mean_is_the_textbooks():
+    x = torch.randn(400, dtype=torch.float64)
+    ends = bootstrap(lambda columns: dict(mean=columns['x'].mean().item()), dict(x=x), list(range(400)), 1000, 0)
+    half = 1.96 * x.std().item() / 20
+    assert ends['mean'] == pytest.approx((x.mean().item() - half, x.mean().item() + half), abs=0.1 * half)
+
+
+def test_metrics_have_intervals():
+    samples = predicted([i % 2 for i in range(40)], torch.rand(40, 2).tolist())
+    got = evaluate(SlideAccuracy(bootstrap=20), samples)
+    assert (
+        evaluate(SlideAccuracy(bootstrap=20), samples) == got != evaluate(SlideAccuracy(bootstrap=20, seed=1), samples)
+    )
+    for name, value in evaluate(SlideAccuracy(), samples).items():
+        assert got[name] == value and got[f'{name}_2.5%'] <= value <= got[f'{name}_97.5%']
 
 
 @pytest.mark.parametrize('ties', [False, True])
@@ -849,6 +885,116 @@ def test_an_event_counts_against_a_censoring_at_the_same_last_month(months, cens
     rows = zip(months, censored, risks, strict=True)
     samples = [dict(name='', months=m, censored=c, risk=r) for m, c, r in rows]
     assert evaluate(ConcordanceIndex(), samples)['wsi/c_index'] == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    'censored, expected',
+    [
+        # Hazards 1, 2 and 3: the first of all three has the event, and the second of two.
+        ([False, False, True], (math.log(6 / 1) + math.log(5 / 2)) / 2),
+        ([True, True, True], math.nan),
+    ],
+)
+def test_the_loss_of_cox_is_over_all_cases(censored, expected):
+    rows = zip((1, 2, 3), (1.0, 2.0, 3.0), censored, strict=True)
+    samples = [dict(name='', risk=math.log(r), months=m, censored=c) for r, m, c in rows]
+    assert evaluate(ConcordanceIndex(), samples)['wsi/loss'] == pytest.approx(expected, nan_ok=True)
+    for sample in samples:  # of time bins whose edges are not known
+        sample['survival'] = [0.5, 0.2]
+    assert set(evaluate(ConcordanceIndex(), samples)) == {'wsi/c_index'}
+
+
+# ---- classes of unequal size, and the end of a training --------------------------------------------------------------
+
+
+@pytest.fixture
+def unequal(classification):
+    """The slides with three of class a to train on and one of b."""
+    splits = ['train'] * 4 + ['val'] * 4 + ['test'] * 4
+    rows = [[f's{i}', 'b' if i % 4 == 3 else 'a', split] for i, split in enumerate(splits)]
+    write_table(classification / 'labels.csv', LABELS, rows)
+    return classification
+
+
+@pytest.mark.parametrize('weights', ['balanced', dict(a=2 / 3, b=2.0)])
+def test_weights_count_in_batches_of_one(weights, unequal):
+    """Where cross-entropy's own weights cancel out: 4 slides of 2 classes, 3 of a and 1 of b."""
+    dataset = SlideDataset(str(unequal), 'labels.csv', 'train', class_weights=weights)
+    assert dataset.notes['class_weights'] == pytest.approx(dict(a=4 / (2 * 3), b=4 / (2 * 1)))
+    model = SlideClassifier('mean_mil', in_dim=WIDTH).eval()
+    for i, weight in ((0, 2 / 3), (3, 2.0)):
+        inputs, samples = ([dataset[i][key]] for key in ('inputs', 'data_samples'))
+        expected = -weight * model(inputs).log_softmax(1)[0, int(i == 3)].item()
+        assert model(inputs, samples, 'predict')[0]['loss'] == pytest.approx(expected)
+        assert model(inputs, samples, 'loss')['loss_cls'].item() == pytest.approx(expected)
+    validation = SlideDataset(str(unequal), 'labels.csv', 'val', class_weights=weights)
+    assert validation.notes['class_weights'] == dataset.notes['class_weights']
+
+
+@pytest.mark.parametrize(
+    'options, said',
+    [
+        (dict(class_weights=dict(a=1.0)), "must be 'balanced' or a positive number for each of a, b"),
+        (dict(class_weights=dict(a=1.0, b=0.0)), 'got .* 0.0'),
+        (dict(class_weights='even'), 'got even'),
+        (dict(class_weights='balanced', classes=['a', 'b', 'c']), 'slides of each class, got .*3'),
+    ],
+)
+def test_bad_weights_are_refused(options, said, unequal):
+    with pytest.raises(RunError, match=said):
+        SlideDataset(str(unequal), 'labels.csv', 'train', **options)
+
+
+def test_balanced_samples(unequal):
+    dataset = SlideDataset(str(unequal), 'labels.csv', 'train')
+    sampler = BalancedSampler(dataset, seed=0)
+    drawn = []
+    for epoch in range(200):
+        sampler.set_epoch(epoch)
+        indices = list(sampler)
+        assert len(indices) == len(sampler) == 4 and list(sampler) == indices
+        drawn += indices
+    counts = Counter(drawn)
+    assert abs(counts[3] / 800 - 1 / 2) < 0.05 and all(abs(counts[i] / 800 - 1 / 6) < 0.05 for i in range(3))
+
+
+def test_balanced_samples_of_a_survival_have_as_many_events(cases):
+    dataset = SlideDataset(str(cases), 'survival.csv', 'all', task='survival')
+    censored = [sample['data_samples']['censored'] for sample in dataset]
+    assert 0 < sum(censored) < len(censored) / 2
+    drawn = [censored[i] for seed in range(100) for i in BalancedSampler(dataset, seed=seed)]
+    assert abs(sum(drawn) / len(drawn) - 1 / 2) < 0.1
+
+
+def test_a_training_ends_by_its_validation_loss(unequal, tmp_path, monkeypatch, capsys):
+    """Of the losses the second is the lowest; two more, and six in all, are the end. A repetition goes no further."""
+    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: math.nan, 5: 2.0}
+    evaluated = []
+
+    def evaluate(self, size):
+        evaluated.append((MessageHub.get_current_instance().get_info('epoch') or 0) + 1)  # none in a test
+        return {'wsi/loss': losses.get(evaluated[-1], 9.0), 'wsi/auc': 0.5}
+
+    monkeypatch.setattr(Evaluator, 'evaluate', evaluate)
+    changes = SMALL | {
+        'model.model_name': 'mean_mil',
+        'train_cfg.max_epochs': 9,
+        'default_hooks.early_stop.patience': 2,
+        'default_hooks.early_stop.begin': 6,
+        'train_dataloader.sampler.type': 'BalancedSampler',
+        'dataset.class_weights': 'balanced',
+    }
+    arguments = ['--seeds', 0, '--data-root', unequal, '--work-dir', tmp_path / 'runs', *options(**changes)]
+    assert run('wsi-repeat', 'wsi/classification_clam', *arguments) == 0
+    folder = tmp_path / 'runs' / 'seed0'
+    written = {path.name: path.stat().st_mtime_ns for path in folder.glob('epoch_*.pth')}
+    assert written.keys() == {'epoch_5.pth', 'epoch_6.pth'}
+    metadata = read_checkpoint(folder / 'best.safetensors')[1]
+    assert (metadata['epoch'], metadata['wsi/loss']) == ('2', '1.0')
+    before = len(evaluated)
+    assert run('wsi-repeat', 'wsi/classification_clam', *arguments) == 0
+    assert written == {path.name: path.stat().st_mtime_ns for path in folder.glob('epoch_*.pth')}
+    assert len(evaluated) == before + 2 and read_checkpoint(folder / 'best.safetensors')[1] == metadata
 
 
 # ---- the way from check to heat map ----------------------------------------------------------------------------------
@@ -975,13 +1121,37 @@ def test_a_checkpoint_of_another_task_is_refused(trained, tmp_path, capsys):
     assert 'must be a checkpoint of survival, as the config is, got one of classification' in capsys.readouterr().err
 
 
-def test_another_table_has_its_own_split(trained, tmp_path):
-    """As that of another hospital, in other words: its classes are those of the checkpoint all the same."""
-    write_table(tmp_path / 'other.csv', LABELS, [['s3', 'b', 'test']])
-    changes = {'dataset.ann_file': str(tmp_path / 'other.csv')}
+def test_an_external_cohort(trained, tmp_path, capsys):
+    """Another table in another folder, without splits: all its slides are tested, in the classes of the training."""
+    folder = tmp_path / 'hospital'
+    folder.mkdir()
+    for i in range(6):
+        write_slide(folder / f'x{i}.h5', torch.randn(PATCHES, WIDTH) + 3 * (i % 2))
+    rows = [[f'x{i}', f'p{i // 2}', 'ab'[i // 3]] for i in range(6)]
+    write_table(folder / 'other.csv', ['slide_id', 'case_id', 'label'], rows)
+    changes = {'dataset.ann_file': 'other.csv', 'test_dataloader.dataset.split': 'all'}
     checkpoint = trained / 'run' / 'best.safetensors'
-    table = predictions('wsi/classification', checkpoint, trained, tmp_path, **changes)
-    assert table.startswith('slide_id,label,p_b,p_a') and table.count('\n') == 2
+    table = predictions('wsi/classification', checkpoint, folder, tmp_path, '--bootstrap', 20, **changes)
+    out = capsys.readouterr().out
+    assert (
+        f'other.csv is not the table of the training of {checkpoint}, whose network and classes b, a are taken' in out
+    )
+    assert re.search(r'wsi/auc .* 0\.\d+ to [01]\.\d+', out) and re.search(r'class .* as b .* as a', out)
+    rows = list(csv.DictReader(table.splitlines()))
+    assert list(rows[0]) == ['slide_id', 'label', 'p_b', 'p_a', 'case_id', 'loss']
+    assert [(row['slide_id'], row['case_id']) for row in rows] == [(f'x{i}', f'p{i // 2}') for i in range(6)]
+    for row in rows:
+        assert float(row['loss']) == pytest.approx(-math.log(float(row[f'p_{row["label"]}'])), abs=1e-6)
+    taken = Counter((row['label'], max('ab', key=lambda name: float(row[f'p_{name}']))) for row in rows)
+    confusion = list(csv.DictReader(open(tmp_path / 'test' / 'confusion.csv')))
+    assert confusion == [{'label': x, 'b': str(taken[x, 'b']), 'a': str(taken[x, 'a'])} for x in 'ba']
+
+
+def test_a_test_on_all_slides_of_the_training_is_told(trained, tmp_path, capsys):
+    changes = {'test_dataloader.dataset.split': 'all'}
+    table = predictions('wsi/classification', trained / 'run' / 'best.safetensors', trained, tmp_path, **changes)
+    assert table.count('\n') == 13
+    assert 'All slides of the table are tested, those that were trained on too.' in capsys.readouterr().out
 
 
 def test_folds_of_another_table_are_not_known(trained, tmp_path, capsys):
@@ -1073,6 +1243,18 @@ def test_survival_with_folds(config, cases, tmp_path, capsys):
     rows = [row for path in predictions for row in csv.DictReader(open(path))]
     assert sorted(row['case_id'] for row in rows) == sorted(f'c{i}' for i in range(12))
     assert all(float(row['survival_months']) == 1.5 * int(row['case_id'][1:]) + 1 for row in rows)
+    for i, path in enumerate(predictions if config == 'wsi/survival' else ()):
+        edge = json.loads(read_checkpoint(path.with_name('best.safetensors'))[1]['data'])['edges'][0]
+        for row in csv.DictReader(open(path)):
+            assert list(row)[4:] == [f's_{edge!r}', 's_end', 'loss'], i
+            first, second = float(row[f's_{edge!r}']), float(row['s_end'])
+            assert float(row['risk']) == pytest.approx(-(first + second))
+            late = float(row['survival_months']) >= edge
+            if row['censorship'] == '1':
+                expected = -0.5 * math.log(second if late else first)
+            else:
+                expected = -math.log(first - second if late else 1 - first)
+            assert float(row['loss']) == pytest.approx(expected, rel=1e-4)
     assert run('wsi-km', *predictions, '--output', tmp_path / 'km.png') == 0
     assert '6 cases of low and 6 of high risk, log-rank p = ' in capsys.readouterr().out
     assert Image.open(tmp_path / 'km.png').size[0] > 500
@@ -1370,7 +1552,7 @@ def test_the_heat_map_names_the_classes_of_the_checkpoint(trained, tmp_path, mon
     'argv, said',
     [
         (['no.safetensors', 's.h5'], 'no.safetensors does not exist'),
-        (['best.safetensors', 'no.h5'], 'FEATURES must be a .h5 or .pt file, got no.h5'),
+        (['best.safetensors', 'no.h5'], 'FEATURES must be a file, such as SLIDE.h5, got no.h5'),
         (['best.safetensors', 's.h5', '--output', 'map.svg'], '--output must be a .png file'),
         (['best.safetensors', 's.h5', '--patch-size', '-1'], '--patch-size must be at least 1, got -1'),
         (['best.safetensors', 'wide.h5'], 'features must be (n, 6)'),
@@ -1488,15 +1670,17 @@ def test_a_comparison_is_of_trials_that_all_networks_share():
 
 def test_the_comparison_from_the_command_line(classification, tmp_path, capsys, monkeypatch):
     """One network trained, and a second whose runs are made up: folders, tables and the picture."""
-    made_up = {Trial(None, seed): {'wsi/auc': 0.25, 'wsi/accuracy': 0.5, 'wsi/macro_f1': 0.3} for seed in (3,)}
+    folders, results = [], {}
 
     def repeat(configs):
-        cfg = next(iter(configs.values()))
-        assert (cfg.model.in_dim, cfg.model.num_classes) == (WIDTH, 2) and list(configs) == list(made_up)
+        ((trial, cfg),) = configs.items()
+        assert (cfg.model.in_dim, cfg.model.num_classes) == (WIDTH, 2) and trial == Trial(None, 3)
         folders.append(Path(cfg.work_dir).parent.name)
-        return wsi_repeat.repeat(configs) if cfg.model.model_name == 'mean_mil' else made_up
+        if results:
+            return {trial: dict.fromkeys(results[trial], 0.25)}
+        results.update(wsi_repeat.repeat(configs))
+        return results
 
-    folders = []
     monkeypatch.setattr(wsi_compare, 'repeat', repeat)
     changes = {**SMALL, 'train_cfg.max_epochs': 1}
     del changes['model.in_dim']  # which the data tell

@@ -361,7 +361,7 @@ def test_the_heat_map_takes_the_slides_step(checkpoint, tmp_path, capsys):
 def test_a_slide_that_is_too_small_for_the_patches_is_refused(checkpoint, tmp_path, capsys, monkeypatch):
     """As that of another slide, or a level of it, which would show patches where they do not lie."""
     features = write(tmp_path / 's.h5', rectangle(2, 6, 512))
-    monkeypatch.setattr(wsi_heatmap, 'read_thumbnail', lambda slide: ((Image.new('RGB', (25, 20)), (2500, 2000)), ''))
+    monkeypatch.setattr(wsi_heatmap, 'read_thumbnail', lambda *_: ((Image.new('RGB', (25, 20)), (2500, 2000)), ''))
     command = ['wsi-heatmap', checkpoint(), features, '--slide', 's.svs', '--output', tmp_path / 'map.png']
     assert run(*command) == 2
     error = capsys.readouterr().err.replace('\n', ' ')
