@@ -17,11 +17,11 @@ from vssm.tools._common import write_json
 from vssm.tools._tables import print_table, wide_console
 
 STARTED = time.monotonic()
-PLACES = ('--json', '--out')  # options that say where figures are kept
+PLACES = ('--json', '--out', '--picture', '--work-dir')  # options that say where figures are kept
 NO_TIME = 'no time was left'  # why a measurement was left out that did not fail
 
 HELP = dict(
-    batch_size='images of a batch',
+    batch_size='images, or slides, of a batch',
     limit='seconds after which no further measurement is begun',
     rounds='rounds to measure',
     threads="threads of the CPU; 0: PyTorch's choice",

@@ -55,7 +55,7 @@ TRAINING = {
 NETWORKS = {
     '2DMambaMIL': dict(model_name='mamba2d_mil', depth=2),
     '2DMambaMIL, no pad token': dict(model_name='mamba2d_mil', depth=2, pad_token='none'),
-    '1-D variant': dict(model_name='mamba_mil', depth=2),
+    '1-D variant': dict(model_name='mamba1d_mil', depth=2),
     'attention': dict(model_name='attention_mil'),
     'mean': dict(model_name='mean_mil'),
     'max': dict(model_name='max_mil'),

@@ -34,7 +34,7 @@ def print_table(
     """
     table = Table(title=title, title_justify='left')
     for i, heading in enumerate(header):
-        figures = all(re.fullmatch(r'-|\d+(\.\d+)?(x| ?%| s| GB| ±.+)?', row[i]) for row in rows)
+        figures = all(re.fullmatch(r'-|nan|-?\d+(\.\d+)?(x| ?%| s| GB| ±.+)?', row[i]) for row in rows)
         whole = not fold and (figures or i == 0)
         table.add_column(heading, justify='right' if figures else 'left', overflow='fold', no_wrap=whole)
     for i, row in enumerate(rows):

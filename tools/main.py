@@ -23,6 +23,7 @@ COMMANDS = (
     'cam',
     'wsi-check',
     'wsi-repeat',
+    'wsi-compare',
     'wsi-heatmap',
     'wsi-km',
     'zoo',
@@ -44,6 +45,7 @@ EXTRAS = {
     'torchmetrics': 'wsi',
     'torchsurv': 'wsi',
     'lifelines': 'wsi',
+    'scipy': 'wsi',
 }
 
 

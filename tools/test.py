@@ -3,10 +3,16 @@
 
 import argparse
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ._common import UsageError, add_run_arguments, build_runner, follow_checkpoint, read_config
 from ._tables import print_table
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
+    from mmengine.runner import Runner
 
 EXAMPLE = 'vssm test digits/vmamba2d_test work_dirs/digits/vmamba2d_test/checkpoint.safetensors'
 
@@ -22,6 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action='store_true',
         help='test even a checkpoint that notes another model, or other options of slides',
     )
+    parser.add_argument(
+        '--bootstrap',
+        metavar='N',
+        type=int,
+        default=0,
+        help='of slides: 95 %% intervals of the metrics, by N resamplings of the cases, such as 1000',
+    )
     add_run_arguments(parser)
 
 
@@ -35,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
         cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
         cfg.model = dict(**cfg.tta_model, module=cfg.model)
     follow_checkpoint(cfg, args.checkpoint, args.cfg_options, args.force)
+    if args.bootstrap:
+        _set_bootstrap(cfg, args)
     cfg.load_from = str(args.checkpoint)
     cfg.resume, cfg.force = False, args.force
     runner = build_runner(cfg)
@@ -45,12 +60,39 @@ def run(args: argparse.Namespace) -> int:
     except RunError as error:
         raise UsageError(str(error)) from error
     if runner.rank == 0:
-        rows = [
-            (name, f'{value:.2f}' if abs(value) > 1 else f'{value:.4f}')  # per cent, or else shares of 1
-            for name, value in metrics.items()
-        ]
-        print_table(['metric', 'value'], rows)
+        header = ['metric', 'value', *(['95 % interval'] if args.bootstrap else [])]
+        print_table(header, list(_rows(metrics)))
+        _print_confusion(runner)
     return 0
+
+
+def _set_bootstrap(cfg: 'Config', args: argparse.Namespace) -> None:
+    if args.bootstrap < 0:
+        raise UsageError(f'--bootstrap must be at least 1, got {args.bootstrap}.')
+    if cfg.get('dataset', {}).get('type') != 'SlideDataset' or isinstance(cfg.test_evaluator, list):
+        raise UsageError(
+            f'--bootstrap needs a config whose dataset is a SlideDataset, with one metric, got {args.config}.'
+        )
+    cfg.test_evaluator.bootstrap = args.bootstrap
+
+
+def _rows(metrics: Mapping[str, float]) -> Iterator[tuple[str, ...]]:
+    """The metrics as a table, each with its interval where it has one."""
+    for name, value in metrics.items():
+        if not name.endswith('%'):  # the ends of an interval
+            ends = [metrics[name + end] for end in ('_2.5%', '_97.5%') if name + end in metrics]
+            yield name, _number(value), *([' to '.join(map(_number, ends))] if ends else [])
+
+
+def _number(value: float) -> str:
+    return f'{value:.2f}' if abs(value) > 1 else f'{value:.4f}'  # per cent, or else shares of 1
+
+
+def _print_confusion(runner: 'Runner') -> None:
+    """Show which classes slides were taken for, where the test has noted it."""
+    for classes, matrix in filter(None, (getattr(hook, 'confusion', None) for hook in runner.hooks)):
+        rows = [(name, *map(str, counts)) for name, counts in zip(classes, matrix.tolist(), strict=True)]
+        print_table(['class', *(f'as {name}' for name in classes)], rows)
 
 
 if __name__ == '__main__':

@@ -90,17 +90,18 @@ def load_model(path: Path) -> 'MIL':
         ValueError: The file is not one of a training on slides.
         FileNotFoundError: There is no such file.
     """
-    from ..models.mil import create_mil_model, list_mil_models
+    from ..models.mil import create_mil_model, current_name
     from ..models.weights import read_checkpoint
 
     tensors, metadata = read_checkpoint(path)
-    if metadata.get('model') not in list_mil_models():
+    name = current_name(metadata.get('model'))
+    if name is None:
         raise ValueError(
             f'checkpoint {path} must be the .safetensors file of a training on slides, got one of '
             f'{metadata.get("model", "no model")}.'
         )
     try:
-        model = create_mil_model(metadata['model'], **json.loads(metadata['model_args']))
+        model = create_mil_model(name, **json.loads(metadata['model_args']))
         model.load_state_dict(tensors)
     except (KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f'checkpoint {path} does not fit {metadata["model"]}: {error}') from error

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train and test a config on slides with several seeds, or on all folds, and show mean and standard deviation.
+"""Train and test a config on slides on all folds, with several seeds, or both; show mean and standard deviation.
 
-Each run has a folder of its own in the work dir, and is tested with its best weights on the validation data. A run that
-is there already goes on where it stopped, so that the command may be given again; one of other options, or of another
-table, is refused. Results go to results.json.
+Folds are those of the files that dataset.split_file names by %d, those of the table's column fold, or dealt out, the
+same for all seeds. Each run has a folder of its own in the work dir, and is tested with its best weights on the
+validation data. A run that is there already goes on where it stopped, so that the command may be given again; one of
+other options, or of another table, is refused. Results go to results.json.
 """
 
 import argparse
@@ -12,51 +13,42 @@ import json
 import math
 import statistics
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ._common import UsageError, add_run_arguments, build_runner, console, read_config, write_json
-from ._tables import print_table
+from ._tables import print_table, wide_console
 
 if TYPE_CHECKING:
     from mmengine.config import Config
 
-EXAMPLE = 'vssm wsi-repeat wsi/classification --seeds 0 1 2 3 4'
+EXAMPLE = 'vssm wsi-repeat wsi/classification --folds 5 --seeds 0 1 2'
+
+
+class Trial(NamedTuple):
+    """The fold and the seed of a run; None where the config's own stands."""
+
+    fold: int | None
+    seed: int | None
+
+    @property
+    def name(self) -> str:
+        return '-'.join(f'{key}{value}' for key, value in self._asdict().items() if value is not None)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('config', metavar='CONFIG', help='name, as in `vssm configs`, or path of a config')
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument('--seeds', metavar='N', type=int, nargs='+', help='seeds of the runs')
-    what.add_argument('--folds', metavar='K', type=int, help='divide the cases into K folds, each of which is tested')
+    parser.add_argument('--folds', metavar='K', type=int, help='number of folds, each of which is tested')
+    parser.add_argument('--seeds', metavar='N', type=int, nargs='+', help='seeds of the runs, on each fold if any')
     add_run_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.seeds is not None and len(set(args.seeds)) != len(args.seeds):
-        raise UsageError(f'--seeds must differ, got {" ".join(map(str, args.seeds))}.')
-    if args.folds is not None and args.folds < 3:
-        raise UsageError(f'--folds must be at least 3, for training, validation and test, got {args.folds}.')
     cfg = read_config(args)
     if cfg.get('dataset', {}).get('type') != 'SlideDataset':
         raise UsageError(f'CONFIG must be one whose dataset is a SlideDataset, got {args.config}.')
-    runs = [f'seed{seed}' for seed in args.seeds] if args.seeds else [f'fold{fold}' for fold in range(args.folds)]
-    splits = cfg.dataset.get('split_file')
-    if args.folds and splits and '%d' not in splits:
-        raise UsageError(f'dataset.split_file must name the file of each of --folds by %d, got {splits}.')
-    configs = {}
-    for i, name in enumerate(runs):
-        changed = copy.deepcopy(cfg)
-        changed.work_dir = str(Path(cfg.work_dir, name))
-        if args.seeds:
-            changed.randomness = dict(cfg.get('randomness', {}), seed=args.seeds[i])
-        else:
-            changed.dataset.update(fold=i, folds=None if cfg.dataset.get('split_file') else args.folds)
-        configs[name] = changed
-    for changed in configs.values():  # before the first of them takes its time
-        check_test(changed)
-        check_run(changed)
-    results = {name: train_and_test(changed) for name, changed in configs.items()}
+    results = {trial.name: metrics for trial, metrics in repeat(plan(cfg, args.folds, args.seeds)).items()}
     from mmengine.dist import is_main_process
 
     if not is_main_process():
@@ -64,10 +56,62 @@ def run(args: argparse.Namespace) -> int:
     summary = summarise(list(results.values()))
     write_json(Path(cfg.work_dir, 'results.json'), dict(config=args.config, runs=results, **summary))
 
-    rows = [(name, *(f'{value:.4f}' for value in metrics.values())) for name, metrics in (results | summary).items()]
-    print_table(['run', *summary['mean']], rows, rules=[len(results)])
+    # Neither those of single classes nor the ends of intervals, which the file has.
+    columns = [name for name in summary['mean'] if name.count('/') == 1 and not name.endswith('%')]
+    rows = [(name, *(f'{metrics[c]:.4f}' for c in columns)) for name, metrics in (results | summary).items()]
+    print_table(['run', *columns], rows, rules=[len(results)], to=wide_console())
     console.print(f'Written to {cfg.work_dir}', highlight=False, soft_wrap=True)
     return 0
+
+
+def plan(cfg: 'Config', folds: int | None = None, seeds: Sequence[int] | None = None) -> dict[Trial, 'Config']:
+    """The configs of all folds and seeds, checked before the first of them takes its time.
+
+    Each has a folder of its own in the config's work dir, and goes on with the run that is there, which is said.
+
+    Args:
+        cfg: Config with a SlideDataset, with all that the trials share.
+        folds: Number of folds; the config's fold alone unless given.
+        seeds: Seeds of each fold; the config's seed alone unless given.
+
+    Raises:
+        UsageError: Folds or seeds do not fit, a fold has nothing to test, or a folder holds a run of other options or
+            of another table.
+    """
+    if folds is None and not seeds:
+        raise UsageError('--folds or --seeds must be given, or both, got neither.')
+    if seeds is not None and len(set(seeds)) != len(seeds):
+        raise UsageError(f'--seeds must differ, got {" ".join(map(str, seeds))}.')
+    splits = cfg.dataset.get('split_file')
+    if folds is not None and folds < (1 if splits else 3):
+        need = 'at least 1' if splits else 'at least 3, for training, validation and test'
+        raise UsageError(f'--folds must be {need}, got {folds}.')
+    if folds is not None and splits and '%d' not in splits:
+        raise UsageError(f'dataset.split_file must name the file of each of --folds by %d, got {splits}.')
+    all_folds: list[int | None] = [None] if folds is None else [*range(folds)]
+    configs = {}
+    for trial in [Trial(fold, seed) for fold in all_folds for seed in ([*seeds] if seeds else [None])]:
+        changed = copy.deepcopy(cfg)
+        changed.work_dir = str(Path(cfg.work_dir, trial.name))
+        if trial.seed is not None:
+            changed.randomness = dict(cfg.get('randomness', {}), seed=trial.seed)
+        if trial.fold is not None:
+            changed.dataset.update(fold=trial.fold, folds=None if splits else folds)
+        configs[trial] = changed
+    for changed in {trial.fold: changed for trial, changed in configs.items()}.values():
+        check_test(changed)
+    for changed in configs.values():
+        check_run(changed)
+    return configs
+
+
+def repeat(configs: Mapping[Trial, 'Config']) -> dict[Trial, dict[str, float]]:
+    """Train and test what `plan` has planned; the metrics of each trial on its test data.
+
+    Raises:
+        UsageError: Something is not as a run needs it; the sentence names the trial.
+    """
+    return {trial: train_and_test(config) for trial, config in configs.items()}
 
 
 def check_test(cfg: 'Config') -> None:
@@ -139,7 +183,7 @@ def train_and_test(cfg: 'Config') -> dict[str, float]:
         raise UsageError(f'{Path(cfg.work_dir).name}: {error}') from error
 
 
-def summarise(results: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+def summarise(results: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """Mean and standard deviation (n - 1) of each metric over the runs in which it is defined, that is not NaN.
 
     The deviation of a single run is 0; where a metric is defined in none, both are NaN.

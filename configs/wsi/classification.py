@@ -3,8 +3,8 @@
 
     vssm train wsi/classification --data-root DIR --cfg-options dataset.ann_file=labels.csv model.num_classes=3
 
-Another network: model.model_name=mamba_mil, attention_mil, mean_mil or max_mil. The grid of each slide has the step of
-its patches; for slides of too few patches to tell it: model.patch_size=256.
+Another network: model.model_name=NAME, one out of list_mil_models(), such as mambamil, transmil or attention_mil. The
+grid of each slide has the step of its patches; for slides of too few patches to tell it: model.patch_size=256.
 """
 
 custom_imports = dict(imports=['vssm.models.mm', 'vssm.models.mm.wsi'], allow_failed_imports=False)
@@ -62,6 +62,7 @@ test_cfg = dict()
 default_hooks = dict(
     logger=dict(type='LoggerHook', interval=100),
     checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=2),
+    early_stop=dict(type='EarlyStopHook', metric='wsi/loss', patience=None),  # of the validation; None for no end
 )
 custom_hooks = [
     dict(type='SafetensorsHook'),  # writes the last epoch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Multiple-instance learning on whole slides: 2DMambaMIL, its 1-D variant, and the baselines that papers compare with.
+"""Multiple-instance learning on whole slides: the baselines that embed and pool, 2DMambaMIL, and its 1-D variant.
 
 Papers:
 * `2DMamba: Efficient State Space Model for Image Representation with Applications on Giga-Pixel Whole Slide Image
@@ -7,9 +7,7 @@ Papers:
 * `Attention-based Deep Multiple Instance Learning` (ICML 2018) - https://arxiv.org/abs/1802.04712
 
 A slide is a bag of patches: the features that a frozen encoder gives them, (n, in_dim), and their pixel coordinates,
-(n, 2), x before y. The networks have a registry of their own, `create_mil_model(name, **kwargs)`: `timm.create_model`
-and all that is built on it (configurations with an input size, listings, FLOP counters, feature extractors) presume
-images, (batch, channels, H, W), which a bag is not.
+(n, 2), x before y.
 """
 
 import math
@@ -24,42 +22,9 @@ from torch import Tensor, nn
 from .. import ssm
 from ..weights.rename import rename_checkpoint
 from .grid import FOLD, check_memory, fold_gaps, shorten_gaps, side_of_cells, to_cells
+from .pooling import POOLS
 
-__all__ = ['MIL', 'MambaMIL', 'checkpoint_filter_fn', 'create_mil_model', 'list_mil_models']
-
-
-class AttentionPool(nn.Module):
-    """Weighted mean of all tokens, by weights that a small network gives each of them (arXiv:1802.04712, eq. 8)."""
-
-    def __init__(self, dim: int, hidden_dim: int = 128, device=None, dtype=None) -> None:
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim, **dd)
-        self.act = nn.Tanh()
-        self.fc2 = nn.Linear(hidden_dim, 1, **dd)
-
-    def weights(self, x: Tensor) -> Tensor:
-        """The weight of each token, (T, C) -> (T,); their sum is 1."""
-        return self.fc2(self.act(self.fc1(x))).squeeze(1).softmax(0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weights(x)[None] @ x  # [T, C] -> [1, C]
-
-
-class MeanPool(nn.Module):
-    def weights(self, x: Tensor) -> Tensor:
-        return x.new_full((len(x),), 1 / len(x))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean(0, keepdim=True)  # [T, C] -> [1, C]
-
-
-class MaxPool(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.amax(0, keepdim=True)  # [T, C] -> [1, C]
-
-
-_POOLS = {'attention': AttentionPool, 'mean': MeanPool, 'max': MaxPool}
+__all__ = ['MIL', 'MambaMIL', 'checkpoint_filter_fn']
 
 
 class MIL(nn.Module):
@@ -69,9 +34,11 @@ class MIL(nn.Module):
         in_dim: Width of the features.
         num_classes: Number of classes or time bins, or 1 for a risk.
         dim: Width of the tokens.
-        pool: 'attention', 'mean' or 'max'.
+        pool: 'attention', 'gated' for attention with a gate, 'mean' or 'max'.
         drop_rate: Dropout of the embedded features.
     """
+
+    heads: tuple[str, ...] = ('head',)  # the modules that another number of classes changes
 
     def __init__(
         self,
@@ -85,14 +52,14 @@ class MIL(nn.Module):
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        if pool not in _POOLS:
-            raise ValueError(f'{type(self).__name__}: pool must be one of {", ".join(_POOLS)}, got {pool!r}.')
+        if pool not in POOLS:
+            raise ValueError(f'{type(self).__name__}: pool must be one of {", ".join(POOLS)}, got {pool!r}.')
         self.in_dim = in_dim
         self.num_classes = num_classes
         self.embed = nn.Linear(in_dim, dim, **dd)
-        self.act = nn.GELU()
+        self.act: nn.Module = nn.GELU()
         self.drop = nn.Dropout(drop_rate)
-        self.pool = AttentionPool(dim, **dd) if pool == 'attention' else _POOLS[pool]()
+        self.pool: Any = POOLS[pool](dim, **dd) if pool in ('attention', 'gated') else POOLS[pool]()
         self.head = nn.Linear(dim, num_classes, **dd)
 
     def forward_features(
@@ -126,8 +93,23 @@ class MIL(nn.Module):
         Raises:
             ValueError: An argument has another form, or the coordinates make no grid, see `to_cells`.
         """
-        tokens = [self.forward_features(*slide)[0] for slide in self._slides(features, coords, lengths, steps)]
-        return self.head(self.pool(torch.cat(tokens)))  # [T, C] -> [1, C] -> [1, num_classes]
+        tokens, _ = self.forward_slides(features, coords, lengths, steps)
+        return self.head(self.pool(tokens))  # [T, C] -> [1, C] -> [1, num_classes]
+
+    def forward_train(
+        self,
+        features: Tensor,
+        coords: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
+        steps: Sequence[int | None] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """A bag -> its logits, (1, num_classes), and those of P parts of it that learn its label too, (P, num_classes).
+
+        There are no parts, P = 0, but in networks whose training has a second loss. Arguments and errors are those of
+        forward.
+        """
+        logits = self(features, coords, lengths, steps)
+        return logits, logits[:0]
 
     def attention(
         self,
@@ -149,13 +131,24 @@ class MIL(nn.Module):
         """
         if not hasattr(self.pool, 'weights'):
             raise ValueError(f'{type(self).__name__}: attention needs a pooling with weights, got that by the maximum.')
+        tokens, patches = self.forward_slides(features, coords, lengths, steps)
+        return self.pool.weights(tokens)[patches]
+
+    def forward_slides(
+        self,
+        features: Tensor,
+        coords: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
+        steps: Sequence[int | None] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """A bag -> the tokens of its slides, (T, dim), and the index of each patch among them, (n,); see forward."""
         tokens, patches, total = [], [], 0
         for slide in self._slides(features, coords, lengths, steps):
             x, index = self.forward_features(*slide)
             tokens.append(x)
             patches.append(index + total)
             total += len(x)
-        return self.pool.weights(torch.cat(tokens))[torch.cat(patches)]
+        return torch.cat(tokens), torch.cat(patches)
 
     def _slides(
         self,
@@ -293,7 +286,7 @@ class MambaMIL(MIL):
         d_state: Number of states per channel, N.
         ssm_ratio: Inner width of the mixer over dim.
         inner_norms: Whether step, B and C have RMS norms.
-        pool: 'attention', 'mean' or 'max'.
+        pool: 'attention', 'gated' for attention with a gate, 'mean' or 'max'.
         drop_rate: Dropout of the embedded features.
     """
 
@@ -417,33 +410,3 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     if getattr(model, 'scan_ndim', None) == 1:
         state_dict = {name: value for name, value in state_dict.items() if name != 'pad_token'}
     return state_dict
-
-
-_MODELS: dict[str, tuple[type[MIL], dict[str, Any]]] = {
-    'mamba2d_mil': (MambaMIL, dict(scan_ndim=2)),
-    'mamba_mil': (MambaMIL, dict(scan_ndim=1)),
-    'attention_mil': (MIL, dict(pool='attention')),
-    'mean_mil': (MIL, dict(pool='mean')),
-    'max_mil': (MIL, dict(pool='max')),
-}
-
-
-def list_mil_models() -> list[str]:
-    """The names for `create_mil_model`."""
-    return list(_MODELS)
-
-
-def create_mil_model(model_name: str, **kwargs: Any) -> MIL:
-    """A network for bags of patches, by its name.
-
-    Args:
-        model_name: Name out of `list_mil_models()`.
-        kwargs: Keyword arguments of the network's class, such as in_dim and num_classes.
-
-    Raises:
-        ValueError: There is no such network.
-    """
-    if model_name not in _MODELS:
-        raise ValueError(f'create_mil_model: model_name must be one of {", ".join(_MODELS)}, got {model_name!r}.')
-    cls, model_args = _MODELS[model_name]
-    return cls(**{**model_args, **kwargs})

@@ -57,6 +57,7 @@ class Slide:
     months: float | None = None
     censored: bool | None = None
     by_barcode: bool = False  # whether case_id is what the slide's barcode says
+    fold: str | None = None  # as the table names it
 
 
 def read_table(
@@ -71,8 +72,9 @@ def read_table(
     Args:
         path: A table with the columns `slide_id,label` for classification, or
             `case_id,slide_id,censorship,survival_months` for survival, where censorship is 1 if the event was not seen.
-            Either may have a column `split`, and the former a column `case_id` too. All slides of a case have the same
-            split and, in survival, the same outcome. See `read_rows` for how it may be written.
+            Either may have a column `split`, or `fold`, see `split_cases`, and the former a column `case_id` too. All
+            slides of a case have the same split and, in survival, the same outcome. See `read_rows` for how it may be
+            written.
         task: 'classification' or 'survival'.
         classes: Labels that are allowed, all unless given.
         barcodes: Whether slides with TCGA's barcodes are known by them to be of the same patient: they are one case in
@@ -264,7 +266,8 @@ def _parse(row: int, record: Mapping[str, str], task: str, classes: Sequence[str
     slide_id = record['slide_id']
     patient = _patient(slide_id) if barcodes and 'case_id' not in record else None
     case_id = record.get('case_id', patient or slide_name(slide_id))
-    slide = Slide(row, slide_id, case_id, split, by_barcode=patient is not None)
+    fold = None if _is_missing(record.get('fold', '')) else class_name(record['fold'])
+    slide = Slide(row, slide_id, case_id, split, by_barcode=patient is not None, fold=fold)
     if task == 'classification':
         label = class_name(record['label'])
         if label not in classes if classes is not None else _is_missing(label):
@@ -330,8 +333,9 @@ def recognised_cases(slides: Sequence[Slide]) -> str | None:
 def split_cases(slides: Sequence[Slide], folds: int, fold: int, seed: int = 0) -> dict[str, str]:
     """The split of each case by folds: 'test' in one fold, 'val' in the next one, 'train' in the others.
 
-    Cases are dealt out at random, those of each label, or with and without an event, in turn, so that each fold has its
-    share of them. A case of several labels counts as one of its most frequent label.
+    Where the table has a column `fold`, of whole numbers, the folds are these in their order. Otherwise cases are dealt
+    out at random, those of each label, or with and without an event, in turn, so that each fold has its share of them.
+    A case of several labels counts as one of its most frequent label.
 
     Args:
         slides: Slides of all cases.
@@ -340,7 +344,8 @@ def split_cases(slides: Sequence[Slide], folds: int, fold: int, seed: int = 0) -
         seed: Seed of the random order, the same for all folds of a division.
 
     Raises:
-        ValueError: folds is too small or larger than the number of cases, or fold is none of them.
+        ValueError: folds is too small, larger than the number of cases or another than the table's, or fold is none of
+            them; or a case has no fold in the table, or two.
     """
     strata: dict[str, list[Hashable]] = defaultdict(list)
     for slide in slides:
@@ -350,8 +355,29 @@ def split_cases(slides: Sequence[Slide], folds: int, fold: int, seed: int = 0) -
             f'folds must be 3 or more, one for each case at most, and fold one of them, from 0; got {folds} folds of '
             f'{len(strata)} cases, and fold {fold}.'
         )
+    names = {fold: 'test', (fold + 1) % folds: 'val'}
+    if any(slide.fold is not None for slide in slides):
+        return {case: names.get(own, 'train') for case, own in _folds_of_table(slides, folds).items()}
     cases = sorted(strata)
     random.Random(seed).shuffle(cases)
     cases.sort(key=lambda case: str(Counter(strata[case]).most_common(1)[0][0]))  # stable: at random within a stratum
-    names = {fold: 'test', (fold + 1) % folds: 'val'}
     return {case: names.get(i % folds, 'train') for i, case in enumerate(cases)}
+
+
+def _folds_of_table(slides: Sequence[Slide], folds: int) -> dict[str, int]:
+    """The fold of each case by the table's column, counted from 0 in the order of its numbers."""
+    found: dict[str, int] = {}
+    for slide in slides:
+        if slide.fold is None or not slide.fold.isdecimal():
+            raise ValueError(
+                f'row {slide.row}, slide {slide.slide_id!r}: fold must be a whole number, got {slide.fold or "none"!r}.'
+            )
+        if found.setdefault(slide.case_id, int(slide.fold)) != int(slide.fold):
+            raise ValueError(
+                f'row {slide.row}, slide {slide.slide_id!r}: fold must be that of its case {slide.case_id!r}, '
+                f'{found[slide.case_id]}, got {slide.fold}.'
+            )
+    numbers = sorted(set(found.values()))
+    if len(numbers) != folds:
+        raise ValueError(f'folds must be {len(numbers)}, as many as the column fold has, got {folds}.')
+    return {case: numbers.index(number) for case, number in found.items()}

@@ -4,7 +4,7 @@
 This is the only folder of the models that needs mmengine. A config imports it:
 `custom_imports = dict(imports=['vssm.models.mm'], allow_failed_imports=False)`.
 
-* `classification`, `features`, `wsi`: networks as models of mmengine, with losses and metrics.
+* `classification`, `features`, `wsi`, `wsi_metrics`: networks as models of mmengine, with losses and metrics.
 * `data`, `wsi_data`: data sets and samplers.
 * `optim`, `hooks`, `progress`: what happens in and around an iteration.
 * `runner`, `resume`, `failures`: the Runner, which can be killed and resumed, and what it cannot write.
@@ -29,6 +29,7 @@ from .data import Digits, GuardedDataset, ImageFolder, SeededSampler  # noqa: E4
 from .features import Float32RoIExtractor, TimmFeatures  # noqa: E402
 from .hooks import (  # noqa: E402
     BestHook,
+    EarlyStopHook,
     FiniteLossHook,
     MESAHook,
     MissedEvaluationHook,
@@ -57,6 +58,7 @@ __all__ = [
     'BFloat16OptimWrapper',
     'BestHook',
     'Digits',
+    'EarlyStopHook',
     'FiniteLossHook',
     'Float32RoIExtractor',
     'GuardedDataset',

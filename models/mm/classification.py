@@ -61,6 +61,10 @@ class NamedModel(BaseModel):
         """The name of the network, even if model_name is an alias."""
         return self.model_name
 
+    def is_named(self, name: str) -> bool:
+        """Whether a name that a checkpoint notes is that of the network."""
+        return name in (self.architecture, self.model_name)
+
     def rename(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors under the network's own names, from published ones."""
         return state_dict
@@ -263,7 +267,7 @@ def load_weights(classifier: NamedModel, path: str | Path, start: bool = False) 
         ValueError: The file cannot be fetched or read safely, or it belongs to another model.
     """
     state_dict, metadata = read_weights(path)
-    if metadata.get('model', classifier.model_name) not in (classifier.architecture, classifier.model_name):
+    if not classifier.is_named(metadata.get('model', classifier.model_name)):
         raise ValueError(f'checkpoint {path} must hold {classifier.model_name}, got {printable(metadata["model"])}.')
     state_dict = {name.removeprefix('model.'): value for name, value in state_dict.items()}  # as a run saves
     with naming(path):

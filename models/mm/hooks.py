@@ -10,7 +10,7 @@ import torch
 from mmengine.dist import all_reduce, get_rank
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.registry import HOOKS
-from mmengine.runner import EpochBasedTrainLoop, Runner
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop, Runner
 from torch import Tensor
 
 from ...version import __version__
@@ -30,6 +30,7 @@ from .utils import (
 
 __all__ = [
     'BestHook',
+    'EarlyStopHook',
     'FiniteLossHook',
     'MESAHook',
     'MissedEvaluationHook',
@@ -106,20 +107,19 @@ class PendingGradientsHook(Hook):
 
 @HOOKS.register_module()
 class MissedEvaluationHook(Hook):
-    """Evaluates the checkpoint that a run resumes from, where the best one is kept: a kill may have cut that off."""
+    """Evaluates the checkpoint that a run resumes from, where the evaluations decide: a kill may have cut that off."""
 
-    def __init__(self) -> None:
-        self.begun = False
+    priority = 'LOWEST'  # when all hooks know that a training has begun
 
-    def before_train_epoch(self, runner: Runner) -> None:  # when all hooks know that a training has begun
-        if self.begun:
-            return
-        self.begun = True
+    def before_train(self, runner: Runner) -> None:
         loop = runner.train_loop
         done = runner.epoch if isinstance(loop, EpochBasedTrainLoop) else runner.iter
         due = done >= max(1, loop.val_begin) and done % loop.val_interval == 0 and runner.iter < runner.max_iters
-        keeps = any(isinstance(h, BestHook) or isinstance(h, CheckpointHook) and h.save_best for h in runner.hooks)
-        if due and keeps and runner.val_loop is not None:
+        decides = any(
+            isinstance(h, BestHook | EarlyStopHook) or isinstance(h, CheckpointHook) and h.save_best
+            for h in runner.hooks
+        )
+        if due and decides and runner.val_loop is not None:
             runner.val_loop.run()
 
 
@@ -219,7 +219,7 @@ class BestHook(Hook):
     of an earlier run. A metric that is NaN is not defined for the data; then the last weights count as the best.
 
     Args:
-        metric: Name of the metric, such as 'accuracy/top1'.
+        metric: Name of the metric, such as 'accuracy/top1'. The higher it is the better, a loss the lower.
 
     Raises:
         RunError: The evaluation has no such metric, or the metric is infinite.
@@ -238,24 +238,83 @@ class BestHook(Hook):
         path = Path(runner.work_dir, 'best.safetensors')
         metadata = read_checkpoint(path)[1] if path.is_file() else {}
         value = float(metadata.get(self.metric, math.nan)) if metadata.get('run') == runner.run_name else math.nan
-        return -math.inf if math.isnan(value) else value
+        return -math.inf if math.isnan(value) else _goodness(self.metric, value)
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float]) -> None:
-        value = metrics.get(self.metric, math.inf)
-        if math.isinf(value):
-            raise RunError(
-                f'BestHook needs {self.metric}, got {metrics.get(self.metric)}: evaluated are {", ".join(metrics)}.'
-            )
+        value = _defined(self, metrics)
         undefined = math.isnan(value) and self.best == -math.inf
         if undefined:
             runner.logger.warning(
                 f'{self.metric} is not defined: the weights of epoch {runner.epoch} count as the best.'
             )
-        if undefined or value > self.best:
-            self.best = -math.inf if undefined else value
+        if undefined or _goodness(self.metric, value) > self.best:
+            self.best = -math.inf if undefined else _goodness(self.metric, value)
             _write_weights(
                 runner, 'best.safetensors', runner.epoch, **{self.metric: repr(value), 'seed': str(runner.seed)}
             )
+
+
+@HOOKS.register_module()
+class EarlyStopHook(Hook):
+    """Ends a training whose evaluations have brought no new best for a while.
+
+    The checkpoints' histories have what earlier evaluations brought, so that a resumed run ends where an unbroken one
+    does, which it would not with mmengine's EarlyStoppingHook. A metric that is NaN is not defined, and ends nothing.
+
+    Args:
+        metric: Name of the metric, such as 'wsi/loss'. The higher it is the better, a loss the lower.
+        patience: Number of evaluations in turn without a new best after which the training ends; None for no end.
+        begin: Number of evaluations that there are at least.
+
+    Raises:
+        RunError: The evaluation has no such metric, or the metric is infinite.
+    """
+
+    priority = 'VERY_LOW'  # after BestHook
+
+    def __init__(self, metric: str, patience: int | None = None, begin: int = 0) -> None:
+        if patience is not None and patience < 1:
+            raise ValueError(f'EarlyStopHook: patience must be at least 1, or None, got {patience}.')
+        self.metric = metric
+        self.patience = patience
+        self.begin = begin
+        self.values: list[float] = []
+
+    def before_train(self, runner: Runner) -> None:
+        scalars = runner.message_hub.log_scalars if runner.iter else {}  # of the run that is resumed
+        name = f'val/{self.metric}'
+        self.values = [float(value) for value in scalars[name].data[0]] if name in scalars else []
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float]) -> None:
+        if self.patience is None or not isinstance(runner._train_loop, BaseLoop):
+            return
+        self.values.append(_defined(self, metrics))
+        known = [_goodness(self.metric, value) for value in self.values if not math.isnan(value)]
+        if not known:
+            return
+        waited = len(known) - 1 - known.index(max(known))
+        if waited >= self.patience and len(self.values) >= self.begin:
+            runner.train_loop.stop_training = True
+            runner.logger.warning(
+                f'The training ends after epoch {runner.epoch}: {waited} evaluations in turn brought no better '
+                f'{self.metric}.'
+            )
+
+
+def _defined(hook: BestHook | EarlyStopHook, metrics: dict[str, float]) -> float:
+    """The metric that a hook decides by."""
+    value = metrics.get(hook.metric, math.inf)
+    if math.isinf(value):
+        raise RunError(
+            f'{type(hook).__name__} needs {hook.metric}, got {metrics.get(hook.metric)}: evaluated are '
+            f'{", ".join(metrics)}.'
+        )
+    return value
+
+
+def _goodness(metric: str, value: float) -> float:
+    """A number that is the higher the better: a loss, by its name, is the better the lower it is."""
+    return -value if metric.endswith('loss') else value
 
 
 def _write_weights(runner: Runner, name: str, epoch: int, **metadata: str) -> None:

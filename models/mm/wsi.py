@@ -1,29 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole slides: classification and survival with their losses, metrics, and predictions as a table.
+"""Whole slides: classification and survival with their losses.
 
 This file needs the extra wsi, so that only the configs of slides import it, beside `vssm.models.mm`. Its data set is in
-`wsi_data`.
+`wsi_data`, its metrics and tables of predictions in `wsi_metrics`.
 """
 
-import csv
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from mmengine.dist import collect_results
-from mmengine.evaluator import BaseMetric
-from mmengine.hooks import Hook
-from mmengine.registry import HOOKS, METRICS, MODELS
-from mmengine.runner import Runner
+from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..mil import checkpoint_filter_fn, create_mil_model
-from ..mil.survival import cox_loss, risk_score, survival_nll
+from ..mil import checkpoint_filter_fn, create_mil_model, current_name
+from ..mil.survival import cox_loss, risk_score, survival, survival_nll
 from .classification import NamedModel
-from .utils import RunError, check_init, replacing
+from .utils import RunError, check_init
 from .wsi_data import SlideDataset, list_bags
+from .wsi_metrics import ConcordanceIndex, PredictionsHook, SlideAccuracy
 
 __all__ = [
     'ConcordanceIndex',
@@ -56,7 +51,14 @@ class SlideModel(NamedModel):
     ) -> None:
         check_init(type(self).__name__, False, init_cfg)
         model = create_mil_model(model_name, **model_args)
-        super().__init__(model_name, model, model_args, data_preprocessor, init_cfg)
+        super().__init__(current_name(model_name) or '', model, model_args, data_preprocessor, init_cfg)
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        return self.model.heads
+
+    def is_named(self, name: str) -> bool:
+        return current_name(name) == self.model_name
 
     def rename(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         return checkpoint_filter_fn(state_dict, self.model)
@@ -80,18 +82,27 @@ class SlideModel(NamedModel):
         Raises:
             RunError: A bag is unfit for the network; the message names it.
         """
-        outputs = []
+        outputs, parts = [], []
         for i, bag in enumerate(inputs):
             try:
-                outputs.append(self.model(**bag))
+                if mode == 'loss':
+                    output, of_bag = self.model.forward_train(**bag)
+                    parts.append(of_bag)
+                else:
+                    output = self.model(**bag)
             except ValueError as error:
                 raise RunError(f'{data_samples[i]["name"] if data_samples else f"bag {i}"}: {error}') from error
+            outputs.append(output)
         logits = torch.cat(outputs)  # [batch, num_classes]
         if mode == 'tensor':
             return logits
         samples = cast(Sequence[dict[str, Any]], data_samples)  # logits alone need none
         if mode == 'loss':
-            return self.loss(logits, samples)
+            losses = self.loss(logits, samples)
+            of_parts = [sample for sample, of_bag in zip(samples, parts, strict=True) for _ in of_bag]
+            if of_parts:  # each of which has the label of its bag
+                losses |= {f'{name}_parts': loss for name, loss in self.loss(torch.cat(parts), of_parts).items()}
+            return losses
         if mode == 'predict':
             return self.predict(logits.float(), samples)
         raise ValueError(f"{type(self).__name__}: mode must be 'tensor', 'loss' or 'predict', got {mode!r}.")
@@ -111,18 +122,26 @@ def _column(data_samples: Sequence[dict[str, Any]], key: str, like: Tensor) -> T
 
 @MODELS.register_module()
 class SlideClassifier(SlideModel):
-    """A SlideModel with a cross-entropy loss.
+    """A SlideModel with a cross-entropy loss, in which slides have the weights that their samples may have.
 
-    It predicts dict(name, label, scores) for each slide, scores being probabilities.
+    It predicts dict(name, case, label, scores, loss) for each slide, scores being probabilities.
     """
 
+    def _losses(self, logits: Tensor, data_samples: Sequence[dict[str, Any]]) -> Tensor:
+        losses = F.cross_entropy(logits, _column(data_samples, 'label', logits), reduction='none')  # [batch]
+        if 'weight' in data_samples[0]:
+            # Not cross_entropy's own weights: their sum, by which it divides, takes them back from a batch of one.
+            losses = losses * _column(data_samples, 'weight', logits)
+        return losses
+
     def loss(self, logits: Tensor, data_samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        return dict(loss_cls=F.cross_entropy(logits, _column(data_samples, 'label', logits)))
+        return dict(loss_cls=self._losses(logits, data_samples).mean())
 
     def predict(self, logits: Tensor, data_samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        columns = (logits.softmax(1).tolist(), self._losses(logits, data_samples).tolist())
         return [
-            dict(name=sample['name'], label=sample['label'], scores=scores)
-            for sample, scores in zip(data_samples, logits.softmax(1).tolist(), strict=True)
+            dict(name=sample['name'], case=sample['case'], label=sample['label'], scores=scores, loss=loss)
+            for sample, scores, loss in zip(data_samples, *columns, strict=True)
         ]
 
 
@@ -130,7 +149,8 @@ class SlideClassifier(SlideModel):
 class SlideSurvival(SlideModel):
     """A SlideModel with a survival loss.
 
-    It predicts dict(name, months, censored, risk) for each case.
+    It predicts dict(name, months, censored, risk) for each case; with 'nll' also `survival`, the probability to survive
+    each time bin, and `loss`, where the bin of the case is known.
 
     Args:
         args: Arguments of SlideModel.
@@ -165,87 +185,14 @@ class SlideSurvival(SlideModel):
         return dict(loss_cox=cox_loss(logits, _column(data_samples, 'months', logits), censored))
 
     def predict(self, logits: Tensor, data_samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [
-            dict(name=sample['name'], months=sample['months'], censored=sample['censored'], risk=risk)
-            for sample, risk in zip(data_samples, risk_score(logits).tolist(), strict=True)
-        ]
-
-
-class _SlideMetric(BaseMetric):
-    default_prefix = 'wsi'
-
-    def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:
-        self.results.extend(data_samples)  # of plain values, to be sent between processes
-
-
-@METRICS.register_module()
-class SlideAccuracy(_SlideMetric):
-    """Accuracy, F1 as the mean over the classes, and AUC as the mean over those that occur, one against the rest.
-
-    They are named 'wsi/accuracy', 'wsi/macro_f1' and 'wsi/auc', and lie between 0 and 1. AUC is NaN where all slides
-    are of one class.
-    """
-
-    def compute_metrics(self, results: list[dict[str, Any]]) -> dict[str, float]:
-        from torchmetrics.functional.classification import (
-            binary_auroc,
-            multiclass_accuracy,
-            multiclass_f1_score,
-        )
-
-        scores = torch.tensor([result['scores'] for result in results])  # [slides, classes]
-        labels = torch.tensor([result['label'] for result in results])
-        classes = scores.shape[1]
-        present = labels.unique().tolist()
-        aucs = [binary_auroc(scores[:, k], (labels == k).int()) for k in present] if len(present) > 1 else []
-        return dict(
-            accuracy=multiclass_accuracy(scores, labels, classes, average='micro').item(),
-            macro_f1=multiclass_f1_score(scores, labels, classes, average='macro').item(),
-            auc=torch.stack(aucs).mean().item() if aucs else float('nan'),
-        )
-
-
-@METRICS.register_module()
-class ConcordanceIndex(_SlideMetric):
-    """Harrell's concordance index of risk and survival, 'wsi/c_index', from 0 to 1; NaN without a pair to compare.
-
-    Of two cases at the same time, the one with an event is the first to have it if the other is censored.
-    """
-
-    def compute_metrics(self, results: list[dict[str, Any]]) -> dict[str, float]:
-        from torchsurv.metrics.cindex import ConcordanceIndex as Concordance
-
-        risks, months = (torch.tensor([r[key] for r in results], dtype=torch.float64) for key in ('risk', 'months'))
-        events = ~torch.tensor([result['censored'] for result in results])
-        last = months == months.max()  # where an event is compared with a censoring, which comes after it
-        if not (events & ~last).any() and len(events[last].unique()) < 2:
-            return dict(c_index=float('nan'))
-        return dict(c_index=Concordance()(risks, events, months).item())
-
-
-@HOOKS.register_module()
-class PredictionsHook(Hook):
-    """Writes the predictions of a test to WORK_DIR/predictions.csv, a row for each slide or case.
-
-    The columns are `slide_id,label` and a probability for each class, or `case_id,risk,censorship,survival_months`.
-    """
-
-    def before_test_epoch(self, runner: Runner) -> None:
-        self.rows: list[dict[str, Any]] = []
-
-    def after_test_iter(self, runner: Runner, outputs: Sequence[dict[str, Any]], **kwargs: Any) -> None:
-        self.rows.extend(outputs)
-
-    def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        dataset = runner.test_dataloader.dataset
-        rows = collect_results(self.rows, len(dataset))
-        if rows is None:  # not the first process
-            return
-        with replacing(Path(runner.work_dir, 'predictions.csv')) as path, open(path, 'w', newline='') as file:
-            writer = csv.writer(file)
-            if dataset.task == 'classification':
-                writer.writerow(['slide_id', 'label', *(f'p_{name}' for name in dataset.classes)])
-                writer.writerows([row['name'], dataset.classes[row['label']], *row['scores']] for row in rows)
-            else:
-                writer.writerow(['case_id', 'risk', 'censorship', 'survival_months'])
-                writer.writerows([row['name'], row['risk'], int(row['censored']), row['months']] for row in rows)
+        outputs = []
+        for sample, own in zip(data_samples, logits.split(1), strict=True):
+            output = dict(
+                name=sample['name'], months=sample['months'], censored=sample['censored'], risk=risk_score(own).item()
+            )
+            if self.loss_name == 'nll':
+                output['survival'] = survival(own)[0].tolist()
+                if 'bin' in sample:
+                    output['loss'] = self.loss(own, [sample])['loss_nll'].item()
+            outputs.append(output)
+        return outputs

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slides as a data set: bags of patches, one for each slide or case."""
+"""Slides as a data set: bags of patches, one for each slide or case; and samples of it in which classes are equal."""
 
 import hashlib
 import logging
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.dataset import DefaultSampler
 from mmengine.logging import print_log
-from mmengine.registry import DATASETS, FUNCTIONS
+from mmengine.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -19,7 +20,7 @@ from ..mil.survival import time_bin, time_edges
 from ..mil.tables import SPLITS, Slide, apply_splits, class_name, read_table, recognised_cases, split_cases
 from .utils import RunError
 
-__all__ = ['SlideDataset', 'list_bags', 'table_digest', 'table_files']
+__all__ = ['BalancedSampler', 'SlideDataset', 'list_bags', 'table_digest', 'table_files']
 
 
 @DATASETS.register_module()
@@ -28,20 +29,23 @@ class SlideDataset(Dataset):
 
     Gives dict(inputs, data_samples). The inputs are the arguments of the networks of `vssm.models.mil`, dict(features,
     coords, lengths, steps): (n, width), (n, 2) or None where a slide has no coordinates, and the number and the step
-    of the patches of each slide. The data samples are dict(name, label) or dict(name, months, censored), the latter
-    with `bin` in a training. Features are read when a sample is asked for. Slides without patches are left out.
+    of the patches of each slide. The data samples are dict(name, case, label), with `weight` where classes have
+    weights, or dict(name, months, censored), with `bin` where the edges of the bins are known. Features are read when a
+    sample is asked for. Slides without patches are left out.
 
     Args:
         data_root: The folder with the slides' files, see `SlideFolder`.
         ann_file: The table, see `read_table`; a relative path begins in data_root.
-        split: 'train', 'val' or 'test'.
+        split: 'train', 'val' or 'test'; or 'all' for every slide of the table, as of another hospital's.
         task: 'classification' or 'survival'.
         classes: Labels in order; unless given, all labels of the training data, sorted.
+        class_weights: Weights of the classes in the loss, by their names, or 'balanced' for such by which all classes
+            of the training data count as much, and a slide 1 in the mean; None for 1 each.
         bins: Number of time bins for the discrete-time likelihood, whose edges come from the events of the training
             data; None for Cox's loss.
         split_file: A file of splits, see `read_splits`, in place of the table's column; a relative path begins in
             data_root, and %d in it stands for the fold.
-        folds: Number of folds to split the cases into, see `split_cases`, instead of by the table's column.
+        folds: Number of folds to split the cases into, see `split_cases`, instead of by the table's column split.
         fold: Number of the fold for the test; the next one is for validation.
         fold_seed: Seed of the division into folds.
         edges: Edges between the time bins, as a training has found them and its checkpoint notes; unless given, those
@@ -62,6 +66,7 @@ class SlideDataset(Dataset):
         split: str,
         task: str = 'classification',
         classes: Sequence[str] | None = None,
+        class_weights: Mapping[str, float] | str | None = None,
         bins: int | None = 4,
         split_file: str | None = None,
         folds: int | None = None,
@@ -86,6 +91,8 @@ class SlideDataset(Dataset):
                 slides, problems, said = apply_splits(slides, self.split_file, barcodes)
                 notes += [said] if said else []
             splits = split_cases(slides, folds, fold, fold_seed) if folds and not problems else {}
+            if folds and any(slide.fold is not None for slide in slides):
+                notes.append(f'the folds are those of the column fold of {self.table.name}.')
         except (FileNotFoundError, ValueError) as error:
             raise RunError(str(error)) from error
         if problems:
@@ -98,10 +105,11 @@ class SlideDataset(Dataset):
         by_split: dict[str | None, list[Slide]] = defaultdict(list)
         for slide in slides:
             by_split[splits.get(slide.case_id, slide.split)].append(slide)
-        if split not in SPLITS or not by_split[split]:
+        wanted = slides if split == 'all' else by_split[split] if split in SPLITS else []
+        if not wanted:
             raise RunError(self._no_slides(split))
         self.task, self.split, self.encoder = task, split, encoder
-        chosen, files_of = self._find(data_root, by_split[split])
+        chosen, files_of = self._find(data_root, wanted)
         self.cache: dict[int, list[Bag]] | None = {} if cache else None
         self.told: set[str] = set()  # slides of which it was said that patches are left out
         self.metainfo: dict[str, Any] = {}
@@ -114,17 +122,19 @@ class SlideDataset(Dataset):
                     raise self._error(slide, f'label must be one of the training data, got {slide.label!r}.')
         else:
             self.bags = _by_case(chosen)
-            self.edges = torch.tensor(edges or (), dtype=torch.float64)  # which a training alone needs
-            if bins is not None and split == 'train' and edges is None:
-                self.edges = self._time_edges(bins)
+            self.edges = torch.tensor(edges or (), dtype=torch.float64)
+            if bins is not None and edges is None and split in ('train', 'val'):
+                self.edges = self._time_edges(_by_case(by_split['train']), bins)
             if len(self.edges):
                 self.metainfo['classes'] = tuple(f'from {edge:g} months' for edge in [0.0, *self.edges.tolist()])
+        self.weights = self._class_weights(class_weights, Counter(slide.label for slide in by_split['train']))
         self._tell_undefined()
         self.files = [[files_of[slide.slide_id] for slide in bag] for bag in self.bags]
         # What a checkpoint notes of the data that its network was trained on, of plain values.
         self.notes = dict(
             task=task,
             classes=list(self.metainfo.get('classes', ())),
+            class_weights=self.weights,
             edges=[] if task == 'classification' else self.edges.tolist(),
             barcodes=barcodes,
             columns=dict(columns) if columns else None,
@@ -136,6 +146,35 @@ class SlideDataset(Dataset):
             table=table_digest(files),
         )
 
+    @property
+    def groups(self) -> list[str]:
+        """What BalancedSampler makes equal: the label of each slide, or whether a case has an event."""
+        if self.task == 'classification':
+            return [str(bag[0].label) for bag in self.bags]
+        return ['censored' if bag[0].censored else 'event' for bag in self.bags]
+
+    def _class_weights(
+        self, given: Mapping[str, float] | str | None, counts: Mapping[Any, int]
+    ) -> dict[str, float] | None:
+        """The weight of each class, from the numbers of slides in the training data where they balance these."""
+        if given is None:
+            return None
+        if self.task == 'survival':
+            raise RunError(f'class_weights must be None for survival, got {given}.')
+        if given == 'balanced':
+            if not all(counts.get(name) for name in self.classes):
+                raise RunError(f'class_weights=balanced needs training slides of each class, got {dict(counts)}.')
+            return {name: sum(counts.values()) / len(self.classes) / counts[name] for name in self.classes}
+        weights = {class_name(name): weight for name, weight in given.items()} if isinstance(given, Mapping) else {}
+        if weights.keys() != set(self.classes) or not all(
+            isinstance(weight, int | float) and 0 < weight < float('inf') for weight in weights.values()
+        ):
+            raise RunError(
+                f"class_weights must be 'balanced' or a positive number for each of {', '.join(self.classes)}, by "
+                f'name, got {given}.'
+            )
+        return weights
+
     def _no_slides(self, split: str) -> str:
         if self.split_file is not None and split in SPLITS:
             return (
@@ -144,7 +183,7 @@ class SlideDataset(Dataset):
             )
         return (
             f'{self.table.name}: split must be train, val or test and have slides, by a column of that name, by '
-            f'split_file or by folds, got {split!r} with none.'
+            f'split_file or by folds, got {split!r} with none; test_dataloader.dataset.split=all tests on every slide.'
         )
 
     def _tell_undefined(self) -> None:
@@ -164,8 +203,8 @@ class SlideDataset(Dataset):
             what = ': the last weights count as the best.' if self.split == 'val' else '.'
             print_log(f'{self.table.name}: {why} is not defined{what}', 'current', logging.WARNING)
 
-    def _time_edges(self, bins: int) -> Tensor:
-        months, censored = (torch.tensor([getattr(bag[0], key) for bag in self.bags]) for key in ('months', 'censored'))
+    def _time_edges(self, bags: list[list[Slide]], bins: int) -> Tensor:
+        months, censored = (torch.tensor([getattr(bag[0], key) for bag in bags]) for key in ('months', 'censored'))
         try:
             return time_edges(months, censored, bins)
         except ValueError as error:
@@ -213,9 +252,12 @@ class SlideDataset(Dataset):
         )
         first = bag[0]
         if self.task == 'classification':
-            return dict(inputs=inputs, data_samples=dict(name=first.slide_id, label=self.classes.index(first.label)))
+            data_samples = dict(name=first.slide_id, case=first.case_id, label=self.classes.index(first.label))
+            if self.weights is not None:
+                data_samples['weight'] = self.weights[str(first.label)]
+            return dict(inputs=inputs, data_samples=data_samples)
         data_samples = dict(name=first.case_id, months=first.months, censored=first.censored)
-        if self.split == 'train' and len(self.edges):
+        if len(self.edges):
             data_samples['bin'] = time_bin(torch.tensor([first.months]), self.edges).item()
         return dict(inputs=inputs, data_samples=data_samples)
 
@@ -257,6 +299,23 @@ def _by_case(slides: Sequence[Slide]) -> list[list[Slide]]:
     for slide in slides:
         cases[slide.case_id].append(slide)
     return list(cases.values())
+
+
+@DATA_SAMPLERS.register_module()
+class BalancedSampler(DefaultSampler):
+    """Draws as many samples as there are, with replacement, so that all classes of a SlideDataset come as often.
+
+    Of survival, these are the cases with an event and those without. Arguments are those of DefaultSampler; it always
+    shuffles.
+    """
+
+    def __iter__(self) -> Iterator[int]:
+        groups = self.dataset.groups  # type: ignore[attr-defined]
+        counts = Counter(groups)
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        chances = torch.tensor([1 / counts[group] for group in groups], dtype=torch.float64)
+        drawn = chances.multinomial(self.total_size, replacement=True, generator=generator).tolist()
+        return iter(drawn[self.rank : self.total_size : self.world_size])
 
 
 @FUNCTIONS.register_module()

@@ -9,7 +9,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from ..mil import create_mil_model, list_mil_models
+from ..mil import create_mil_model, current_name
 from ..mil.tables import class_name
 from ..weights import read_checkpoint
 from ..weights.read import is_safetensors
@@ -19,8 +19,8 @@ from .wsi_data import SlideDataset, table_digest, table_files
 
 __all__ = ['follow_checkpoint']
 
-# What a model's config has beside the arguments of its network, or what steers its training alone.
-_BESIDE = ('alpha', 'data_preprocessor', 'drop_rate', 'init_cfg', 'type')
+# What a config has beside the arguments of the network, or what steers the training alone.
+_BESIDE = ('alpha', 'class_weights', 'data_preprocessor', 'drop_rate', 'init_cfg', 'type')
 # What names the columns of one table and divides it, and means nothing for another.
 _OF_TABLE = ('columns', 'barcodes', 'split_file', 'folds', 'fold', 'fold_seed')
 
@@ -44,11 +44,12 @@ def follow_checkpoint(cfg: Config, path: Path, options: Mapping[str, Any], force
         ValueError: The checkpoint cannot be read safely, or its notes are none of ours.
     """
     notes = read_checkpoint(path)[1] if is_safetensors(path) else read_notes(path)
-    if notes.get('model') not in list_mil_models():
+    name = current_name(notes.get('model'))
+    if name is None:
         return []
     dataset = {**cfg.get('dataset', {}), **cfg.test_dataloader.dataset}
     try:
-        network = dict(json.loads(notes['model_args']), model_name=notes['model'])
+        network = dict(json.loads(notes['model_args']), model_name=name)
         defaults = inspect.signature(type(create_mil_model(**network, device='meta'))).parameters
         data = json.loads(notes.get('data', '{}'))
         of_training = {**dataset, **{key: data[key] for key in ('split_file', 'fold') if key in data}}
@@ -68,12 +69,21 @@ def follow_checkpoint(cfg: Config, path: Path, options: Mapping[str, Any], force
         settings.setdefault(f'model.{name}', None)
     changes = list(filter(None, [_set(cfg, key, value) for key, value in settings.items() if key not in kept]))
     sentences = [f'As in the training of {path}: {", ".join(changes)}'] if changes else []
-    if data and not same_table and (data['folds'] or data['split_file'] or dataset.get('folds')):
-        sentences.append(
-            f'{dataset["ann_file"]} is not the table of the training of {path}: whether cases that are tested were '
-            'trained on is not known.'
-        )
+    if data:
+        sentences += _tell_table(data, dataset, path, same_table)
     return sentences
+
+
+def _tell_table(data: dict[str, Any], dataset: Mapping[str, Any], path: Path, same_table: bool) -> list[str]:
+    """What is to be known of the table of a test: whose it is, and whether cases are tested that were trained on."""
+    if same_table:
+        whole = dataset.get('split') == 'all'
+        return ['All slides of the table are tested, those that were trained on too.'] if whole else []
+    taken = f'classes {", ".join(data["classes"])}' if data['classes'] else 'model of risk'
+    sentence = f'{dataset["ann_file"]} is not the table of the training of {path}, whose network and {taken} are taken'
+    if data['folds'] or data['split_file'] or dataset.get('folds'):
+        return [f'{sentence}: whether cases that are tested were trained on is not known.']
+    return [f'{sentence}; columns and split are those of the config.']
 
 
 def _data_settings(data: dict[str, Any], dataset: Mapping[str, Any], path: Path, same_table: bool) -> dict[str, Any]:
@@ -87,7 +97,7 @@ def _data_settings(data: dict[str, Any], dataset: Mapping[str, Any], path: Path,
     if data.get('encoder'):
         settings['dataset.encoder'] = data['encoder']
     if task == 'classification':
-        return {**settings, 'dataset.classes': data['classes']}
+        return {**settings, 'dataset.classes': data['classes'], 'dataset.class_weights': data.get('class_weights')}
     edges = data['edges'] or None
     settings |= {'dataset.edges': edges, 'dataset.bins': edges and len(edges) + 1}
     return {**settings, 'model.loss': 'nll' if edges else 'cox'}
@@ -109,7 +119,9 @@ def _agrees(key: str, value: Any, noted: Mapping[str, Any]) -> bool:
 
 
 def _plain(value: Any, name: str) -> Any:
-    """A value as JSON gives it back, so that tuples are lists; and classes by their names."""
+    """A value as JSON gives it back, so that tuples are lists; classes by name, networks by their present one."""
+    if name == 'model_name':
+        return current_name(value) or value
     if name == 'classes' and value is not None:
         return [class_name(label) for label in ([value] if isinstance(value, str) else value)]
     return json.loads(json.dumps(value))

@@ -20,21 +20,36 @@ import pytest
 import torch
 from PIL import Image
 from processes import finish, losses, options, start, wait_for
+from torch.nn.functional import cross_entropy
 
-from vssm.models.mil import create_mil_model
+from vssm.models.mil import create_mil_model, current_name
 from vssm.models.mil.survival import time_edges
 from vssm.models.weights import read_checkpoint
+from vssm.tools import wsi_compare, wsi_repeat
+from vssm.tools._common import UsageError
 from vssm.tools.main import main
+from vssm.tools.wsi_repeat import Trial
 
 h5py = pytest.importorskip('h5py', reason="h5py is not installed: pip install '.[wsi]'")
 pytest.importorskip('mmengine', reason="mmengine is not installed: pip install '.[wsi]'")
 
+from mmengine.evaluator import Evaluator  # noqa: E402
+from mmengine.logging import MessageHub  # noqa: E402
+
 from vssm.models.mil.slides import SlideFolder, read_slide  # noqa: E402
 from vssm.models.mil.tables import read_table, split_cases  # noqa: E402
 from vssm.models.mm import BestHook, RunError  # noqa: E402
-from vssm.models.mm.wsi import ConcordanceIndex, SlideAccuracy, SlideDataset, SlideSurvival  # noqa: E402
+from vssm.models.mm.wsi import (  # noqa: E402
+    ConcordanceIndex,
+    SlideAccuracy,
+    SlideClassifier,
+    SlideDataset,
+    SlideSurvival,
+)
+from vssm.models.mm.wsi_data import BalancedSampler  # noqa: E402
+from vssm.models.mm.wsi_metrics import bootstrap, confusion_matrix  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = pytest.mark.usefixtures('one_thread', 'quick_configs')
 BENCHMARKS = Path(__file__).parents[2] / 'benchmarks'
 WIDTH = 6
 PATCHES = 9
@@ -405,7 +420,7 @@ def test_a_spreadsheets_table_is_read(tmp_path):
 
 def slides_of(labels, slides_per_case=2):
     return [
-        SimpleNamespace(case_id=f'c{i}', label=label, censored=None)
+        SimpleNamespace(case_id=f'c{i}', label=label, censored=None, fold=None)
         for i, label in enumerate(labels)
         for _ in range(slides_per_case)
     ]
@@ -437,6 +452,22 @@ def test_folds_divide_the_cases(folds):
 def test_bad_folds_are_refused(folds, fold):
     with pytest.raises(ValueError, match=f'got {folds} folds of 40 cases, and fold {fold}'):
         split_cases(slides_of('ab' * 20), folds, fold)
+
+
+def test_folds_of_the_table():
+    """In the order of their numbers, whatever these are, and whatever the seed."""
+    slides = [
+        SimpleNamespace(row=i, slide_id=f's{i}', case_id=f'c{i // 2}', label='a', censored=None, fold=fold)
+        for i, fold in enumerate(['10', '10', '2', '2', '7', '7'])
+    ]
+    assert split_cases(slides, 3, 0) == split_cases(slides, 3, 0, seed=1) == dict(c0='train', c1='test', c2='val')
+    assert split_cases(slides, 3, 2) == dict(c0='test', c1='val', c2='train')
+    with pytest.raises(ValueError, match='folds must be 2, as many as the column fold has, got 3'):
+        split_cases([*slides[:4], *(SimpleNamespace(**{**vars(s), 'fold': '2'}) for s in slides[4:])], 3, 0)
+    for fold, said in (('2', "fold must be that of its case 'c0', 10, got 2"), (None, "whole number, got 'none'")):
+        slides[1].fold = fold
+        with pytest.raises(ValueError, match=f"row 1, slide 's1': .*{said}"):
+            split_cases(slides, 3, 0)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -640,7 +671,7 @@ def test_time_bins_come_from_the_training_data(cases):
         (lambda path: (path / 'labels.csv').unlink(), {}, 'labels.csv does not exist'),
         (lambda path: (path / 's4.h5').unlink(), {}, "labels.csv row 6, slide 's4': no features, neither s4.h5"),
         (lambda path: None, dict(classes=['a', 'c']), "row 3, slide 's1': label must be .* lists all 6 problems"),
-        (lambda path: None, dict(split='all'), "split must be train, val or test and have slides, .* got 'all'"),
+        (lambda path: None, dict(split='some'), "split must be train, val or test and have slides, .* got 'some'"),
         (lambda path: None, dict(folds=2), 'folds must be 3 or more'),
         (
             lambda path: write_table(path / 'labels.csv', LABELS[:2], [['s0', 'a'], ['s1', 'b']]),
@@ -738,24 +769,89 @@ def evaluate(metric, samples):
     return metric.evaluate(len(samples))
 
 
+def predicted(labels, scores, losses=None):
+    """What a SlideClassifier predicts."""
+    losses = losses or [0.0] * len(labels)
+    rows = enumerate(zip(labels, scores, losses, strict=True))
+    return [dict(name=f's{i}', case=f'c{i}', label=y, scores=s, loss=loss) for i, (y, s, loss) in rows]
+
+
 @pytest.mark.parametrize('classes', [2, 4])
-def test_accuracy_f1_and_auc_are_scikit_learns(classes):
+def test_metrics_of_classes_are_scikit_learns(classes):
     sklearn = pytest.importorskip('sklearn.metrics')
     scores, labels = torch.randn(50, classes).softmax(1), torch.randint(classes, (50,))
-    samples = [
-        dict(name=str(i), label=int(y), scores=s.tolist()) for i, (s, y) in enumerate(zip(scores, labels, strict=True))
+    samples = predicted(labels.tolist(), scores.tolist(), torch.arange(50.0).tolist())
+    metric = SlideAccuracy()
+    metric.dataset_meta = dict(classes=tuple('abcd'[:classes]))
+    got, guesses = evaluate(metric, samples), scores.argmax(1)
+    aucs = {f'wsi/auc/{"abcd"[k]}': sklearn.roc_auc_score(labels == k, scores[:, k]) for k in range(classes)}
+    assert got == pytest.approx(
+        {
+            'wsi/accuracy': sklearn.accuracy_score(labels, guesses),
+            'wsi/macro_f1': sklearn.f1_score(labels, guesses, average='macro'),
+            'wsi/auc': statistics.fmean(aucs.values()),
+            'wsi/balanced_accuracy': sklearn.balanced_accuracy_score(labels, guesses),
+            'wsi/quadratic_kappa': sklearn.cohen_kappa_score(labels, guesses, weights='quadratic'),
+            'wsi/loss': 24.5,
+            **(aucs if classes > 2 else {}),
+        }
+    )
+    expected = sklearn.confusion_matrix(labels, guesses, labels=range(classes))
+    assert confusion_matrix(samples, classes).tolist() == expected.tolist()
+
+
+def test_metrics_of_classes_by_hand():
+    """Grades 0, 0, 0, 1, 2 taken for 0, 0, 2, 1, 1, in which a fourth does not occur."""
+    guesses = torch.eye(4)[[0, 0, 2, 1, 1]].tolist()
+    got = evaluate(SlideAccuracy(), predicted([0, 0, 0, 1, 2], guesses))
+    assert got['wsi/balanced_accuracy'] == pytest.approx((2 / 3 + 1 + 0) / 3)
+    observed = 2**2 + 1**2  # squared distances of grade and guess; by chance those of all pairs, over 5
+    by_chance = (3 * (2 * 0 + 2 * 1 + 1 * 4) + 1 * (2 * 1 + 2 * 0 + 1 * 1) + 1 * (2 * 4 + 2 * 1 + 1 * 0)) / 5
+    assert got['wsi/quadratic_kappa'] == pytest.approx(1 - observed / by_chance)
+    assert math.isnan(got['wsi/auc/3']) and got['wsi/auc/1'] == 3.5 / 4  # a tie with the last slide is half a pair
+    assert confusion_matrix(predicted([0, 0, 0, 1, 2], guesses), 4).tolist() == [
+        [2, 0, 1, 0],
+        [0, 1, 0, 0],
+        [0, 1, 0, 0],
+        [0, 0, 0, 0],
     ]
-    got = evaluate(SlideAccuracy(), samples)
-    aucs = [sklearn.roc_auc_score(labels == k, scores[:, k]) for k in range(classes)]
-    assert got['wsi/accuracy'] == pytest.approx(sklearn.accuracy_score(labels, scores.argmax(1)))
-    assert got['wsi/macro_f1'] == pytest.approx(sklearn.f1_score(labels, scores.argmax(1), average='macro'))
-    assert got['wsi/auc'] == pytest.approx(statistics.fmean(aucs))
 
 
 def test_auc_of_classes_that_do_not_occur():
-    samples = [dict(name='', label=y, scores=s) for y, s in ((0, [0.8, 0.1, 0.1]), (1, [0.3, 0.6, 0.1]))]
+    samples = predicted([0, 1], [[0.8, 0.1, 0.1], [0.3, 0.6, 0.1]])
     assert evaluate(SlideAccuracy(), samples)['wsi/auc'] == 1.0
     assert math.isnan(evaluate(SlideAccuracy(), samples[:1])['wsi/auc'])
+
+
+def test_cases_are_drawn_whole():
+    """Of a case of one slide and one of three, means of 0, 3/4 and 1 can come, and no others."""
+    means = []
+
+    def measure(columns):
+        means.append(columns['x'].mean().item())
+        return dict(mean=means[-1], undefined=math.nan if means[-1] == 1 else 2.0)
+
+    columns, cases = dict(x=torch.tensor([1.0, 0.0, 1.0, 1.0])), ['b', 'a', 'b', 'b']
+    ends = bootstrap(measure, columns, cases, times=200, seed=0)
+    assert set(means) == {0.0, 0.75, 1.0} and ends == dict(mean=(0.0, 1.0), undefined=(2.0, 2.0))
+    assert bootstrap(measure, columns, cases, times=3, seed=1) == bootstrap(measure, columns, cases, times=3, seed=1)
+
+
+def test_the_interval_of_a_mean_is_the_textbooks():
+    x = torch.randn(400, dtype=torch.float64)
+    ends = bootstrap(lambda columns: dict(mean=columns['x'].mean().item()), dict(x=x), list(range(400)), 1000, 0)
+    half = 1.96 * x.std().item() / 20
+    assert ends['mean'] == pytest.approx((x.mean().item() - half, x.mean().item() + half), abs=0.1 * half)
+
+
+def test_metrics_have_intervals():
+    samples = predicted([i % 2 for i in range(40)], torch.rand(40, 2).tolist())
+    got = evaluate(SlideAccuracy(bootstrap=20), samples)
+    assert (
+        evaluate(SlideAccuracy(bootstrap=20), samples) == got != evaluate(SlideAccuracy(bootstrap=20, seed=1), samples)
+    )
+    for name, value in evaluate(SlideAccuracy(), samples).items():
+        assert got[name] == value and got[f'{name}_2.5%'] <= value <= got[f'{name}_97.5%']
 
 
 @pytest.mark.parametrize('ties', [False, True])
@@ -789,6 +885,116 @@ def test_an_event_counts_against_a_censoring_at_the_same_last_month(months, cens
     rows = zip(months, censored, risks, strict=True)
     samples = [dict(name='', months=m, censored=c, risk=r) for m, c, r in rows]
     assert evaluate(ConcordanceIndex(), samples)['wsi/c_index'] == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    'censored, expected',
+    [
+        # Hazards 1, 2 and 3: the first of all three has the event, and the second of two.
+        ([False, False, True], (math.log(6 / 1) + math.log(5 / 2)) / 2),
+        ([True, True, True], math.nan),
+    ],
+)
+def test_the_loss_of_cox_is_over_all_cases(censored, expected):
+    rows = zip((1, 2, 3), (1.0, 2.0, 3.0), censored, strict=True)
+    samples = [dict(name='', risk=math.log(r), months=m, censored=c) for r, m, c in rows]
+    assert evaluate(ConcordanceIndex(), samples)['wsi/loss'] == pytest.approx(expected, nan_ok=True)
+    for sample in samples:  # of time bins whose edges are not known
+        sample['survival'] = [0.5, 0.2]
+    assert set(evaluate(ConcordanceIndex(), samples)) == {'wsi/c_index'}
+
+
+# ---- classes of unequal size, and the end of a training --------------------------------------------------------------
+
+
+@pytest.fixture
+def unequal(classification):
+    """The slides with three of class a to train on and one of b."""
+    splits = ['train'] * 4 + ['val'] * 4 + ['test'] * 4
+    rows = [[f's{i}', 'b' if i % 4 == 3 else 'a', split] for i, split in enumerate(splits)]
+    write_table(classification / 'labels.csv', LABELS, rows)
+    return classification
+
+
+@pytest.mark.parametrize('weights', ['balanced', dict(a=2 / 3, b=2.0)])
+def test_weights_count_in_batches_of_one(weights, unequal):
+    """Where cross-entropy's own weights cancel out: 4 slides of 2 classes, 3 of a and 1 of b."""
+    dataset = SlideDataset(str(unequal), 'labels.csv', 'train', class_weights=weights)
+    assert dataset.notes['class_weights'] == pytest.approx(dict(a=4 / (2 * 3), b=4 / (2 * 1)))
+    model = SlideClassifier('mean_mil', in_dim=WIDTH).eval()
+    for i, weight in ((0, 2 / 3), (3, 2.0)):
+        inputs, samples = ([dataset[i][key]] for key in ('inputs', 'data_samples'))
+        expected = -weight * model(inputs).log_softmax(1)[0, int(i == 3)].item()
+        assert model(inputs, samples, 'predict')[0]['loss'] == pytest.approx(expected)
+        assert model(inputs, samples, 'loss')['loss_cls'].item() == pytest.approx(expected)
+    validation = SlideDataset(str(unequal), 'labels.csv', 'val', class_weights=weights)
+    assert validation.notes['class_weights'] == dataset.notes['class_weights']
+
+
+@pytest.mark.parametrize(
+    'options, said',
+    [
+        (dict(class_weights=dict(a=1.0)), "must be 'balanced' or a positive number for each of a, b"),
+        (dict(class_weights=dict(a=1.0, b=0.0)), 'got .* 0.0'),
+        (dict(class_weights='even'), 'got even'),
+        (dict(class_weights='balanced', classes=['a', 'b', 'c']), 'slides of each class, got .*3'),
+    ],
+)
+def test_bad_weights_are_refused(options, said, unequal):
+    with pytest.raises(RunError, match=said):
+        SlideDataset(str(unequal), 'labels.csv', 'train', **options)
+
+
+def test_balanced_samples(unequal):
+    dataset = SlideDataset(str(unequal), 'labels.csv', 'train')
+    sampler = BalancedSampler(dataset, seed=0)
+    drawn = []
+    for epoch in range(200):
+        sampler.set_epoch(epoch)
+        indices = list(sampler)
+        assert len(indices) == len(sampler) == 4 and list(sampler) == indices
+        drawn += indices
+    counts = Counter(drawn)
+    assert abs(counts[3] / 800 - 1 / 2) < 0.05 and all(abs(counts[i] / 800 - 1 / 6) < 0.05 for i in range(3))
+
+
+def test_balanced_samples_of_a_survival_have_as_many_events(cases):
+    dataset = SlideDataset(str(cases), 'survival.csv', 'all', task='survival')
+    censored = [sample['data_samples']['censored'] for sample in dataset]
+    assert 0 < sum(censored) < len(censored) / 2
+    drawn = [censored[i] for seed in range(100) for i in BalancedSampler(dataset, seed=seed)]
+    assert abs(sum(drawn) / len(drawn) - 1 / 2) < 0.1
+
+
+def test_a_training_ends_by_its_validation_loss(unequal, tmp_path, monkeypatch, capsys):
+    """Of the losses the second is the lowest; two more, and six in all, are the end. A repetition goes no further."""
+    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: math.nan, 5: 2.0}
+    evaluated = []
+
+    def evaluate(self, size):
+        evaluated.append((MessageHub.get_current_instance().get_info('epoch') or 0) + 1)  # none in a test
+        return {'wsi/loss': losses.get(evaluated[-1], 9.0), 'wsi/auc': 0.5}
+
+    monkeypatch.setattr(Evaluator, 'evaluate', evaluate)
+    changes = SMALL | {
+        'model.model_name': 'mean_mil',
+        'train_cfg.max_epochs': 9,
+        'default_hooks.early_stop.patience': 2,
+        'default_hooks.early_stop.begin': 6,
+        'train_dataloader.sampler.type': 'BalancedSampler',
+        'dataset.class_weights': 'balanced',
+    }
+    arguments = ['--seeds', 0, '--data-root', unequal, '--work-dir', tmp_path / 'runs', *options(**changes)]
+    assert run('wsi-repeat', 'wsi/classification_clam', *arguments) == 0
+    folder = tmp_path / 'runs' / 'seed0'
+    written = {path.name: path.stat().st_mtime_ns for path in folder.glob('epoch_*.pth')}
+    assert written.keys() == {'epoch_5.pth', 'epoch_6.pth'}
+    metadata = read_checkpoint(folder / 'best.safetensors')[1]
+    assert (metadata['epoch'], metadata['wsi/loss']) == ('2', '1.0')
+    before = len(evaluated)
+    assert run('wsi-repeat', 'wsi/classification_clam', *arguments) == 0
+    assert written == {path.name: path.stat().st_mtime_ns for path in folder.glob('epoch_*.pth')}
+    assert len(evaluated) == before + 2 and read_checkpoint(folder / 'best.safetensors')[1] == metadata
 
 
 # ---- the way from check to heat map ----------------------------------------------------------------------------------
@@ -915,13 +1121,37 @@ def test_a_checkpoint_of_another_task_is_refused(trained, tmp_path, capsys):
     assert 'must be a checkpoint of survival, as the config is, got one of classification' in capsys.readouterr().err
 
 
-def test_another_table_has_its_own_split(trained, tmp_path):
-    """As that of another hospital, in other words: its classes are those of the checkpoint all the same."""
-    write_table(tmp_path / 'other.csv', LABELS, [['s3', 'b', 'test']])
-    changes = {'dataset.ann_file': str(tmp_path / 'other.csv')}
+def test_an_external_cohort(trained, tmp_path, capsys):
+    """Another table in another folder, without splits: all its slides are tested, in the classes of the training."""
+    folder = tmp_path / 'hospital'
+    folder.mkdir()
+    for i in range(6):
+        write_slide(folder / f'x{i}.h5', torch.randn(PATCHES, WIDTH) + 3 * (i % 2))
+    rows = [[f'x{i}', f'p{i // 2}', 'ab'[i // 3]] for i in range(6)]
+    write_table(folder / 'other.csv', ['slide_id', 'case_id', 'label'], rows)
+    changes = {'dataset.ann_file': 'other.csv', 'test_dataloader.dataset.split': 'all'}
     checkpoint = trained / 'run' / 'best.safetensors'
-    table = predictions('wsi/classification', checkpoint, trained, tmp_path, **changes)
-    assert table.startswith('slide_id,label,p_b,p_a') and table.count('\n') == 2
+    table = predictions('wsi/classification', checkpoint, folder, tmp_path, '--bootstrap', 20, **changes)
+    out = capsys.readouterr().out
+    assert (
+        f'other.csv is not the table of the training of {checkpoint}, whose network and classes b, a are taken' in out
+    )
+    assert re.search(r'wsi/auc .* 0\.\d+ to [01]\.\d+', out) and re.search(r'class .* as b .* as a', out)
+    rows = list(csv.DictReader(table.splitlines()))
+    assert list(rows[0]) == ['slide_id', 'label', 'p_b', 'p_a', 'case_id', 'loss']
+    assert [(row['slide_id'], row['case_id']) for row in rows] == [(f'x{i}', f'p{i // 2}') for i in range(6)]
+    for row in rows:
+        assert float(row['loss']) == pytest.approx(-math.log(float(row[f'p_{row["label"]}'])), abs=1e-6)
+    taken = Counter((row['label'], max('ab', key=lambda name: float(row[f'p_{name}']))) for row in rows)
+    confusion = list(csv.DictReader(open(tmp_path / 'test' / 'confusion.csv')))
+    assert confusion == [{'label': x, 'b': str(taken[x, 'b']), 'a': str(taken[x, 'a'])} for x in 'ba']
+
+
+def test_a_test_on_all_slides_of_the_training_is_told(trained, tmp_path, capsys):
+    changes = {'test_dataloader.dataset.split': 'all'}
+    table = predictions('wsi/classification', trained / 'run' / 'best.safetensors', trained, tmp_path, **changes)
+    assert table.count('\n') == 13
+    assert 'All slides of the table are tested, those that were trained on too.' in capsys.readouterr().out
 
 
 def test_folds_of_another_table_are_not_known(trained, tmp_path, capsys):
@@ -1013,6 +1243,18 @@ def test_survival_with_folds(config, cases, tmp_path, capsys):
     rows = [row for path in predictions for row in csv.DictReader(open(path))]
     assert sorted(row['case_id'] for row in rows) == sorted(f'c{i}' for i in range(12))
     assert all(float(row['survival_months']) == 1.5 * int(row['case_id'][1:]) + 1 for row in rows)
+    for i, path in enumerate(predictions if config == 'wsi/survival' else ()):
+        edge = json.loads(read_checkpoint(path.with_name('best.safetensors'))[1]['data'])['edges'][0]
+        for row in csv.DictReader(open(path)):
+            assert list(row)[4:] == [f's_{edge!r}', 's_end', 'loss'], i
+            first, second = float(row[f's_{edge!r}']), float(row['s_end'])
+            assert float(row['risk']) == pytest.approx(-(first + second))
+            late = float(row['survival_months']) >= edge
+            if row['censorship'] == '1':
+                expected = -0.5 * math.log(second if late else first)
+            else:
+                expected = -math.log(first - second if late else 1 - first)
+            assert float(row['loss']) == pytest.approx(expected, rel=1e-4)
     assert run('wsi-km', *predictions, '--output', tmp_path / 'km.png') == 0
     assert '6 cases of low and 6 of high risk, log-rank p = ' in capsys.readouterr().out
     assert Image.open(tmp_path / 'km.png').size[0] > 500
@@ -1094,13 +1336,27 @@ def test_repeat_reuses_no_runs_of_another_table(finished, capsys):
         (folder / 'labels.csv').write_bytes(table)
 
 
-def test_seeds_make_runs_of_their_own(classification, tmp_path, capsys):
-    arguments = ['--data-root', classification, '--work-dir', tmp_path / 'runs', *options(**SMALL)]
-    assert run('wsi-repeat', 'wsi/classification', '--seeds', 3, 4, *arguments) == 0
-    weights = [read_checkpoint(tmp_path / 'runs' / f'seed{seed}' / 'best.safetensors') for seed in (3, 4)]
-    assert [metadata['seed'] for _, metadata in weights] == ['3', '4']
-    assert not torch.equal(weights[0][0]['head.weight'], weights[1][0]['head.weight'])
-    assert set(json.loads((tmp_path / 'runs' / 'results.json').read_text())['runs']) == {'seed3', 'seed4'}
+def test_folds_and_seeds_make_runs_of_their_own(classification, tmp_path, warnings_of_a_run):
+    """By the table's column fold, whose numbers begin with 1."""
+    rows = [[f's{i}', 'ab'[i % 2], 1 + i % 3] for i in range(12)]
+    write_table(classification / 'labels.csv', ['slide_id', 'label', 'Fold'], rows)
+    changes = SMALL | {'model.model_name': 'mean_mil', 'train_cfg.max_epochs': 1}
+    arguments = ['--data-root', classification, '--work-dir', tmp_path / 'runs', *options(**changes)]
+    assert run('wsi-repeat', 'wsi/classification', '--folds', 3, '--seeds', 3, 4, *arguments) == 0
+    assert 'the folds are those of the column fold of labels.csv.' in warnings_of_a_run
+    results = json.loads((tmp_path / 'runs' / 'results.json').read_text())
+    assert list(results['runs']) == [f'fold{fold}-seed{seed}' for fold in range(3) for seed in (3, 4)]
+    values = [metrics['wsi/accuracy'] for metrics in results['runs'].values()]
+    assert results['mean']['wsi/accuracy'] == pytest.approx(statistics.fmean(values))
+    assert results['deviation']['wsi/accuracy'] == pytest.approx(statistics.stdev(values))
+    for fold in range(3):
+        folders = [tmp_path / 'runs' / f'fold{fold}-seed{seed}' for seed in (3, 4)]
+        weights = [read_checkpoint(folder / 'best.safetensors') for folder in folders]
+        assert [metadata['seed'] for _, metadata in weights] == ['3', '4']
+        assert not torch.equal(weights[0][0]['head.weight'], weights[1][0]['head.weight'])
+        for folder in folders:
+            tested = {row['slide_id'] for row in csv.DictReader(open(folder / 'predictions.csv'))}
+            assert tested == {f's{i}' for i in range(12) if i % 3 == fold}
 
 
 def test_the_mean_is_over_the_runs_with_a_metric():
@@ -1112,12 +1368,50 @@ def test_the_mean_is_over_the_runs_with_a_metric():
     assert summary['deviation'] == pytest.approx(dict(a=math.sqrt(2), b=math.nan, c=0.0), nan_ok=True)
 
 
-@pytest.mark.parametrize('network', ['mamba_mil', 'attention_mil', 'mean_mil', 'max_mil'])
+@pytest.mark.parametrize('network', ['mamba_mil', 'transmil', 'dtfd_mil', 'max_mil'])
 def test_the_other_networks_train(network, classification, tmp_path):
     arguments = ['--data-root', classification, '--work-dir', tmp_path / 'run']
     changes = {**SMALL, 'model.model_name': network, 'train_cfg.max_epochs': 1}
     assert run('train', 'wsi/classification', *arguments, *options(**changes)) == 0
-    assert read_checkpoint(tmp_path / 'run' / 'best.safetensors')[1]['model'] == network
+    assert read_checkpoint(tmp_path / 'run' / 'best.safetensors')[1]['model'] == current_name(network)
+
+
+def test_parts_of_bags_learn_the_labels_of_their_bags():
+    """Those of DTFD-MIL, by the same loss, in classification and survival."""
+    bags = [dict(features=torch.randn(n, WIDTH)) for n in (9, 3)]
+    samples = [dict(name='a', label=1), dict(name='b', label=0)]
+    model = SlideClassifier('dtfd_mil', in_dim=WIDTH, dim=16).eval()
+    losses = model(bags, samples, mode='loss')
+    assert losses.keys() == {'loss_cls', 'loss_cls_parts'}
+    logits, parts = (torch.cat(rows) for rows in zip(*(model.model.forward_train(**bag) for bag in bags), strict=True))
+    labels = torch.tensor([1] * 5 + [0] * 3)
+    torch.testing.assert_close(losses['loss_cls'], cross_entropy(logits, torch.tensor([1, 0])))
+    torch.testing.assert_close(losses['loss_cls_parts'], cross_entropy(parts, labels))
+    samples = [dict(name=name, months=m, censored=c) for name, m, c in (('a', 3.0, False), ('b', 5.0, True))]
+    model = SlideSurvival('dtfd_mil', in_dim=WIDTH, dim=16, num_classes=1, loss='cox')
+    assert model(bags, samples, mode='loss').keys() == {'loss_cox', 'loss_cox_parts'}
+    assert SlideClassifier('mean_mil', in_dim=WIDTH)(bags, [dict(label=0)] * 2, mode='loss').keys() == {'loss_cls'}
+
+
+def test_a_checkpoint_under_a_former_name(tmp_path):
+    """A heat map, a test and a training that begins with it know the network; so does one of other classes."""
+    from safetensors.torch import save_file
+
+    from vssm.models.mm.classification import load_weights
+    from vssm.models.mm.wsi_notes import follow_checkpoint
+    from vssm.tools._common import load_config
+    from vssm.tools.wsi_heatmap import load_model
+
+    args = dict(in_dim=WIDTH, dim=16)
+    path, weights = tmp_path / 'old.safetensors', create_mil_model('mamba1d_mil', **args).state_dict()
+    save_file(weights, path, dict(model='mamba_mil', model_args=json.dumps(args)))
+    assert load_model(path).scan_ndim == 1
+    cfg = load_config('wsi/classification')
+    follow_checkpoint(cfg, path, {'model.model_name': 'mamba_mil'})
+    assert cfg.model.model_name == 'mamba1d_mil'
+    model = SlideClassifier('mamba1d_mil', **args, num_classes=3)
+    load_weights(model, str(path), start=True)
+    assert torch.equal(model.model.embed.weight, weights['embed.weight'])
 
 
 @pytest.mark.parametrize(
@@ -1161,7 +1455,7 @@ def test_training_goes_on_from_published_weights(classification, tmp_path, golde
     changes = {
         'model.in_dim': 20,
         'model.dim': 24,
-        'model.model_name': 'mamba_mil',
+        'model.model_name': 'mamba1d_mil',
         'model.depth': 2,
         'model.d_state': 4,
         'model.init_cfg': dict(type='Pretrained', checkpoint=str(tmp_path / 'published.pth')),
@@ -1266,6 +1560,7 @@ def test_the_heat_map_names_the_classes_of_the_checkpoint(trained, tmp_path, mon
             ['other.safetensors', 's.h5'],
             'must be the .safetensors file of a training on slides, got one of test_vmamba',
         ),
+        (['s4mil.safetensors', 's.h5'], 'S4MIL: attention needs a pooling with weights, got that by the maximum'),
     ],
 )
 def test_bad_arguments_of_the_heat_map(argv, said, checkpoint, tmp_path, capsys, monkeypatch):
@@ -1275,6 +1570,9 @@ def test_bad_arguments_of_the_heat_map(argv, said, checkpoint, tmp_path, capsys,
     write_slide('s.h5')
     write_slide('wide.h5', torch.randn(PATCHES, 20))
     save_file(dict(x=torch.ones(1)), 'other.safetensors', dict(model='test_vmamba'))
+    args = dict(in_dim=WIDTH, dim=8)
+    notes = dict(model='s4mil', model_args=json.dumps(args))
+    save_file(create_mil_model('s4mil', **args).state_dict(), 's4mil.safetensors', notes)
     assert main(['wsi-heatmap', *argv]) == 2
     captured = capsys.readouterr()
     assert said in captured.err and captured.err.count('\n') == 1
@@ -1325,11 +1623,110 @@ def test_bad_predictions_are_named(header, rows, said, tmp_path, capsys):
         (['digits/vmamba_test', '--seeds', '0'], 'whose dataset is a SlideDataset'),
         (['wsi/classification', '--seeds', '0', '0'], '--seeds must differ'),
         (['wsi/classification', '--folds', '2'], '--folds must be at least 3'),
+        (['wsi/classification'], '--folds or --seeds must be given, or both'),
     ],
 )
 def test_bad_arguments_of_repeat(argv, said, tmp_path, capsys):
     assert run('wsi-repeat', *argv, '--work-dir', tmp_path) == 2
     assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+# ---- comparison of networks ------------------------------------------------------------------------------------------
+
+
+def trials(**aucs):
+    """The results of networks, a trial for each AUC."""
+    return {
+        name: {Trial(None, seed): {'wsi/auc': auc, 'wsi/accuracy': 0.5} for seed, auc in enumerate(values)}
+        for name, values in aucs.items()
+    }
+
+
+def test_what_a_comparison_says():
+    """Means, deviations of n - 1, mean ranks with ties, and the exact p of pairs that all differ in one direction."""
+    rows = wsi_compare.compare(
+        trials(
+            b=[0.5, 0.6, 0.7, 0.6, 0.5, 0.7],
+            a=[0.6, 0.72, 0.83, 0.74, 0.65, 0.86],
+            same=[0.6, 0.72, 0.83, 0.74, 0.65, 0.86],
+        ),
+        'wsi/auc',
+    )
+    assert [row.network for row in rows] == ['a', 'same', 'b']
+    assert [row.rank for row in rows] == [1.5, 1.5, 3]
+    assert [row.p for row in rows] == [None, 1.0, pytest.approx(2 / 2**6)]
+    assert rows[0].mean['wsi/auc'] == pytest.approx(4.4 / 6)
+    assert rows[2].deviation['wsi/auc'] == pytest.approx(math.sqrt(4 / 3 * 0.1**2 * 3 / 5))
+    assert rows[0].mean['wsi/accuracy'] == 0.5 and rows[0].deviation['wsi/accuracy'] == 0
+
+
+def test_a_comparison_is_of_trials_that_all_networks_share():
+    rows = wsi_compare.compare(trials(a=[0.9, math.nan, 0.7, 0.8, 0.6], b=[0.8, 0.9, 0.6, math.nan, 0.7]), 'wsi/auc')
+    assert [row.mean['wsi/auc'] for row in rows] == pytest.approx([2.2 / 3, 2.1 / 3])
+    assert [row.p for row in rows] == [None, None]  # of three pairs nothing can be said
+    with pytest.raises(UsageError, match='defined in a run, one of wsi/accuracy, wsi/auc; got wsi/f1'):
+        wsi_compare.compare(trials(a=[0.5]), 'wsi/f1')
+
+
+def test_the_comparison_from_the_command_line(classification, tmp_path, capsys, monkeypatch):
+    """One network trained, and a second whose runs are made up: folders, tables and the picture."""
+    folders, results = [], {}
+
+    def repeat(configs):
+        ((trial, cfg),) = configs.items()
+        assert (cfg.model.in_dim, cfg.model.num_classes) == (WIDTH, 2) and trial == Trial(None, 3)
+        folders.append(Path(cfg.work_dir).parent.name)
+        if results:
+            return {trial: dict.fromkeys(results[trial], 0.25)}
+        results.update(wsi_repeat.repeat(configs))
+        return results
+
+    monkeypatch.setattr(wsi_compare, 'repeat', repeat)
+    changes = {**SMALL, 'train_cfg.max_epochs': 1}
+    del changes['model.in_dim']  # which the data tell
+    networks = ['mean_mil', 'mamba2d_mil:depth=2:pad_token=none']
+    arguments = ['--models', *networks, '--seeds', 3, '--work-dir', tmp_path / 'runs', *options(**changes)]
+    assert run('wsi-compare', classification / 'labels.csv', classification, *arguments) == 0
+    assert folders == ['mean_mil', 'mamba2d_mil,depth=2,pad_token=none']
+    assert 'mamba2d_mil:depth=2:pad_token=none' in capsys.readouterr().out
+    rows = list(csv.DictReader(open(tmp_path / 'runs' / 'runs.csv')))
+    assert [(row['network'], row['fold'], row['seed']) for row in rows] == [(n, '', '3') for n in networks]
+    table = {row['network']: row for row in csv.DictReader(open(tmp_path / 'runs' / 'comparison.csv'))}
+    aucs = [float(row['wsi/auc']) for row in rows if row['network'] == 'mean_mil']
+    assert float(table['mean_mil']['wsi/auc mean']) == pytest.approx(statistics.fmean(aucs))
+    assert float(table[networks[1]]['wsi/auc mean']) == 0.25
+    assert (tmp_path / 'runs' / 'mean_mil' / 'seed3' / 'best.safetensors').is_file()
+    assert colours(tmp_path / 'runs' / 'comparison.png') > 20
+
+
+@pytest.mark.parametrize(
+    'argv, said',
+    [
+        (['--models', 'resnet50'], 'resnet50 cannot be built: '),
+        (['--models', 'mean_mil:depth=2'], "mean_mil:depth=2 cannot be built: .*unexpected keyword argument 'depth'"),
+        (['--models', 'mean_mil:depth'], '--models must be NAME or NAME:KEY=VALUE, .* got mean_mil:depth'),
+        (['--models', 'mean_mil', 'mean_mil'], '--models must differ, got mean_mil twice'),
+        (['--seeds', '1', '1'], '--seeds must differ'),
+        (['--folds', '2'], 'folds must be 3 or more'),
+        (['--config', 'digits/vmamba2d_test'], '--config must be one whose dataset is a SlideDataset'),
+    ],
+)
+def test_bad_arguments_of_a_comparison(argv, said, classification, tmp_path, capsys):
+    command = ['wsi-compare', classification / 'labels.csv', classification, '--work-dir', tmp_path / 'runs', *argv]
+    assert run(*command) == 2
+    error = capsys.readouterr().err
+    assert re.search(said, error) and error.count('\n') == 1 and not (tmp_path / 'runs').exists(), error
+
+
+def test_a_comparison_without_data(cases, tmp_path, capsys):
+    """A table without splits, whose task is a survival; one that is not there; and a folder that is not."""
+    for table, folder, said in (
+        (cases / 'survival.csv', cases, 'is it --folds that is missing?'),
+        (cases / 'none.csv', cases, 'none.csv does not exist'),
+        (cases / 'survival.csv', cases / 'none', 'FEATURES must be a folder'),
+    ):
+        assert run('wsi-compare', table, folder, '--work-dir', tmp_path) == 2
+        assert said in capsys.readouterr().err
 
 
 # ---- benchmarks ------------------------------------------------------------------------------------------------------
@@ -1350,6 +1747,23 @@ def test_tissues_that_touch_need_the_grid(tmp_path):
     rows = benchmark('touch', tmp_path, '--networks', '2DMambaMIL', 'mean')
     assert rows['2DMambaMIL']['test_accuracy'] >= 0.9
     assert abs(rows['mean']['test_accuracy'] - 0.5) < 0.1
+
+
+@pytest.mark.slow
+def test_all_kinds_of_networks_are_compared(tmp_path):
+    """On few synthetic slides, and again from what is there, which gives the same."""
+    networks = ['mamba2d_mil:depth=2', 'srmambamil', 'transmil', 'dtfd_mil', 'max_mil']
+    command = [BENCHMARKS / 'compare_slides.py', '--models', *networks, '--seeds', 0, 1, '--train', 8, '--epochs', 1]
+    command += ['--work-dir', tmp_path, '--json', tmp_path / 'figures.json', '--picture', tmp_path / 'picture.png']
+    tables = []
+    for _ in range(2):
+        result = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+        tables.append(json.loads((tmp_path / 'figures.json').read_text())['rows'])
+    assert tables[0] == tables[1] and 'is tested again' in result.stdout
+    assert sorted(row['network'] for row in tables[0]) == sorted(networks)
+    assert all(len(row['runs']) == 2 for row in tables[0])
+    assert colours(tmp_path / 'picture.png') > 20
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from vssm.models.mil import (
     MambaMIL,
     checkpoint_filter_fn,
     create_mil_model,
+    current_name,
     grid,
     list_mil_models,
     networks,
@@ -23,6 +24,10 @@ from vssm.models.mil import (
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 BENCHMARKS = Path(__file__).parents[2] / 'benchmarks'
+
+
+SEQUENCES = ('mamba1d_mil', 'srmambamil', 'mambamil', 's4mil', 'transmil', 'dtfd_mil')
+BY_MAXIMUM = ('max_mil', 's4mil')  # which show no attention
 
 
 def small(name, **kwargs):
@@ -65,7 +70,7 @@ def golden_model(options, dtype):
         dtype=dtype,
     )
     if options['model_type'] == 'MambaMIL_2D':  # so the authors' code calls the 1-D variant
-        return create_mil_model('mamba_mil', **args).eval()
+        return create_mil_model('mamba1d_mil', **args).eval()
     return create_mil_model(
         'mamba2d_mil',
         patch_size=options['mamba_2d_patch_size'],
@@ -114,9 +119,16 @@ def test_golden(case, dtype, golden, assert_close):
 
 
 def test_our_own_checkpoints_pass_unchanged():
-    for name in ('mamba2d_mil', 'mamba_mil'):
+    for name in list_mil_models():
         weights = small(name).state_dict()
         assert checkpoint_filter_fn(weights, small(name)) == weights
+
+
+def test_a_former_name_is_told():
+    assert current_name('mamba_mil') == current_name('mamba1d_mil') == 'mamba1d_mil' and current_name('mamba') is None
+    with pytest.warns(FutureWarning, match='mamba_mil is now called mamba1d_mil, .* the paper MambaMIL is mambamil'):
+        model = small('mamba_mil')
+    assert type(model) is MambaMIL and model.scan_ndim == 1
 
 
 def test_a_checkpoint_with_a_pad_token_does_not_fit_a_network_without():
@@ -132,11 +144,14 @@ def test_every_network(name):
     """Takes any number of patches, gives every parameter a gradient, and lies on the meta device."""
     model = small(name).train()
     features, coords = bag(TISSUE)
-    logits = model(features, coords)
-    assert logits.shape == (1, 3)
-    logits.square().sum().backward()
+    logits, parts = model.forward_train(features, coords)
+    assert logits.shape == (1, 3) and parts.shape == (5 if name == 'dtfd_mil' else 0, 3)
+    torch.cat([logits, parts]).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    assert model(features[:1], coords[:1]).shape == (1, 3)
+    model.eval()
+    assert torch.equal(model(features, coords), model.forward_train(features, coords)[0])
+    for n in (1, 2, 3):
+        assert model(features[:n], coords[:n]).shape == (1, 3) and model(features[:n], coords[:n]).isfinite().all()
     assert all(p.is_meta for p in small(name, device='meta').parameters())
     assert {p.dtype for p in small(name, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
 
@@ -153,11 +168,11 @@ def test_autocast(name, far):
 
 @pytest.mark.parametrize('name', list_mil_models())
 def test_what_the_order_of_the_patches_changes(name):
-    """Nothing but in the 1-D variant, which walks in the order of the file."""
+    """Nothing but in the networks that walk or count in the order of the file."""
     model, (features, coords) = small(name).double(), bag(TISSUE, dtype=torch.float64)
     order = torch.randperm(len(features))
     same = torch.allclose(model(features, coords), model(features[order], coords[order]), rtol=1e-10)
-    assert same == (name != 'mamba_mil')
+    assert same == (name not in SEQUENCES)
 
 
 @pytest.mark.parametrize('name', list_mil_models())
@@ -167,17 +182,17 @@ def test_what_the_place_of_the_patches_changes(name):
     assert moved == (name != 'mamba2d_mil')
 
 
-@pytest.mark.parametrize('name', [name for name in list_mil_models() if name != 'max_mil'])
+@pytest.mark.parametrize('name', [name for name in list_mil_models() if name not in BY_MAXIMUM])
 @pytest.mark.parametrize('pad_token', ['learned', 'none'])
 def test_attention_is_what_the_pooling_uses(name, pad_token):
-    kwargs = dict(pad_token=pad_token) if 'mamba' in name else {}
+    kwargs = dict(pad_token=pad_token) if name == 'mamba2d_mil' else {}
     model, (features, coords) = small(name, **kwargs), bag(TISSUE)
     weights = model.attention(features, coords)
     tokens, patches = model.forward_features(features, coords)
     empty = len(tokens) - len(features)
     assert (weights >= 0).all() and weights.shape == (len(features),)
     assert bool(empty) == (name == 'mamba2d_mil' and pad_token == 'learned')
-    if empty:
+    if empty or name == 'transmil':  # whose class token looks at itself, too
         assert weights.sum() < 1 - 1e-3
     else:
         torch.testing.assert_close(weights.sum(), torch.tensor(1.0))
@@ -186,7 +201,8 @@ def test_attention_is_what_the_pooling_uses(name, pad_token):
 
 @pytest.mark.parametrize('name', list_mil_models())
 def test_several_slides_are_pooled_together(name):
-    """Each on its own grid; the order of the slides does not matter, and their coordinates may be the same."""
+    """Each on its own grid or in its own order, and their coordinates may be the same; the order of the slides matters
+    where all patches are one sequence."""
     model = small(name).double()
     slides = [bag(TISSUE, dtype=torch.float64), bag(TISSUE[:5], dtype=torch.float64)]
 
@@ -195,10 +211,10 @@ def test_several_slides_are_pooled_together(name):
         return model(features, coords, lengths=[len(part[0]) for part in slides])
 
     expected = logits(slides)
-    torch.testing.assert_close(logits(slides[::-1]), expected)
+    assert torch.allclose(logits(slides[::-1]), expected) == (name not in ('transmil', 'dtfd_mil'))
     tokens = torch.cat([model.forward_features(*slide)[0] for slide in slides])
     torch.testing.assert_close(model.head(model.pool(tokens)), expected)
-    if name != 'max_mil':
+    if name not in BY_MAXIMUM:
         weights = model.attention(*(torch.cat(part) for part in zip(*slides, strict=True)), lengths=[11, 5])
         assert weights.shape == (16,)
 
@@ -224,19 +240,26 @@ def test_the_published_sizes():
 @pytest.mark.parametrize(
     'make, said',
     [
-        (lambda: create_mil_model('transmil'), "model_name must be one of mamba2d_mil, .*, got 'transmil'"),
+        (lambda: create_mil_model('vit'), "model_name must be one of mamba2d_mil, .*, got 'vit'"),
         (lambda: small('mamba2d_mil', scan_ndim=3), 'scan_ndim must be 1 or 2, got 3'),
         (lambda: small('mamba2d_mil', pad_token='one'), "pad_token must be 'learned', 'zero' or 'none', got 'one'"),
         (lambda: small('mamba2d_mil', crop=True, grid_size=(4, 4)), 'grid_size .* must be None, got .4, 4.'),
         (lambda: small('mamba2d_mil', max_gap=-1), 'max_gap must be 0 or more, .* got -1'),
         (lambda: small('mamba2d_mil', max_gap=3, pad_token='none'), 'max_gap must be .* got 3'),
-        (lambda: small('mean_mil', pool='median'), "pool must be one of attention, mean, max, got 'median'"),
+        (lambda: small('mean_mil', pool='median'), "pool must be one of attention, gated, mean, max, got 'median'"),
         (lambda: small('mean_mil')(torch.randn(3, 5)), r'features must be \(n, 6\) with n >= 1, got \(3, 5\)'),
         (lambda: small('mean_mil')(torch.randn(0, 6)), r'features must be .*, got \(0, 6\)'),
         (lambda: small('mamba2d_mil')(torch.randn(3, 6)), 'coords must be .* for a 2-D scan, got None'),
         (lambda: small('mamba2d_mil')(torch.randn(3, 6), torch.zeros(2, 2)), r'coords must be \(3, 2\), got \(2, 2\)'),
         (lambda: small('mean_mil')(torch.randn(3, 6), lengths=[2, 2]), r'add up to 3, got \[2, 2\]'),
         (lambda: small('max_mil').attention(torch.randn(3, 6)), 'attention needs a pooling with weights'),
+        (lambda: small('s4mil').attention(torch.randn(3, 6)), 'S4MIL: attention needs a pooling with weights'),
+        (lambda: small('s4mil', d_state=5), 'd_state must be an even number from 2 up, got 5'),
+        (lambda: small('srmambamil', rate=1), 'rate must be 2 or more, or None, got 1'),
+        (lambda: small('transmil', num_heads=5), 'num_heads must divide dim and .* got 5, 16 and 8'),
+        (lambda: small('transmil', landmarks=0), 'landmarks be 1 or more, got 8, 16 and 0'),
+        (lambda: small('dtfd_mil', parts=0), "parts must be 1 or more .* got 0 and 'afs'"),
+        (lambda: small('dtfd_mil', distillation='mas'), "one of afs, max, maxmin, attention, got 5 and 'mas'"),
     ],
 )
 def test_bad_arguments_are_named(make, said):
