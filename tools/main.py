@@ -24,6 +24,7 @@ COMMANDS = (
     'wsi-check',
     'wsi-repeat',
     'wsi-heatmap',
+    'wsi-embed',
     'wsi-km',
     'zoo',
     'env',
