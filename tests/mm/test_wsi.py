@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole slides from files to figures: tables, splits, features, metrics, and the commands from check to heat map."""
 
+import argparse
 import csv
 import hashlib
 import importlib.util
@@ -25,7 +26,9 @@ from processes import finish, losses, options, start, wait_for
 from vssm.models.mil import create_mil_model
 from vssm.models.mil.survival import time_edges
 from vssm.models.weights import read_checkpoint
+from vssm.tools._common import UsageError, read_config
 from vssm.tools.main import main
+from vssm.tools.wsi_repeat import plan, summarise
 
 h5py = pytest.importorskip('h5py', reason="h5py is not installed: pip install '.[wsi]'")
 pytest.importorskip('mmengine', reason="mmengine is not installed: pip install '.[wsi]'")
@@ -307,6 +310,33 @@ def test_splits_of_cases_without_a_test(cases, tmp_path, capsys):
     changes['dataset.split_file'] = 'splits_0.csv'
     assert run('wsi-repeat', 'wsi/survival', *arguments, *options(**changes)) == 2
     assert 'must name the file of each of --folds by %d, got splits_0.csv' in capsys.readouterr().err
+
+
+def test_folds_in_columns_of_their_own(classification, tmp_path):
+    """A column for each fold, as some tables have them, tells who is tested in it."""
+    names = ('train', 'val', 'test')
+    rows = [[f's{i}', 'ab'[i % 2], names[i // 4], names[2 - i // 4]] for i in range(12)]
+    write_table(classification / 'labels.csv', ['slide_id', 'label', 'Fold 0', 'Fold 1'], rows)
+    options = ['dataset.columns.split=fold_%d', *(f'{key}={value}' for key, value in SMALL.items())]
+    arguments = argparse.Namespace(
+        config='wsi/classification',
+        cfg_options=options,
+        data_root=str(classification),
+        work_dir=tmp_path / 'runs',
+        launcher='none',
+    )
+    cfg = read_config(arguments)
+    configs = plan(cfg, folds=2)
+    assert [trial.name for trial in configs] == ['fold0', 'fold1']
+    for trial, config in configs.items():
+        dataset = SlideDataset(**{key: value for key, value in config.dataset.items() if key != 'type'}, split='test')
+        first = 8 - 8 * trial.fold
+        assert [bag[0].slide_id for bag in dataset.bags] == [f's{i}' for i in range(first, first + 4)]
+    with pytest.raises(
+        UsageError,
+        match='fold2: table .* must have the columns slide_id, label, fold_2 for classification, got .*fold_1',
+    ):
+        plan(cfg, folds=3)
 
 
 @pytest.mark.parametrize(
@@ -1357,8 +1387,6 @@ def test_folds_and_seeds_make_runs_of_their_own(classification, tmp_path, warnin
 
 
 def test_the_mean_is_over_the_runs_with_a_metric():
-    from vssm.tools.wsi_repeat import summarise
-
     runs = [dict(a=1.0, b=math.nan, c=5.0), dict(a=3.0, b=math.nan, c=math.nan)]
     summary = summarise(runs)
     assert summary['mean'] == pytest.approx(dict(a=2.0, b=math.nan, c=5.0), nan_ok=True)
