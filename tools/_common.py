@@ -3,6 +3,8 @@
 
 import argparse
 import difflib
+import importlib.metadata
+import importlib.util
 import json
 import warnings
 from collections.abc import Sequence
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from .. import configs
-from ..models.files import replacing
+from ..models.files import replacing, state_of
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -40,7 +42,7 @@ def find_config(name: str) -> Path:
     if name.endswith('.py'):
         if Path(name).is_file():
             return Path(name)
-        raise UsageError(f'config {name} does not exist; `vssm configs` lists the shipped ones, which run by name.')
+        raise UsageError(f'config {name} {state_of(name)}; `vssm configs` lists the shipped ones, which run by name.')
     names = list_configs()
     if name not in names:
         raise UsageError(
@@ -138,6 +140,7 @@ def load_config(name: str) -> 'Config':
     """
     path = find_config(name)
     quieten_packages()
+    _find_by_module()
     import mmengine.runner  # noqa: F401  # first: where only a config imports it in vain, mmengine hides the reason
     from mmengine.config import Config
 
@@ -145,7 +148,7 @@ def load_config(name: str) -> 'Config':
         return Config.fromfile(path)
     except ModuleNotFoundError as error:
         if 'pkg_resources' in str(error):
-            raise UsageError("mmengine needs pkg_resources: run `pip install 'setuptools<82'`.") from error
+            raise UsageError('mmengine needs pkg_resources: run `pip install "setuptools<82"`.') from error
         for package in ('mmdet', 'mmseg'):  # mmengine names the package of a base in its sentence alone
             if str(error).startswith(package):
                 error.name = package
@@ -155,6 +158,23 @@ def load_config(name: str) -> 'Config':
         while reason.__context__ is not None and not isinstance(reason, ModuleNotFoundError):
             reason = reason.__context__  # behind the config's own imports mmengine hides the reason
         raise reason from None
+
+
+def _find_by_module() -> None:
+    """Let mmengine find `mmseg::` bases by the name of the module where no mmsegmentation is installed, but a fork."""
+    from mmengine.config.utils import MODULE2PACKAGE
+
+    for module, package in MODULE2PACKAGE.items():
+        if package != module and not find_distribution(package) and importlib.util.find_spec(module) is not None:
+            MODULE2PACKAGE[module] = module
+
+
+def find_distribution(name: str) -> str | None:
+    """The version of an installed distribution; None if it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def quieten_packages() -> None:
@@ -214,7 +234,7 @@ def build_runner(cfg: 'Config') -> 'Runner':
     from mmengine.registry import RUNNERS
 
     if cfg.get('load_from') and cfg.get('resume') != 'auto' and not Path(cfg.load_from).is_file():
-        raise UsageError(f'load_from must be a checkpoint, got {cfg.load_from}, which does not exist.')
+        raise UsageError(f'load_from must be a checkpoint, got {cfg.load_from}, which {state_of(cfg.load_from)}.')
     try:
         return RUNNERS.build(cfg)
     except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:  # mmengine names what it was building
