@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ..files import state_of
 from ..images import misplaced
 from .classification import NamedModel
 from .features import TimmFeatures
@@ -361,7 +362,7 @@ def _check_zero(leaf: Any) -> None:
 
 def _check_mask(path: str, leaf: Any, classes: int) -> None:
     if not Path(path).is_file():
-        raise RunError(f'the data are not complete: {path} does not exist.')
+        raise RunError(f'the data are not complete: {path} {state_of(path)}.')
     try:
         with Image.open(path) as file:
             values = np.asarray(file)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ...version import __version__
-from ..files import printable, replacing
+from ..files import printable, replacing, state_of
 from .checksum import write_safetensors
 from .fit import misfits
 from .identify import SHAPE_ARGS, identify, registered
@@ -65,7 +65,7 @@ def convert(
     if target.suffix != '.safetensors':
         raise ValueError(f'convert: target must end in .safetensors, got {target}.')
     if not target.parent.is_dir():
-        raise FileNotFoundError(f'convert: the folder of target {target} does not exist.')
+        raise FileNotFoundError(f'convert: the folder of target {target} {state_of(target.parent)}.')
     tensors, metadata = read_checkpoint(source, which)
     tensors, left_out = strip_prefixes(tensors)
     recorded = metadata.get('model')
