@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional as TF
 
-from ..models.files import reason
+from ..models.files import reason, state_of
 from ..models.images import read_rgb
 from ..models.predict import load_network
 from ..models.weights import list_models
@@ -58,7 +58,7 @@ def check_picture_arguments(args: argparse.Namespace) -> None:
         )
     for path in args.checkpoint:
         if path != '-' and not Path(path).is_file():
-            raise UsageError(f'--checkpoint must be a file, got {path}, which does not exist.')
+            raise UsageError(f'--checkpoint must be a file, got {path}, which {state_of(path)}.')
     check_output(args.output)
 
 
@@ -118,7 +118,7 @@ def read_image(path: Path, size: int) -> Tensor:
 def read_images(folder: Path, count: int, size: int) -> list[Tensor]:
     """At most `count` images in a folder and those below it, evenly spread over their sorted paths."""
     if not folder.is_dir():
-        raise UsageError(f'--images must be a folder, got {folder}, which is none.')
+        raise UsageError(f'--images must be a folder, got {folder}, which {state_of(folder)}.')
     if count < 1:
         raise UsageError(f'--count must be at least 1, got {count}.')
     paths = sorted(path for path in folder.rglob('*') if path.suffix.lower() in IMG_EXTENSIONS)

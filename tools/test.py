@@ -5,6 +5,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..models.files import state_of
 from ._common import UsageError, add_run_arguments, build_runner, follow_checkpoint, read_config
 from ._tables import print_table
 
@@ -27,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if not args.checkpoint.is_file():
-        raise UsageError(f'checkpoint {args.checkpoint} does not exist; `vssm train {args.config}` makes one.')
+        raise UsageError(
+            f'checkpoint {args.checkpoint} {state_of(args.checkpoint)}; `vssm train {args.config}` makes one.'
+        )
     cfg = read_config(args)
     if args.tta:
         if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:

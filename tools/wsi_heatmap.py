@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..models.files import state_of
 from ._common import UsageError, console
 from ._pictures import check_output, pyplot, save_figure
 
@@ -53,8 +54,9 @@ def run(args: argparse.Namespace) -> int:
     from ..models.mil.slides import read_slide
 
     check_output(args.output)
-    if not args.features.is_file() or args.features.suffix not in ('.h5', '.pt'):
-        raise UsageError(f'FEATURES must be a .h5 or .pt file, got {args.features}.')
+    which = '' if args.features.is_file() else f', which {state_of(args.features)}'
+    if which or args.features.suffix not in ('.h5', '.pt'):
+        raise UsageError(f'FEATURES must be a .h5 or .pt file, got {args.features}{which}.')
     if args.patch_size is not None and args.patch_size < 1:
         raise UsageError(f'--patch-size must be at least 1, got {args.patch_size}.')
     pyplot()  # a missing package is better told now than after the work
@@ -118,7 +120,7 @@ def read_thumbnail(slide: Path | None) -> tuple[tuple['Image.Image', tuple[int, 
     if slide is None:
         return None, 'the grid: no --slide is given'
     if not slide.is_file():
-        return None, f'the grid: {slide} does not exist'
+        return None, f'the grid: {slide} {state_of(slide)}'
     try:
         import openslide
     except ImportError:

@@ -56,7 +56,10 @@ def run(args: argparse.Namespace) -> int:
     for changed in configs.values():  # before the first of them takes its time
         check_test(changed)
         check_run(changed)
-    results = {name: train_and_test(changed) for name, changed in configs.items()}
+    try:
+        results = {name: train_and_test(changed) for name, changed in configs.items()}
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt('interrupted; the same command goes on where it was.') from error
     from mmengine.dist import is_main_process
 
     if not is_main_process():

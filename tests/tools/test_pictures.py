@@ -405,7 +405,7 @@ def test_bad_files_give_one_sentence_and_exit_code_2(argv, said, capsys, bad_fil
 @pytest.mark.parametrize(
     'missing, argv, extra',
     [
-        ('matplotlib', ['erf', 'test_vmamba'], 'demo'),
+        ('matplotlib', ['erf', 'test_vmamba'], 'plot'),
         ('sklearn', ['erf', 'test_vmamba'], 'demo'),
         ('pytorch_grad_cam', ['cam', 'test_vmamba', 'image.png'], 'plot'),
     ],
@@ -417,4 +417,4 @@ def test_a_missing_package_is_named(missing, argv, extra, capsys, tmp_path, monk
         monkeypatch.setitem(sys.modules, module, None)  # importing it fails as if it were not installed
     assert main(argv) == 2
     error = capsys.readouterr().err
-    assert f'needs the package {missing}' in error and f'pip install .[{extra}]' in error
+    assert f'needs the package {missing}' in error and f'`pip install ".[{extra}]"`' in error
