@@ -179,7 +179,8 @@ def find_distribution(name: str) -> str | None:
 
 def quieten_packages() -> None:
     """Silence warnings of mmengine, mmdet and mmseg that concern nobody but their authors."""
-    about = 'pkg_resources is deprecated|.* be deprecated|Default ``avg_non_ignore``|The draw is False'
+    about = 'pkg_resources is deprecated|.* be deprecated|Default ``avg_non_ignore``|The draw is False|'
+    about += 'Warning: The .* is out of bounds'  # of an object at the rim, which is drawn as far as it goes
     warnings.filterwarnings('ignore', about, UserWarning)
 
 

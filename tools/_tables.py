@@ -40,12 +40,14 @@ def print_table(
     columns = [[header[i], *(row[i] for row in rows)] for i in range(len(header))]
     figures = [all(_FIGURE.fullmatch(cell) for cell in column[1:]) for column in columns]
     whole = [i == 0 or figures[i] for i in range(len(header))]
+    if title:
+        _print_plain(title, to)
     if not to.is_terminal:
-        _print_lines(columns, figures, title, to)
+        _print_lines(columns, figures, to)
     elif sum(map(_least_width, columns, whole)) + 3 * len(header) + 1 > to.width:
-        _print_blocks(header, rows, title, to)
+        _print_blocks(header, rows, to)
     else:
-        table = Table(title=title, title_justify='left')
+        table = Table()
         for heading, right, unbroken in zip(header, figures, whole, strict=True):
             table.add_column(heading, justify='right' if right else 'left', overflow='fold', no_wrap=unbroken)
         for i, row in enumerate(rows):
@@ -62,10 +64,8 @@ def _least_width(column: Sequence[str], whole: bool) -> int:
     return natural if whole else max(longest, min(natural, _WORDS))
 
 
-def _print_lines(columns: Rows, figures: Sequence[bool], title: str | None, to: Console) -> None:
+def _print_lines(columns: Rows, figures: Sequence[bool], to: Console) -> None:
     widths = [max(map(cell_len, column)) for column in columns]
-    if title:
-        _print_plain(title, to)
     for cells in zip(*columns, strict=True):
         padded = []
         for cell, width, right in zip(cells, widths, figures, strict=True):
@@ -74,10 +74,8 @@ def _print_lines(columns: Rows, figures: Sequence[bool], title: str | None, to: 
         _print_plain('  '.join(padded).rstrip(), to)
 
 
-def _print_blocks(header: Sequence[str], rows: Rows, title: str | None, to: Console) -> None:
+def _print_blocks(header: Sequence[str], rows: Rows, to: Console) -> None:
     """Print each row as its first cell and, indented below it, the others with their headings."""
-    if title:
-        _print_plain(title, to)
     for first, *others in rows:
         _print_plain(first, to)
         if len(others) == 1:

@@ -28,6 +28,7 @@ __all__ = [
     'check_channels',
     'check_classes',
     'check_masks',
+    'class_counts',
     'explained',
     'leaves',
     'part',
@@ -169,9 +170,9 @@ def check_classes(dataset: Any, model: nn.Module) -> None:
             continue
         if hasattr(leaf, 'cat_ids'):
             _check_categories(leaf, classes, model)
-        wrong = {key: need for key, need, got in _counts(leaf, model) if need != got}
+        wrong = {key: need for key, need, got in class_counts(leaf, model) if need != got}
         if wrong:
-            got = ', '.join(f'{key} {got}' for key, _, got in _counts(leaf, model) if key in wrong)
+            got = ', '.join(f'{key} {got}' for key, _, got in class_counts(leaf, model) if key in wrong)
             options = ' '.join(f'model.{key}={need}' for key, need in wrong.items())
             raise RunError(
                 f'{", ".join(f"model.{key}" for key in wrong)} must be {_choices(wrong.values())}, the number of '
@@ -187,7 +188,7 @@ def _some(names: Sequence[str], most: int = 8) -> str:
     return ', '.join(map(str, names[:most])) + (f' and {len(names) - most} more' if len(names) > most else '')
 
 
-def _counts(leaf: Any, model: nn.Module) -> Iterator[tuple[str, int, int]]:
+def class_counts(leaf: Any, model: nn.Module) -> Iterator[tuple[str, int, int]]:
     """Each number of classes in a model: its key in the config, what it must be for these data, what it is."""
     classes = leaf.metainfo['classes']
     if isinstance(model, NamedModel):
@@ -238,7 +239,7 @@ def _check_categories(leaf: Any, classes: Sequence[str], model: nn.Module) -> No
         return
     everything = list(names.values())
     right = found if len(found) == len(classes) else everything
-    keys = dict.fromkeys(key for key, _, _ in _counts(leaf, model))
+    keys = dict.fromkeys(key for key, _, _ in class_counts(leaf, model))
     raise RunError(
         f'metainfo.classes must be names of categories in {leaf.ann_file}, in their order there '
         f'({_some(everything)}), got {_some(classes)}: set metainfo=dict(classes={_tuple(right)}) in the dataset of '

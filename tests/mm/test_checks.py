@@ -403,7 +403,7 @@ def test_heads_of_detectors(name):
         model = MODELS.build(cfg.model)
     metainfo = copy.deepcopy(DATASETS.get(f'mmdet.{dataset.type}').METAINFO)
     leaf = Leaf(metainfo)
-    counts = list(checks._counts(leaf, model))
+    counts = list(checks.class_counts(leaf, model))
     checks.check_classes(leaf, model)
     assert len(counts) == DETECTORS[name], counts
     for key in ('classes', 'thing_classes'):
