@@ -47,6 +47,7 @@ ALSO = {  # what single files may besides
     'models/mm/features.py': {'mmengine'},
     'models/mm/hooks.py': {'mmengine', 'vssm.version'},
     'models/mm/inference.py': {'PIL', 'mmdet', 'mmengine', 'mmseg', 'numpy'},
+    'models/mm/inspection.py': {'PIL', 'mmengine', 'numpy'},
     'models/mm/loading.py': {'mmengine'},
     'models/mm/optim.py': {'mmengine'},
     'models/mm/progress.py': {'mmengine', 'rich'},

@@ -86,14 +86,7 @@ def to_json(content: Any) -> str:
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that a training and a test share."""
     parser.add_argument('--work-dir', metavar='DIR', type=Path, help='where to write (default: work_dirs/CONFIG)')
-    parser.add_argument('--data-root', metavar='DIR', help='folder of the data, in place of the one in the config')
-    parser.add_argument(
-        '--cfg-options',
-        metavar='KEY=VALUE',
-        nargs='+',
-        default=[],
-        help='changes to the config; values as mmengine reads them, 2, 1e-3, true, a,b or [a,b], or as in Python',
-    )
+    add_config_options(parser)
     parser.add_argument(
         '--launcher',
         choices=('none', 'pytorch', 'slurm', 'mpi'),
@@ -102,8 +95,20 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that change a config."""
+    parser.add_argument('--data-root', metavar='DIR', help='folder of the data, in place of the one in the config')
+    parser.add_argument(
+        '--cfg-options',
+        metavar='KEY=VALUE',
+        nargs='+',
+        default=[],
+        help='changes to the config; values as mmengine reads them, 2, 1e-3, true, a,b or [a,b], or as in Python',
+    )
+
+
 def read_config(args: argparse.Namespace) -> 'Config':
-    """The config that the arguments of `add_run_arguments` and `args.config` describe.
+    """The config that `args.config` and the options of `add_run_arguments`, or `add_config_options`, describe.
 
     Raises:
         UsageError: There is no such config, or an option does not fit it.
@@ -126,8 +131,10 @@ def read_config(args: argparse.Namespace) -> 'Config':
         cfg.merge_from_dict(options)
     except (KeyError, TypeError) as error:
         raise UsageError(f'--cfg-options must fit {path}, got {" ".join(args.cfg_options)}: {error}') from error
-    cfg.work_dir = str(args.work_dir or Path('work_dirs', path.stem if args.config.endswith('.py') else args.config))
-    cfg.launcher = args.launcher
+    if 'launcher' in args:  # of what runs it
+        name = path.stem if args.config.endswith('.py') else args.config
+        cfg.work_dir = str(args.work_dir or Path('work_dirs', name))
+        cfg.launcher = args.launcher
     return cfg
 
 

@@ -19,6 +19,7 @@ COMMANDS = (
     'convert',
     'download',
     'configs',
+    'data-check',
     'erf',
     'cam',
     'wsi-check',

@@ -27,11 +27,13 @@ __all__ = [
     'check_batches',
     'check_channels',
     'check_classes',
+    'check_labels',
     'check_masks',
     'class_counts',
     'explained',
     'leaves',
     'part',
+    'read_labels',
     'where_none_were',
 ]
 
@@ -362,6 +364,16 @@ def _check_zero(leaf: Any) -> None:
 
 
 def _check_mask(path: str, leaf: Any, classes: int) -> None:
+    found, labels, _ = read_labels(path, leaf)
+    check_labels(path, found, labels, leaf, classes)
+
+
+def read_labels(path: str, leaf: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The values in a mask, the labels that a data set of mmsegmentation makes of them, and their numbers of pixels.
+
+    Raises:
+        RunError: There is no such file, it cannot be read, or it has several channels.
+    """
     if not Path(path).is_file():
         raise RunError(f'the data are not complete: {path} {state_of(path)}.')
     try:
@@ -374,10 +386,20 @@ def _check_mask(path: str, leaf: Any, classes: int) -> None:
             f'the mask {path} must have one channel, whose values number the classes, got {values.shape[-1]}: masks of '
             'colours have to be converted.'
         )
-    found = np.unique(values).astype(np.int64)
+    found, counts = np.unique(values, return_counts=True)
+    found = found.astype(np.int64)
     labels = found - 1 if leaf.reduce_zero_label else found
     for old, new in (leaf.label_map or {}).items():
         labels = np.where(found - bool(leaf.reduce_zero_label) == old, new, labels)
+    return found, labels, counts
+
+
+def check_labels(path: str, found: np.ndarray, labels: np.ndarray, leaf: Any, classes: int) -> None:
+    """Compare what `read_labels` gives with the number of classes.
+
+    Raises:
+        RunError: A value is that of no class.
+    """
     ignored = (found == 255) | (labels == leaf.ignore_index) | (labels < 0)
     wrong = found[~ignored & (labels >= classes)]
     if len(wrong):
