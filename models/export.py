@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.decompositions import DECOMPOSITIONS
-from .files import replacing
+from .files import replacing, state_of
 
 __all__ = ['export_onnx']
 
@@ -37,7 +37,9 @@ def export_onnx(model: nn.Module, path: str | os.PathLike, images: Tensor | None
     """
     missing = [name for name in ('onnx', 'onnxscript') if find_spec(name) is None]
     if missing:
-        raise ImportError(f"export_onnx: {' and '.join(missing)} not installed: `pip install '.[export]'` in a clone.")
+        raise ImportError(
+            f'export_onnx: {" and ".join(missing)} not installed: run `pip install ".[export]"` in a clone of vssm.'
+        )
     if model.training:
         raise ValueError('export_onnx: model must be in eval mode, call model.eval() first.')
     patch_embed: Any = getattr(model, 'patch_embed', None)
@@ -54,7 +56,7 @@ def export_onnx(model: nn.Module, path: str | os.PathLike, images: Tensor | None
         )
     path = Path(path)
     if not path.parent.is_dir():
-        raise FileNotFoundError(f'export_onnx: the folder of path {path} does not exist.')
+        raise FileNotFoundError(f'export_onnx: the folder of path {path} {state_of(path.parent)}.')
 
     axes = {0: 'batch'} if only_size else {0: 'batch', 2: 'height', 3: 'width'}
     dynamic_shapes = (dict.fromkeys(axes, torch.export.Dim.DYNAMIC),)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ['leftovers', 'printable', 'reason', 'replacing']
+__all__ = ['leftovers', 'printable', 'reason', 'replacing', 'state_of']
 
 
 @contextmanager
@@ -41,6 +41,18 @@ def replacing(path: str | os.PathLike, like: str | os.PathLike | None = None, ow
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def state_of(path: str | os.PathLike) -> str:
+    """What a path is that is not what was needed, as the end of a sentence: 'does not exist', 'is a folder'."""
+    path = Path(path)
+    if path.is_dir():
+        return 'is a folder'
+    if path.is_file():
+        return 'is a file'
+    if path.is_symlink():
+        return 'is a link to what does not exist'
+    return 'is neither a file nor a folder' if path.exists() else 'does not exist'
 
 
 def leftovers(folder: str | os.PathLike, owner: str) -> list[Path]:

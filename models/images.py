@@ -6,7 +6,7 @@ import os
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-__all__ = ['as_rgb', 'eight_bits', 'misplaced', 'read_rgb', 'turn_upright']
+__all__ = ['as_rgb', 'eight_bits', 'misplaced', 'read_rgb', 'turn_upright', 'upright_size']
 
 
 def as_rgb(picture: Image.Image) -> Image.Image:
@@ -60,6 +60,12 @@ def turn_upright(image: Image.Image) -> None:
     ImageOps.exif_transpose(image, in_place=True)
 
 
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of a picture once it is turned as the orientation in its EXIF data says."""
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)  # the four with swapped sides
+    return image.size[::-1] if turned else image.size
+
+
 def misplaced(image: str, mask: str) -> str | None:
     """Why a mask cannot lie over its image, in a sentence without its full stop; None if it can, or a file is missing.
 
@@ -68,8 +74,8 @@ def misplaced(image: str, mask: str) -> str | None:
     """
     try:
         with Image.open(image) as file:
-            turned = file.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)  # the four with swapped sides
-            width, height = file.size[::-1] if turned else file.size
+            width, height = upright_size(file)
+            turned = (width, height) != file.size
         with Image.open(mask) as file:
             mask_width, mask_height = file.size
     except OSError:

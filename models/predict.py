@@ -3,7 +3,6 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,9 +15,9 @@ from torch import Tensor, nn
 
 from .files import printable
 from .images import as_rgb, read_rgb
-from .weights import convert, list_models, misfits, read_checkpoint
+from .weights import list_models, misfits, read_checkpoint, translate
 
-__all__ = ['Classifier', 'load_classifier', 'load_network', 'predict']
+__all__ = ['Classifier', 'class_names', 'load_classifier', 'load_network', 'predict']
 
 Picture = str | os.PathLike | Image.Image
 # What a file may note of timm's arguments.
@@ -122,7 +121,7 @@ def load_classifier(source: str | os.PathLike, device: str = 'cpu') -> Classifie
             options.update({key: [sum(options[key]) / len(options[key])] for key in ('mean', 'std')})
         noted = _noted(metadata, 'transform', dict)
         transform = create_transform(**options | {key: noted[key] for key in noted.keys() & TRANSFORM})
-        names = _noted(metadata, 'classes', list) or _known_classes(model)
+        names = class_names(model, metadata)
     except (TypeError, ValueError) as error:
         raise ValueError(f'checkpoint {path} must note classes and a transform: {printable(str(error))}') from error
     if len(names) != model.num_classes:
@@ -143,7 +142,7 @@ def _from_file(path: Path) -> tuple[Any, dict[str, str]]:
             raise ValueError(f'checkpoint {path} must hold the tensors of {name}: {problems}.')
         model.load_state_dict(tensors)
         return model, metadata
-    return load_network(path)
+    return _network(tensors, metadata, path)
 
 
 def load_network(path: Path, name: str | None = None) -> tuple[Any, dict[str, str]]:
@@ -157,13 +156,31 @@ def load_network(path: Path, name: str | None = None) -> tuple[Any, dict[str, st
         FileNotFoundError: The file does not exist.
         ValueError: The file cannot be read safely, holds another network, or the backbone of a detector or segmentor.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        converted = Path(folder, 'weights.safetensors')
-        metadata = convert(path, converted, name).metadata
-        model_args = json.loads(metadata['model_args'])
-        if 'features_only' in model_args:
-            raise ValueError(f'checkpoint {path} must hold a classifier, got the backbone of a detector or segmentor.')
-        return timm.create_model(metadata['model'], checkpoint_path=str(converted), **model_args), metadata
+    return _network(*read_checkpoint(path), path, name)
+
+
+def _network(
+    tensors: dict[str, Tensor], metadata: dict[str, str], path: Path, name: str | None = None
+) -> tuple[Any, dict[str, str]]:
+    tensors, (metadata, _, _) = translate(tensors, metadata, path, name)
+    model_args = json.loads(metadata['model_args'])
+    if 'features_only' in model_args:
+        raise ValueError(
+            f'checkpoint {path} must hold a classifier, got the backbone of a detector or segmentor, whose config has '
+            'to be named: vssm predict CONFIG IMAGE --checkpoint FILE.'
+        )
+    model = timm.create_model(metadata['model'], **model_args)
+    model.load_state_dict(tensors)
+    return model, metadata
+
+
+def class_names(model: Any, metadata: dict[str, str]) -> list[str]:
+    """The names of a classifier's classes: those that a file's metadata note, or timm's of ImageNet, or numbers.
+
+    Raises:
+        ValueError: The metadata note something else.
+    """
+    return _noted(metadata, 'classes', list) or _known_classes(model)
 
 
 def _noted(metadata: dict[str, str], key: str, kind: type) -> Any:

@@ -46,6 +46,8 @@ ALSO = {  # what single files may besides
     'models/mm/failures.py': {'mmengine'},
     'models/mm/features.py': {'mmengine'},
     'models/mm/hooks.py': {'mmengine', 'vssm.version'},
+    'models/mm/inference.py': {'PIL', 'mmdet', 'mmengine', 'mmseg', 'numpy'},
+    'models/mm/inspection.py': {'PIL', 'mmengine', 'numpy'},
     'models/mm/loading.py': {'mmengine'},
     'models/mm/optim.py': {'mmengine'},
     'models/mm/own_classes.py': {'mmengine'},

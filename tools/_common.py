@@ -3,6 +3,8 @@
 
 import argparse
 import difflib
+import importlib.metadata
+import importlib.util
 import json
 import warnings
 from collections.abc import Sequence
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from .. import configs
-from ..models.files import replacing
+from ..models.files import replacing, state_of
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -40,7 +42,7 @@ def find_config(name: str) -> Path:
     if name.endswith('.py'):
         if Path(name).is_file():
             return Path(name)
-        raise UsageError(f'config {name} does not exist; `vssm configs` lists the shipped ones, which run by name.')
+        raise UsageError(f'config {name} {state_of(name)}; `vssm configs` lists the shipped ones, which run by name.')
     names = list_configs()
     if name not in names:
         raise UsageError(
@@ -84,14 +86,7 @@ def to_json(content: Any) -> str:
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that a training and a test share."""
     parser.add_argument('--work-dir', metavar='DIR', type=Path, help='where to write (default: work_dirs/CONFIG)')
-    parser.add_argument('--data-root', metavar='DIR', help='folder of the data, in place of the one in the config')
-    parser.add_argument(
-        '--cfg-options',
-        metavar='KEY=VALUE',
-        nargs='+',
-        default=[],
-        help='changes to the config; values as mmengine reads them, 2, 1e-3, true, a,b or [a,b], or as in Python',
-    )
+    add_config_options(parser)
     parser.add_argument(
         '--launcher',
         choices=('none', 'pytorch', 'slurm', 'mpi'),
@@ -100,8 +95,20 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that change a config."""
+    parser.add_argument('--data-root', metavar='DIR', help='folder of the data, in place of the one in the config')
+    parser.add_argument(
+        '--cfg-options',
+        metavar='KEY=VALUE',
+        nargs='+',
+        default=[],
+        help='changes to the config; values as mmengine reads them, 2, 1e-3, true, a,b or [a,b], or as in Python',
+    )
+
+
 def read_config(args: argparse.Namespace) -> 'Config':
-    """The config that the arguments of `add_run_arguments` and `args.config` describe.
+    """The config that `args.config` and the options of `add_run_arguments`, or `add_config_options`, describe.
 
     Raises:
         UsageError: There is no such config, or an option does not fit it.
@@ -124,8 +131,10 @@ def read_config(args: argparse.Namespace) -> 'Config':
         cfg.merge_from_dict(options)
     except (KeyError, TypeError) as error:
         raise UsageError(f'--cfg-options must fit {path}, got {" ".join(args.cfg_options)}: {error}') from error
-    cfg.work_dir = str(args.work_dir or Path('work_dirs', path.stem if args.config.endswith('.py') else args.config))
-    cfg.launcher = args.launcher
+    if 'launcher' in args:  # of what runs it
+        name = path.stem if args.config.endswith('.py') else args.config
+        cfg.work_dir = str(args.work_dir or Path('work_dirs', name))
+        cfg.launcher = args.launcher
     return cfg
 
 
@@ -138,6 +147,7 @@ def load_config(name: str) -> 'Config':
     """
     path = find_config(name)
     quieten_packages()
+    _find_by_module()
     import mmengine.runner  # noqa: F401  # first: where only a config imports it in vain, mmengine hides the reason
     from mmengine.config import Config
 
@@ -145,7 +155,7 @@ def load_config(name: str) -> 'Config':
         return Config.fromfile(path)
     except ModuleNotFoundError as error:
         if 'pkg_resources' in str(error):
-            raise UsageError("mmengine needs pkg_resources: run `pip install 'setuptools<82'`.") from error
+            raise UsageError('mmengine needs pkg_resources: run `pip install "setuptools<82"`.') from error
         for package in ('mmdet', 'mmseg'):  # mmengine names the package of a base in its sentence alone
             if str(error).startswith(package):
                 error.name = package
@@ -157,9 +167,27 @@ def load_config(name: str) -> 'Config':
         raise reason from None
 
 
+def _find_by_module() -> None:
+    """Let mmengine find `mmseg::` bases by the name of the module where no mmsegmentation is installed, but a fork."""
+    from mmengine.config.utils import MODULE2PACKAGE
+
+    for module, package in MODULE2PACKAGE.items():
+        if package != module and not find_distribution(package) and importlib.util.find_spec(module) is not None:
+            MODULE2PACKAGE[module] = module
+
+
+def find_distribution(name: str) -> str | None:
+    """The version of an installed distribution; None if it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def quieten_packages() -> None:
     """Silence warnings of mmengine, mmdet and mmseg that concern nobody but their authors."""
-    about = 'pkg_resources is deprecated|.* be deprecated|Default ``avg_non_ignore``|The draw is False'
+    about = 'pkg_resources is deprecated|.* be deprecated|Default ``avg_non_ignore``|The draw is False|'
+    about += 'Warning: The .* is out of bounds'  # of an object at the rim, which is drawn as far as it goes
     warnings.filterwarnings('ignore', about, UserWarning)
 
 
@@ -214,7 +242,7 @@ def build_runner(cfg: 'Config') -> 'Runner':
     from mmengine.registry import RUNNERS
 
     if cfg.get('load_from') and cfg.get('resume') != 'auto' and not Path(cfg.load_from).is_file():
-        raise UsageError(f'load_from must be a checkpoint, got {cfg.load_from}, which does not exist.')
+        raise UsageError(f'load_from must be a checkpoint, got {cfg.load_from}, which {state_of(cfg.load_from)}.')
     try:
         return RUNNERS.build(cfg)
     except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:  # mmengine names what it was building

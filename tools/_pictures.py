@@ -4,19 +4,20 @@
 import argparse
 import io
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional as TF
 
-from ..models.files import reason
+from ..models.files import reason, state_of
 from ..models.images import read_rgb
-from ..models.predict import load_network
+from ..models.predict import class_names, load_network
 from ..models.weights import list_models
 from ._common import UsageError, write_file
 from ._models import find_timm_model
@@ -58,7 +59,7 @@ def check_picture_arguments(args: argparse.Namespace) -> None:
         )
     for path in args.checkpoint:
         if path != '-' and not Path(path).is_file():
-            raise UsageError(f'--checkpoint must be a file, got {path}, which does not exist.')
+            raise UsageError(f'--checkpoint must be a file, got {path}, which {state_of(path)}.')
     check_output(args.output)
 
 
@@ -72,29 +73,34 @@ def check_output(path: Path) -> None:
         raise UsageError(f'--output must be a .png file in a folder that exists, got {path}.')
 
 
-def build_models(args: argparse.Namespace) -> Iterator[tuple[Any, str, str]]:
+def build_models(args: argparse.Namespace) -> Iterator[tuple[Any, str, str, Sequence[str] | None]]:
     """The models in evaluation mode, one at a time, each with its name and a word on its weights."""
     for name, path in zip(args.models, args.checkpoint or ['-'] * len(args.models), strict=True):
         torch.manual_seed(args.seed)
         try:
             if path != '-':
-                model, weights = load_model(name, Path(path)), Path(path).name
+                (model, metadata), weights = load_model(name, Path(path)), Path(path).name
             elif args.pretrained:
-                model, weights = timm.create_model(name, pretrained=True), 'pretrained'
+                model, metadata, weights = timm.create_model(name, pretrained=True), {}, 'pretrained'
             else:
-                model, weights = timm.create_model(name), f'random, seed {args.seed}'
+                model, metadata, weights = timm.create_model(name), None, f'random, seed {args.seed}'
+            names = None if metadata is None else class_names(model, metadata)
         except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
             raise UsageError(reason(error).partition('\n')[0]) from error
         if getattr(model, 'in_chans', 3) != 3:
             raise UsageError(f'NAME must be a network for images of 3 channels, got {name} with {path} for another.')
-        yield model.eval(), name, weights
+        yield model.eval(), name, weights, names
 
 
-def load_model(name: str, path: Path) -> nn.Module:
-    """A model with the weights of a file; for ours any that `vssm convert` reads, with the arguments found in it."""
+def load_model(name: str, path: Path) -> tuple[nn.Module, dict[str, str]]:
+    """A model with the weights of a file, and the file's metadata; of ours any file that `vssm convert` reads."""
     if name.partition('.')[0] not in list_models():
-        return timm.create_model(name, checkpoint_path=str(path))
-    return load_network(path, name.partition('.')[0])[0]
+        model = timm.create_model(name, checkpoint_path=str(path))
+        if path.suffix != '.safetensors':
+            return model, {}
+        with safe_open(path, 'pt') as file:
+            return model, file.metadata() or {}
+    return load_network(path, name.partition('.')[0])
 
 
 def normalize(model: Any, images: Tensor) -> Tensor:
@@ -118,7 +124,7 @@ def read_image(path: Path, size: int) -> Tensor:
 def read_images(folder: Path, count: int, size: int) -> list[Tensor]:
     """At most `count` images in a folder and those below it, evenly spread over their sorted paths."""
     if not folder.is_dir():
-        raise UsageError(f'--images must be a folder, got {folder}, which is none.')
+        raise UsageError(f'--images must be a folder, got {folder}, which {state_of(folder)}.')
     if count < 1:
         raise UsageError(f'--count must be at least 1, got {count}.')
     paths = sorted(path for path in folder.rglob('*') if path.suffix.lower() in IMG_EXTENSIONS)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..models.files import state_of
 from ..models.images import read_rgb
 from ._common import UsageError
 
@@ -42,7 +43,7 @@ def read_thumbnail(slide: Path | None, mpp: float | None = None) -> tuple[tuple[
     if slide is None:
         return None, 'the grid: no --slide is given'
     if not slide.is_file():
-        return None, f'the grid: {slide} does not exist'
+        return None, f'the grid: {slide} {state_of(slide)}'
     if slide.suffix.lower() in IMAGES:
         image = _read_image(slide, mpp)
         size = image.size

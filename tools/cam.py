@@ -46,13 +46,14 @@ def run(args: argparse.Namespace) -> int:
     import pytorch_grad_cam  # noqa: F401  # a missing package is better told now than after the work
 
     maps, titles = [], []
-    for model, name, weights in build_models(args):
+    for model, name, weights, names in build_models(args):
         try:
             activation, class_index, probability = activation_map(model, image, args.class_index)
         except (AssertionError, RuntimeError) as error:  # from networks for images of one size
             raise UsageError(f'--size must fit {name}, got {args.size}: {error}') from error
         maps.append(activation)
-        titles.append(f'{name}\n{weights}\nclass {class_index}, probability {probability:.2g}')
+        known = f' ({names[class_index]})' if names and names[class_index] != f'class {class_index}' else ''
+        titles.append(f'{name}\n{weights}\nclass {class_index}{known}, probability {probability:.2g}')
     save_figure(draw(image, maps, titles), args.output)
     for title in titles:
         console.print(title.replace('\n', ', '), highlight=False, soft_wrap=True)

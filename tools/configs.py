@@ -12,17 +12,21 @@ import sys
 from pathlib import Path
 
 from ..version import __version__
-from ._common import UsageError, console, find_config, list_configs, load_config, write_file
+from ._common import UsageError, console, did_you_mean, find_config, list_configs, load_config, write_file
 from ._options import top_keys
 from ._tables import print_table
 
-EXAMPLE = "vssm configs 'digits/*'"
+EXAMPLE = 'vssm configs digits'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
-        'pattern', metavar='PATTERN', nargs='?', default='*', help='pattern of their names, * for any text'
+        'pattern',
+        metavar='PATTERN',
+        nargs='?',
+        default='*',
+        help='beginning of their names, or a pattern, * for any text',
     )
     what.add_argument('--path', metavar='NAME', help='print the path of a config, for _base_ of another')
     what.add_argument(
@@ -36,9 +40,14 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.copy is not None:
         return _copy(args.copy)
-    names = fnmatch.filter(list_configs(), args.pattern)
+    known = list_configs()
+    names = fnmatch.filter(known, args.pattern) or fnmatch.filter(known, f'{args.pattern}*')
     if not names:
-        raise UsageError(f'PATTERN must match one of {", ".join(list_configs())}, got {args.pattern!r}.')
+        folders = list(dict.fromkeys(name.partition('/')[0] for name in known))
+        raise UsageError(
+            f'PATTERN must match a name that `vssm configs` lists, in {", ".join(folders)}, got {args.pattern!r}.'
+            f'{did_you_mean(args.pattern, [*folders, *known])}'
+        )
     rows = [(name, ast.get_docstring(ast.parse(find_config(name).read_text())) or '') for name in names]
     print_table(['config', 'what it trains'], rows)
     return 0

@@ -110,7 +110,15 @@ def _train(run_dirs: dict[str, Path], epochs: int) -> bool:
         for scan, run_dir in run_dirs.items():
             with open(logs[scan], 'w') as log:
                 processes[scan] = subprocess.Popen(
-                    [sys.executable, '-m', 'vssm.tools.train', CONFIGS[scan], '--work-dir', str(run_dir)],
+                    [
+                        sys.executable,
+                        '-m',
+                        'vssm.tools.train',
+                        CONFIGS[scan],
+                        '--work-dir',
+                        str(run_dir),
+                        '--overwrite',
+                    ],
                     stdout=log,
                     stderr=subprocess.STDOUT,
                 )

@@ -2,7 +2,6 @@
 """Show versions, and which kernels run here and why."""
 
 import argparse
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -11,32 +10,46 @@ import sys
 import torch
 
 from ..version import __version__
-from ._common import console
+from ._common import console, find_distribution
 from ._tables import print_table
 
 EXAMPLE = 'vssm env'
 
-PACKAGES = (
-    'torch',
-    'torchvision',
-    'timm',
-    'numpy',
-    'safetensors',
-    'fvcore',
-    'mmengine',
-    'scikit-learn',
-    'matplotlib',
-    'onnx',
-    'onnxscript',
-    'onnxruntime',
-    'gdown',
-    'huggingface_hub',
-    'h5py',
-    'torchmetrics',
-    'torchsurv',
-    'lifelines',
-    'openslide-python',
-)
+# The modules that this package uses, and the distributions that bring them: the usual one, and others that may.
+PACKAGES = {
+    'torch': ('torch',),
+    'torchvision': ('torchvision',),
+    'triton': ('triton', 'pytorch-triton', 'triton-windows'),
+    'timm': ('timm',),
+    'numpy': ('numpy',),
+    'PIL': ('pillow', 'pillow-simd'),
+    'safetensors': ('safetensors',),
+    'fvcore': ('fvcore',),
+    'rich': ('rich',),
+    'mmengine': ('mmengine', 'mmengine-lite', 'onedl-mmengine'),
+    'mmcv': ('mmcv-lite', 'mmcv', 'onedl-mmcv'),
+    'mmdet': ('mmdet', 'onedl-mmdetection'),
+    'mmseg': ('mmsegmentation', 'onedl-mmsegmentation'),
+    'cv2': ('opencv-python', 'opencv-python-headless', 'opencv-contrib-python', 'opencv-contrib-python-headless'),
+    'ftfy': ('ftfy',),
+    'regex': ('regex',),
+    'setuptools': ('setuptools',),
+    'sklearn': ('scikit-learn',),
+    'matplotlib': ('matplotlib',),
+    'pytorch_grad_cam': ('grad-cam',),
+    'tensorboard': ('tensorboard',),
+    'onnx': ('onnx',),
+    'onnxscript': ('onnxscript',),
+    'onnxruntime': ('onnxruntime', 'onnxruntime-gpu'),
+    'torchao': ('torchao',),
+    'gdown': ('gdown',),
+    'huggingface_hub': ('huggingface_hub',),
+    'h5py': ('h5py',),
+    'torchmetrics': ('torchmetrics',),
+    'torchsurv': ('torchsurv',),
+    'lifelines': ('lifelines',),
+    'openslide': ('openslide-python',),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,15 +58,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     versions = dict(vssm=__version__, python=platform.python_version())
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = 'not installed'
+    for distributions in PACKAGES.values():
+        found = {name: version for name in distributions if (version := find_distribution(name))}
+        versions |= found or {distributions[0]: 'not installed'}  # several of one module hide each other
     print_table(['package', 'version'], list(versions.items()))
     print_table(['backend', 'state'], list(backends().items()))
-    console.print(f'{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads')
+    counts = ', '.join(
+        _counted(n, word) for n, word in ((os.cpu_count() or 1, 'CPU'), (torch.get_num_threads(), 'thread'))
+    )
+    console.print(f'{platform.system()} {platform.machine()}, {counts}', highlight=False, soft_wrap=True)
     return 0
+
+
+def _counted(count: int, word: str) -> str:
+    return f'{count} {word}' if count == 1 else f'{count} {word}s'
 
 
 def backends() -> dict[str, str]:

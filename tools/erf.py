@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
     fields, titles, rows = [], [], []
     with console.status('') as status:
-        for model, name, weights in build_models(args):
+        for model, name, weights, _ in build_models(args):
             status.update(f'{name}: {len(images)} images')
             cell = model.feature_info[-1]['reduction']
             if args.size < CELLS * cell:

@@ -19,22 +19,34 @@ import timm
 from timm.models import PretrainedCfg
 
 from ..models.weights import cached_path, is_cached, list_models, published_at
+from ._common import UsageError
 from ._count import count_macs
 from ._models import count_params, find_cfg, find_model, image_of
-from ._tables import print_table, wide_console
+from ._tables import print_table
 from .published import IMAGENET_TOP1
 
 EXAMPLE = "vssm info 'vmamba2d_*'"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('pattern', metavar='NAME', nargs='?', default='*', help='a model, or a pattern, * for any text')
+    parser.add_argument(
+        'pattern',
+        metavar='NAME',
+        nargs='?',
+        default='*',
+        help='a model, the beginning of names, or a pattern, * for any text',
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     names = fnmatch.filter(list_models(), args.pattern)
     if not names:
-        names = [find_model(args.pattern)]
+        try:
+            names = [find_model(args.pattern)]
+        except UsageError:
+            names = fnmatch.filter(list_models(), f'{args.pattern}*')
+            if not names:
+                raise
     rows = []
     for name in names:
         model, image = timm.create_model(name, device='meta').eval(), image_of(name, device='meta')
@@ -52,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
             ]
         )
     header = ['model', 'scan', 'params/M', 'GMACs', 'input', 'top-1', 'weights', 'licence']
-    print_table(header, rows, to=wide_console())
+    print_table(header, rows)
     return 0
 
 

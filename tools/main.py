@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from ..version import __version__
-from ._common import UsageError
+from ._common import UsageError, find_distribution
 
 COMMANDS = (
     'demo',
@@ -19,6 +19,7 @@ COMMANDS = (
     'convert',
     'download',
     'configs',
+    'data-check',
     'erf',
     'cam',
     'wsi-check',
@@ -31,23 +32,27 @@ COMMANDS = (
     'env',
 )
 
-# Optional packages, and the extras that bring them.
+# Optional packages, and the extras that bring them: the first, unless another is that of the command or the config.
 EXTRAS = {
-    'mmengine': 'train',
-    'mmcv': 'mmlab',
-    'mmdet': 'mmlab',
-    'mmseg': 'mmlab',
-    'sklearn': 'demo',
-    'matplotlib': 'demo',
-    'pytorch_grad_cam': 'plot',
-    'gdown': 'hub',
-    'huggingface_hub': 'hub',
-    'h5py': 'wsi',
-    'torchmetrics': 'wsi',
-    'torchsurv': 'wsi',
-    'lifelines': 'wsi',
-    'scipy': 'wsi',
+    'mmengine': ('train', 'mmlab', 'wsi', 'demo'),
+    'mmcv': ('mmlab',),
+    'mmdet': ('mmlab',),
+    'mmseg': ('mmlab',),
+    'sklearn': ('demo',),
+    'matplotlib': ('plot', 'wsi', 'demo'),
+    'pytorch_grad_cam': ('plot',),
+    'gdown': ('hub',),
+    'huggingface_hub': ('hub',),
+    'h5py': ('wsi',),
+    'torchmetrics': ('wsi',),
+    'torchsurv': ('wsi',),
+    'lifelines': ('wsi',),
+    'scipy': ('wsi',),
 }
+# How commands, and names of configs, begin, and the extra that has all that they need.
+NEEDS = {'wsi': 'wsi', 'demo': 'demo', 'digits/': 'demo', 'coco/': 'mmlab', 'ade20k/': 'mmlab'}
+# Packages of OpenMMLab, and their maintained forks, which have the same names in Python.
+FORKS = dict(mmengine='onedl-mmengine', mmcv='onedl-mmcv', mmdet='onedl-mmdetection', mmseg='onedl-mmsegmentation')
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -69,9 +74,26 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _how_to_install(package: str, args: argparse.Namespace) -> str:
+    """What to run where an optional package is missing; quoted as every shell understands."""
+    forks = [fork for fork in FORKS.values() if find_distribution(fork)]
+    if package in FORKS and forks:  # the extra would put the originals in their place
+        return (
+            f'this needs the package {package}, which is not found beside {", ".join(forks)}: run '
+            f'`pip install --no-deps {FORKS[package]}`.'
+        )
+    names = (args.command, str(getattr(args, 'config', '')))
+    needed = [extra for start, extra in NEEDS.items() if any(name.startswith(start) for name in names)]
+    extra = next((extra for extra in needed if extra in EXTRAS[package]), EXTRAS[package][0])
+    return (
+        f'this needs the package {package}, which is not installed: run `pip install ".[{extra}]"` in a clone of vssm.'
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return the exit status, 2 for bad input."""
+    """Run one subcommand and return the exit status, 2 for bad input and 130 for Ctrl-C."""
     args = make_parser().parse_args(argv)
+    status = 2
     try:
         return args.run(args)
     except UsageError as error:
@@ -80,10 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         package = (error.name or '').partition('.')[0]
         if package not in EXTRAS:
             raise
-        message = (
-            f'this needs the package {package}, which is not installed: run `pip install .[{EXTRAS[package]}]` in a '
-            'clone of vssm.'
-        )
+        message = _how_to_install(package, args)
     except ImportError as error:
         if 'libGL' not in str(error):
             raise
@@ -91,10 +110,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             'opencv-python, which mmengine imports, misses libGL.so.1 on this machine: run '
             '`pip install --no-deps --force-reinstall opencv-python-headless`.'
         )
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as error:
+        message = str(error) or 'interrupted.'
+        status = 130
     print(f'vssm {args.command}: {message}', file=sys.stderr)
-    return 2
+    return status
 
 
 if __name__ == '__main__':

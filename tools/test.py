@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..models.files import state_of
 from ._common import UsageError, add_run_arguments, build_runner, follow_checkpoint, read_config
 from ._tables import print_table
 
@@ -40,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if not args.checkpoint.is_file():
-        raise UsageError(f'checkpoint {args.checkpoint} does not exist; `vssm train {args.config}` makes one.')
+        raise UsageError(
+            f'checkpoint {args.checkpoint} {state_of(args.checkpoint)}; `vssm train {args.config}` makes one.'
+        )
     cfg = read_config(args)
     if args.tta:
         if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:

@@ -6,12 +6,15 @@ The work dir receives the config as it ran, a log, the curves as lines of JSON a
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..models.files import state_of
 from ._common import UsageError, add_run_arguments, build_runner, console, read_config
 
 if TYPE_CHECKING:
     from mmengine.config import Config
+    from mmengine.runner import Runner
 
 EXAMPLE = 'vssm train digits/vmamba2d_test --cfg-options train_cfg.max_epochs=5 optim_wrapper.optimizer.lr=1e-3'
 
@@ -29,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--force', action='store_true', help='go on even from a checkpoint of another model, batch, schedule or average'
     )
+    parser.add_argument(
+        '--overwrite', action='store_true', help='begin a new run in a work dir that holds the checkpoints of another'
+    )
     parser.add_argument('--amp', action='store_true', help='compute in bfloat16 by autocast')
     parser.add_argument(
         '--auto-scale-lr', action='store_true', help='scale the learning rate to the images of a step, linearly'
@@ -40,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from ..models.mm import RunError
 
     cfg.force = args.force
+    check_work_dir(Path(cfg.work_dir), used=args.overwrite or args.resume is not None)
     if args.resume is not None:
         cfg.resume = 'auto'
         if args.resume is not True:
@@ -55,9 +62,41 @@ def run(args: argparse.Namespace) -> int:
         runner.train()
     except RunError as error:
         raise UsageError(str(error)) from error
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(_how_to_go_on(runner, args.overwrite)) from error
     if runner.rank == 0:
         console.print(f'Written to {runner.work_dir}', highlight=False, soft_wrap=True)
     return 0
+
+
+def check_work_dir(path: Path, used: bool) -> None:
+    """Refuse to write over the checkpoints of an earlier run.
+
+    Args:
+        path: The work dir, which need not be there.
+        used: Whether it may hold checkpoints.
+
+    Raises:
+        UsageError: It holds some, or is no folder.
+    """
+    from ..models.mm.saved import weights_in
+
+    if path.exists() and not path.is_dir():
+        raise UsageError(f'--work-dir must be a folder, got {path}, which {state_of(path)}.')
+    files = weights_in(path) if path.is_dir() and not used else []
+    if files:
+        raise UsageError(
+            f'{path} holds files of an earlier run ({", ".join(files[:3])}{" ..." * (len(files) > 3)}): --resume goes '
+            'on from its last checkpoint, --overwrite begins a new run there, --work-dir names another folder.'
+        )
+
+
+def _how_to_go_on(runner: 'Runner', overwrite: bool) -> str:
+    last = getattr(runner, '_last_checkpoint', None)
+    if last is None:
+        return 'interrupted before a checkpoint was written; the same command begins again.'
+    option = '--resume in place of --overwrite' if overwrite else '--resume'
+    return f'interrupted; the same command with {option} goes on from {last}.'
 
 
 def _use_bfloat16(cfg: 'Config') -> None:

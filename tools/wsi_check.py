@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from rich.progress import track
 
+from ..models.files import state_of
 from ._common import UsageError, console
 from ._tables import print_table
 
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     if args.patch_size is not None and args.patch_size < 1:
         raise UsageError(f'--patch-size must be at least 1, got {args.patch_size}.')
     if not args.folder.is_dir():
-        raise UsageError(f'DIR must be a folder, got {args.folder}, which does not exist.')
+        raise UsageError(f'DIR must be a folder, got {args.folder}, which {state_of(args.folder)}.')
     if not all('=' in entry for entry in args.columns):
         raise UsageError(f'--columns must be OURS=THEIRS, such as label=subtype, got {" ".join(args.columns)}.')
     columns = dict(entry.split('=', 1) for entry in args.columns)
@@ -169,7 +170,7 @@ def _header(path: Path) -> list[str]:
     from ..models.mil.tables import read_rows
 
     if not path.is_file():
-        raise UsageError(f'CSV must be a file, got {path}, which does not exist.')
+        raise UsageError(f'CSV must be a file, got {path}, which {state_of(path)}.')
     return read_rows(path)[0]
 
 

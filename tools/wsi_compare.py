@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._common import UsageError, console, read_config, write_file
 from ._pictures import pyplot, save_figure
-from ._tables import print_table, wide_console
+from ._tables import print_table
 from .wsi_repeat import Trial, plan, repeat, summarise
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def show(rows: Sequence[Row], metric: str) -> None:
         figures = [f'{row.mean[name]:.3f} ± {row.deviation[name]:.3f}' for name in columns]
         p = [] if not tested else ['-' if row.p is None else f'{row.p:.3f}']
         cells.append([row.network, *figures, f'{row.rank:.2f}', *p])
-    print_table(['network', *columns, 'rank', *(['p'] if tested else [])], cells, to=wide_console())
+    print_table(['network', *columns, 'rank', *(['p'] if tested else [])], cells)
 
 
 def write(rows: Sequence[Row], results: Results, metric: str, folder: Path) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..models.files import state_of
 from ._common import UsageError, console
 from ._pictures import check_output, pyplot, save_figure
 from ._slide_images import find_slide_files, read_squares, read_thumbnail
@@ -73,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
     if not whole_folder:
         check_output(args.output)
         if not args.features.is_file():
-            raise UsageError(f'FEATURES must be a file, such as SLIDE.h5, or a folder of such, got {args.features}.')
+            got = f'{args.features}, which {state_of(args.features)}'
+            raise UsageError(f'FEATURES must be a file, such as SLIDE.h5, or a folder of such, got {got}.')
     pyplot()  # a missing package is better told now than after the work
     try:
         drawing = Drawing(load_model(args.checkpoint), notes_on_data(args.checkpoint), args.patch_size, args.top)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..models.files import state_of
 from ._common import UsageError, console
 from ._pictures import check_output, pyplot, save_figure
 
@@ -59,7 +60,7 @@ def read_predictions(path: Path) -> list[Case]:
         UsageError: The file is not a table of predictions, or its risks are all the same.
     """
     if not path.is_file():
-        raise UsageError(f'CSV must be a file, got {path}, which does not exist.')
+        raise UsageError(f'CSV must be a file, got {path}, which {state_of(path)}.')
     with open(path, newline='') as file:
         reader = csv.DictReader(file)
         if not set(COLUMNS) <= set(reader.fieldnames or ()):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ._common import UsageError, add_run_arguments, build_runner, console, read_config, write_json
-from ._tables import print_table, wide_console
+from ._tables import print_table
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     # Neither those of single classes nor the ends of intervals, which the file has.
     columns = [name for name in summary['mean'] if name.count('/') == 1 and not name.endswith('%')]
     rows = [(name, *(f'{metrics[c]:.4f}' for c in columns)) for name, metrics in (results | summary).items()]
-    print_table(['run', *columns], rows, rules=[len(results)], to=wide_console())
+    print_table(['run', *columns], rows, rules=[len(results)])
     console.print(f'Written to {cfg.work_dir}', highlight=False, soft_wrap=True)
     return 0
 
@@ -113,7 +113,10 @@ def repeat(configs: Mapping[Trial, 'Config']) -> dict[Trial, dict[str, float]]:
     Raises:
         UsageError: Something is not as a run needs it; the sentence names the trial.
     """
-    return {trial: train_and_test(config) for trial, config in configs.items()}
+    try:
+        return {trial: train_and_test(config) for trial, config in configs.items()}
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt('interrupted; the same command goes on where it was.') from error
 
 
 def check_test(cfg: 'Config') -> None:

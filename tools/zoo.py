@@ -16,6 +16,7 @@ from typing import Any
 import timm
 from torch import nn
 
+from ..models.files import state_of
 from ..models.weights import published_at
 from ._common import UsageError, console, list_configs, load_config, write_file
 from ._count import DENSE_SHAPES, build_dense, count_macs, multiply_adds
@@ -47,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if not args.file.is_file():
-        raise UsageError(f'FILE must be a page with the markers of the tables, got {args.file}, which does not exist.')
+        raise UsageError(
+            f'FILE must be a page with the markers of the tables, got {args.file}, which {state_of(args.file)}.'
+        )
     results = args.results or args.file.parent / 'benchmarks' / 'results'
     text = args.file.read_text()
     page = text

@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..files import state_of
+
 __all__ = [
     'SPLITS',
     'TASKS',
@@ -128,7 +130,7 @@ def read_rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]], 
         FileNotFoundError: There is no such file.
     """
     if not path.is_file():
-        raise FileNotFoundError(f'table {path} does not exist.')
+        raise FileNotFoundError(f'table {path} {state_of(path)}.')
     data = path.read_bytes()
     if data.startswith((b'PK\x03\x04', b'\xd0\xcf\x11\xe0')):
         raise ValueError(f'table {path} must be a CSV, got a workbook: save its sheet as CSV.')

@@ -10,6 +10,7 @@ This is the only folder of the models that needs mmengine. A config imports it:
 * `runner`, `resume`, `failures`: the Runner, which can be killed and resumed, and what it cannot write.
 * `identity`, `saved`, `compare`: whose a checkpoint is, how it is read, and whether it fits the config.
 * `sources`, `content`, `loading`: files by whatever name, what they hold, and how it gets into a model.
+* `inference`, `inspection`: what detectors and segmentors find in photographs; what is wrong with a data set.
 * `mmcv_ext`: a stand-in for mmcv's compiled operators.
 * `complexity`: what our ops cost, for mmengine's analysis.
 

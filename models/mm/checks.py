@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ..files import state_of
 from ..images import misplaced
 from .classification import NamedModel
 from .features import TimmFeatures
@@ -27,10 +28,13 @@ __all__ = [
     'check_batches',
     'check_channels',
     'check_classes',
+    'check_labels',
     'check_masks',
+    'class_counts',
     'explained',
     'leaves',
     'part',
+    'read_labels',
     'where_none_were',
 ]
 
@@ -169,9 +173,9 @@ def check_classes(dataset: Any, model: nn.Module) -> None:
             continue
         if hasattr(leaf, 'cat_ids'):
             _check_categories(leaf, classes, model)
-        wrong = {key: need for key, need, got in _counts(leaf, model) if need != got}
+        wrong = {key: need for key, need, got in class_counts(leaf, model) if need != got}
         if wrong:
-            got = ', '.join(f'{key} {got}' for key, _, got in _counts(leaf, model) if key in wrong)
+            got = ', '.join(f'{key} {got}' for key, _, got in class_counts(leaf, model) if key in wrong)
             options = ' '.join(f'model.{key}={need}' for key, need in wrong.items())
             raise RunError(
                 f'{", ".join(f"model.{key}" for key in wrong)} must be {_choices(wrong.values())}, the number of '
@@ -187,7 +191,7 @@ def _some(names: Sequence[str], most: int = 8) -> str:
     return ', '.join(map(str, names[:most])) + (f' and {len(names) - most} more' if len(names) > most else '')
 
 
-def _counts(leaf: Any, model: nn.Module) -> Iterator[tuple[str, int, int]]:
+def class_counts(leaf: Any, model: nn.Module) -> Iterator[tuple[str, int, int]]:
     """Each number of classes in a model: its key in the config, what it must be for these data, what it is."""
     classes = leaf.metainfo['classes']
     if isinstance(model, NamedModel):
@@ -239,7 +243,7 @@ def _check_categories(leaf: Any, classes: Sequence[str], model: nn.Module) -> No
         return
     everything = list(names.values())
     right = found if len(found) == len(classes) else everything
-    keys = dict.fromkeys(key for key, _, _ in _counts(leaf, model))
+    keys = dict.fromkeys(key for key, _, _ in class_counts(leaf, model))
     raise RunError(
         f'metainfo.classes must be names of categories in {leaf.ann_file}, in their order there '
         f'({_some(everything)}), got {_some(classes)}: set metainfo=dict(classes={_tuple(right)}) in the dataset of '
@@ -361,8 +365,18 @@ def _check_zero(leaf: Any) -> None:
 
 
 def _check_mask(path: str, leaf: Any, classes: int) -> None:
+    found, labels, _ = read_labels(path, leaf)
+    check_labels(path, found, labels, leaf, classes)
+
+
+def read_labels(path: str, leaf: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The values in a mask, the labels that a data set of mmsegmentation makes of them, and their numbers of pixels.
+
+    Raises:
+        RunError: There is no such file, it cannot be read, or it has several channels.
+    """
     if not Path(path).is_file():
-        raise RunError(f'the data are not complete: {path} does not exist.')
+        raise RunError(f'the data are not complete: {path} {state_of(path)}.')
     try:
         with Image.open(path) as file:
             values = np.asarray(file)
@@ -373,10 +387,20 @@ def _check_mask(path: str, leaf: Any, classes: int) -> None:
             f'the mask {path} must have one channel, whose values number the classes, got {values.shape[-1]}: masks of '
             'colours have to be converted.'
         )
-    found = np.unique(values).astype(np.int64)
+    found, counts = np.unique(values, return_counts=True)
+    found = found.astype(np.int64)
     labels = found - 1 if leaf.reduce_zero_label else found
     for old, new in (leaf.label_map or {}).items():
         labels = np.where(found - bool(leaf.reduce_zero_label) == old, new, labels)
+    return found, labels, counts
+
+
+def check_labels(path: str, found: np.ndarray, labels: np.ndarray, leaf: Any, classes: int) -> None:
+    """Compare what `read_labels` gives with the number of classes.
+
+    Raises:
+        RunError: A value is that of no class.
+    """
     ignored = (found == 255) | (labels == leaf.ignore_index) | (labels < 0)
     wrong = found[~ignored & (labels >= classes)]
     if len(wrong):

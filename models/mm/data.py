@@ -24,7 +24,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from ..images import eight_bits, misplaced, turn_upright
 from .utils import RunError, mix_seeds, seed_everything
 
-__all__ = ['Digits', 'GuardedDataset', 'ImageFolder', 'SeededSampler']
+__all__ = ['Digits', 'GuardedDataset', 'ImageFolder', 'SeededSampler', 'unreadable']
 
 
 class ImageError(RunError):
@@ -351,7 +351,7 @@ class GuardedDataset(Dataset):
                 except RunError:
                     raise
                 except Exception:
-                    problem = next(filter(None, map(_unreadable, self.paths(index))), None)
+                    problem = next(filter(None, map(unreadable, self.paths(index))), None)
                     if problem is None:
                         raise
             if not self.skip:
@@ -402,11 +402,11 @@ def _truncated(path: str) -> str | None:
     except OSError:
         return None  # this is no local file, or reading it will raise the error
     if any(start.startswith(first) and not end.endswith(last) for first, last in _SIGNATURES):
-        return _unreadable(path)  # it can be whole, with other bytes appended
+        return unreadable(path)  # it can be whole, with other bytes appended
     return None
 
 
-def _unreadable(path: str) -> str | None:
+def unreadable(path: str) -> str | None:
     """Why an image cannot be decoded; None if it can."""
     try:
         with Image.open(path) as image:

@@ -13,6 +13,7 @@ from mmengine.runner import CheckpointLoader
 from mmengine.runner import checkpoint as loaders
 from torch import Tensor, nn
 
+from ..files import state_of
 from ..weights import unfit_numbers
 from .content import read_entries
 from .features import TimmFeatures, take_other_names
@@ -135,7 +136,7 @@ def load_from_file(
     device = map_location if isinstance(map_location, (str, torch.device)) else 'cpu'
     with local_file(filename) as path:
         if not path.is_file():
-            raise FileNotFoundError(f'checkpoint {filename} does not exist.')
+            raise FileNotFoundError(f'checkpoint {filename} {state_of(path)}.')
         content, left_out = read_entries(path, device)
     if not isinstance(content, dict):
         return content

@@ -22,13 +22,14 @@ from rich.logging import RichHandler
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ..files import state_of
 from .checks import agreed, check_batches, check_channels, check_classes, check_masks, explained, part, where_none_were
 from .data import GuardedDataset
 from .own_classes import fill_classes
 from .progress import console
 from .resume import ResumableRunner
 from .sources import has_folder
-from .utils import RunError, check_interface, unwrap
+from .utils import RunError, check_interface, count_cores, unwrap
 
 __all__ = ['TimmRunner']
 
@@ -202,11 +203,14 @@ class TimmRunner(ResumableRunner):
         cfg['dataset'] = {**self.cfg.get('dataset', {}), **cfg['dataset']}
         root = cfg['dataset'].get('data_root')
         if root and not has_folder(root, cfg['dataset'].get('backend_args')):
-            raise RunError(f'data_root must be a folder, got {root}, which does not exist; --data-root names another.')
+            raise RunError(
+                f'data_root must be a folder, got {root}, which {state_of(root)}; --data-root names another.'
+            )
         skip = training and self.cfg.get('unreadable') == 'skip'
         cfg['dataset'] = dict(type='GuardedDataset', dataset=cfg['dataset'], skip=skip)
         if training:
             cfg['sampler'] = dict(type='SeededSampler', sampler=cfg['sampler'], skip=self.used_indices(cfg))
+        cfg['num_workers'] = self._count_workers(cfg.get('num_workers', 0))
         if not torch.cuda.is_available():
             cfg['pin_memory'] = False  # PyTorch would warn at every epoch
         try:
@@ -218,12 +222,19 @@ class TimmRunner(ResumableRunner):
             check_batches(loader, unwrap(self.model))
         return loader
 
+    def _count_workers(self, wanted: int) -> int:
+        """The number of processes that load data: as many as the config wants, but no more than cores."""
+        cores = count_cores()
+        if wanted > cores:
+            self.logger.info(f'{cores} processes load data in place of {wanted}, one for each core of this process.')
+        return min(wanted, cores)
+
     def _check_data(self, dataset: GuardedDataset) -> None:
         if not len(dataset):
             check_classes(dataset, unwrap(self.model))  # images without a known class may have been left out
             raise RunError(f'the data must hold images, got none{where_none_were(dataset)}.')
         for path in dataset.paths(0):  # to look for those of all samples would take too long
             if '://' not in path and not Path(path).is_file():
-                raise RunError(f'the data are not complete: {path} does not exist.')
+                raise RunError(f'the data are not complete: {path} {state_of(path)}.')
         check_classes(dataset, unwrap(self.model))
         check_masks(dataset)

@@ -12,6 +12,7 @@ from mmengine.logging import HistoryBuffer
 from numpy._core import multiarray
 from torch import Tensor
 
+from ..files import state_of
 from ..weights import read_structure, unfit_numbers
 from .content import read_content
 
@@ -49,7 +50,7 @@ def read_run(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f'checkpoint {path} does not exist.')
+        raise FileNotFoundError(f'checkpoint {path} {state_of(path)}.')
     run = read_content(path)
     if not isinstance(run, dict) or not isinstance(run.get('meta', {}), dict):
         raise ValueError(f'checkpoint {path} must be one of a training, got one without entries.')

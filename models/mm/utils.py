@@ -25,6 +25,7 @@ __all__ = [
     'check_finite',
     'check_init',
     'check_interface',
+    'count_cores',
     'in_all_processes',
     'in_first_process',
     'init_file',
@@ -52,6 +53,12 @@ def unwrap(model: Any) -> Any:
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     return model
+
+
+def count_cores() -> int:
+    """The number of cores for this process, where torchrun started several on this machine its share of them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
 
 
 def in_first_process(call: Callable[[], _T]) -> _T:

@@ -10,7 +10,7 @@
 """
 
 from .checksum import write_safetensors
-from .convert import Converted, convert
+from .convert import Converted, convert, translate
 from .fit import adapt_input, misfits, unfit_numbers
 from .identify import identify, list_models
 from .pretrained import cached_path, download_pretrained, is_cached, pretrained_kwargs, published_at
@@ -35,6 +35,7 @@ __all__ = [
     'rename_checkpoint',
     'rename_fn',
     'strip_prefixes',
+    'translate',
     'unfit_numbers',
     'write_safetensors',
 ]

@@ -12,21 +12,21 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ...version import __version__
-from ..files import printable, replacing
+from ..files import printable, replacing, state_of
 from .checksum import write_safetensors
 from .fit import misfits
-from .identify import SHAPE_ARGS, identify, registered
+from .identify import SHAPE_ARGS, SIZE_ARGS, identify, registered
 from .read import read_checkpoint
 from .rename import rename_fn, strip_prefixes
 
-__all__ = ['Converted', 'convert']
+__all__ = ['Converted', 'convert', 'translate']
 
 
 class Converted(NamedTuple):
-    """What `convert` found and wrote.
+    """What `convert` found.
 
     Args:
-        metadata: The metadata of the file.
+        metadata: The metadata of the new file.
         twins: Names of other models that have the same names and shapes.
         left_out: Names of the source's tensors that are not the network's, as those of necks, heads and counters.
     """
@@ -65,12 +65,47 @@ def convert(
     if target.suffix != '.safetensors':
         raise ValueError(f'convert: target must end in .safetensors, got {target}.')
     if not target.parent.is_dir():
-        raise FileNotFoundError(f'convert: the folder of target {target} does not exist.')
-    tensors, metadata = read_checkpoint(source, which)
+        raise FileNotFoundError(f'convert: the folder of target {target} {state_of(target.parent)}.')
+    tensors, (metadata, twins, left_out) = translate(*read_checkpoint(source, which), source, model)
+    with open(source, 'rb') as file:
+        digest = hashlib.file_digest(file, 'sha256').hexdigest()
+    metadata.update(source=origin or source.name, sha256=digest, vssm=__version__)
+    try:
+        with replacing(target, like=source) as temporary:
+            write_safetensors(temporary, tensors, metadata)
+    except SafetensorError as error:  # as a full disk is reported
+        raise OSError(f'{target} cannot be written: {error}') from error
+    return Converted(metadata, twins, left_out)
+
+
+def translate(
+    tensors: dict[str, Tensor], metadata: dict[str, str], source: str | Path, model: str | None = None
+) -> tuple[dict[str, Tensor], Converted]:
+    """The weights of one of our networks under our names and in our shapes, and what builds the network.
+
+    Args:
+        tensors: What `read_checkpoint` found in a file.
+        metadata: The metadata that it found there.
+        source: The file, which an error names.
+        model: Name of one of our models that it must be, told by the tensors unless given.
+
+    Returns:
+        Names and tensors; and what `convert` returns of them.
+
+    Raises:
+        ValueError: They are not those of one of our networks, or of another than `model`.
+    """
     tensors, left_out = strip_prefixes(tensors)
     recorded = metadata.get('model')
+    asked = model if model != recorded else None
     model = model or recorded
     name, args, twins = identify(tensors, model)
+    if (
+        asked and SIZE_ARGS & args.keys()
+    ):  # it may be one of other sizes by intention, unless another name is that of these
+        other, its_args, _ = identify(tensors)
+        if not SIZE_ARGS & its_args.keys():
+            raise ValueError(f'checkpoint {source} must hold {asked}, got the tensors of {other}.')
     if model == recorded:
         # The arguments that shapes do not tell, as the scan, the pooling and rates; the others are told by the tensors.
         untold = inspect.signature(type(registered(name))).parameters.keys() - SHAPE_ARGS
@@ -79,18 +114,8 @@ def convert(
         except (AttributeError, RecursionError, ValueError) as error:
             raise ValueError(f'checkpoint {source} must note its model_args as a JSON object.') from error
         args |= {key: value for key, value in noted.items() if key in untold}
-    tensors = _fit(tensors, name, args)
-    with open(source, 'rb') as file:
-        digest = hashlib.file_digest(file, 'sha256').hexdigest()
-    metadata.update(
-        model=name, model_args=json.dumps(args), source=origin or source.name, sha256=digest, vssm=__version__
-    )
-    try:
-        with replacing(target, like=source) as temporary:
-            write_safetensors(temporary, tensors, metadata)
-    except SafetensorError as error:  # as a full disk is reported
-        raise OSError(f'{target} cannot be written: {error}') from error
-    return Converted(metadata, twins, left_out)
+    metadata = dict(metadata, model=name, model_args=json.dumps(args))
+    return _fit(tensors, name, args), Converted(metadata, twins, left_out)
 
 
 def _fit(state_dict: dict[str, Tensor], model: str, args: dict[str, Any]) -> dict[str, Tensor]:

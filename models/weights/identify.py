@@ -18,6 +18,8 @@ __all__ = ['identify', 'list_models']
 # The constructor's arguments that names and shapes of tensors tell, or that change neither.
 SHAPE_ARGS = set('in_chans num_classes patch_size embed_dim depth stem_dim dims depths'.split())
 SHAPE_ARGS |= set('d_state ssm_ratio mlp_ratio gate patches layer_scale device dtype'.split())
+# Those of them in which a family's published sizes differ.
+SIZE_ARGS = set('embed_dim depth stem_dim dims depths'.split())
 # Those that shapes suggest together, as one number of patches may be that of several grids: a file's notes go before.
 GRID_ARGS = {'img_size', 'patch_stride'}
 

@@ -116,7 +116,9 @@ def _fetch_from_hub(cfg: PretrainedCfg, folder: str) -> tuple[Path, str]:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise OSError("this needs the package huggingface_hub: pip install 'vssm[hub]'") from error
+        raise OSError(
+            'this needs the package huggingface_hub: run `pip install ".[hub]"` in a clone of vssm.'
+        ) from error
     repository, _, revision = str(cfg.hf_hub_id).partition('@')
     try:
         names = huggingface_hub.list_repo_files(repository, revision=revision or None)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import printable
+from ..files import printable, state_of
 from .archive import Refused, Stored, open_archive
 from .checksum import read_safetensors
 
@@ -90,7 +90,7 @@ def read_checkpoint(path: str | Path, which: str = 'auto') -> tuple[dict[str, Te
     if which not in WEIGHTS:
         raise ValueError(f'read_checkpoint: which must be one of {", ".join(WEIGHTS)}, got {which!r}.')
     if not path.is_file():
-        raise FileNotFoundError(f'checkpoint {path} does not exist.')
+        raise FileNotFoundError(f'checkpoint {path} {state_of(path)}.')
     if is_safetensors(path):
         with refusing(path):
             tensors, metadata = read_safetensors(path)

@@ -4,9 +4,11 @@
 import copy
 import importlib
 import json
+import logging
 import os
 import shutil
 import signal
+import types
 import uuid
 from pathlib import Path
 
@@ -28,6 +30,14 @@ pytestmark = pytest.mark.usefixtures('one_thread', 'quick_configs')
 
 CELLS = ('cell', 'nucleus', 'debris')
 FIELDS = ('soil', 'wheat', 'maize', 'road', 'water')
+
+
+@pytest.mark.parametrize('wanted, processes, workers', [(0, 1, 0), (1, 1, 1), (8, 1, 4), (8, 2, 2), (2, 8, 1)])
+def test_workers_follow_the_cores(wanted, processes, workers, monkeypatch):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: range(4), raising=False)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', str(processes))  # as torchrun sets it
+    runner = types.SimpleNamespace(logger=logging.getLogger('test'))
+    assert mm.TimmRunner._count_workers(runner, wanted) == workers
 
 
 # ---- errors as sentences ---------------------------------------------------------------------------------------------
@@ -393,7 +403,7 @@ def test_heads_of_detectors(name):
         model = MODELS.build(cfg.model)
     metainfo = copy.deepcopy(DATASETS.get(f'mmdet.{dataset.type}').METAINFO)
     leaf = Leaf(metainfo)
-    counts = list(checks._counts(leaf, model))
+    counts = list(checks.class_counts(leaf, model))
     checks.check_classes(leaf, model)
     assert len(counts) == DETECTORS[name], counts
     for key in ('classes', 'thing_classes'):

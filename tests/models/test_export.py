@@ -286,7 +286,7 @@ def test_onnx_leaves_no_half_file(tmp_path, monkeypatch):
 
 def test_onnx_without_its_packages(tmp_path, monkeypatch):
     monkeypatch.setattr(export, 'find_spec', lambda name: None)
-    with pytest.raises(ImportError, match=re.escape("`pip install '.[export]'`")):
+    with pytest.raises(ImportError, match=re.escape('`pip install ".[export]"`')):
         export.export_onnx(create_shallow(SMALL[0]), tmp_path / 'model.onnx')
 
 

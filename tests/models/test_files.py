@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from vssm.models.files import leftovers, replacing
+from vssm.models.files import leftovers, replacing, state_of
 
 
 def test_replacing_writes_a_whole_file(tmp_path):
@@ -54,3 +54,17 @@ def test_leftovers_are_temporary_files_of_one_writer_alone(tmp_path):
         temporary.touch()
         assert leftovers(tmp_path, 'a') == [temporary]
     assert leftovers(tmp_path, 'a') == [] and len(leftovers(tmp_path, 'b')) == 1
+
+
+def test_the_state_of_a_path(tmp_path):
+    (tmp_path / 'file').touch()
+    (tmp_path / 'broken').symlink_to('nothing')
+    os.mkfifo(tmp_path / 'pipe')
+    said = {name: state_of(tmp_path / name) for name in ('.', 'file', 'broken', 'pipe', 'absent')}
+    assert said == {
+        '.': 'is a folder',
+        'file': 'is a file',
+        'broken': 'is a link to what does not exist',
+        'pipe': 'is neither a file nor a folder',
+        'absent': 'does not exist',
+    }

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vssm erf` and `vssm cam`: the numbers they print, the pictures they leave, how they refuse bad input."""
 
+import json
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from vssm.models.weights import write_safetensors
 from vssm.ops import selective_scan
 from vssm.tools import _pictures, cam, erf
 from vssm.tools._common import UsageError
@@ -158,12 +160,12 @@ def arguments(*argv):
 
 def test_models_of_the_same_shapes_get_the_same_random_weights():
     models = {
-        name: model for model, name, _ in _pictures.build_models(arguments('erf', 'test_vmamba', 'test_vmamba2d'))
+        name: model for model, name, *_ in _pictures.build_models(arguments('erf', 'test_vmamba', 'test_vmamba2d'))
     }
     one, two = (models[name].state_dict() for name in ('test_vmamba', 'test_vmamba2d'))
     assert all(torch.equal(one[name], two[name]) for name in one) and one.keys() == two.keys()
-    ((other, _, weights),) = _pictures.build_models(arguments('erf', 'test_vmamba', '--seed', '1'))
-    assert weights == 'random, seed 1' and not torch.equal(one['head.fc.weight'], other.head.fc.weight)
+    ((other, _, weights, names),) = _pictures.build_models(arguments('erf', 'test_vmamba', '--seed', '1'))
+    assert (weights, names) == ('random, seed 1', None) and not torch.equal(one['head.fc.weight'], other.head.fc.weight)
 
 
 def test_checkpoints_go_to_the_models_in_turn(tmp_path):
@@ -171,7 +173,10 @@ def test_checkpoints_go_to_the_models_in_turn(tmp_path):
     torch.save({'model': timm.create_model('test_vmamba2d', num_classes=5).state_dict()}, path)
     argv = ('erf', 'test_vmamba', 'test_vmamba2d', '--checkpoint', '-', '--checkpoint', str(path))
     built = list(_pictures.build_models(arguments(*argv)))
-    assert [built[i][1:] for i in (0, 1)] == [('test_vmamba', 'random, seed 0'), ('test_vmamba2d', 'mine.pth')]
+    assert [built[i][1:] for i in (0, 1)] == [
+        ('test_vmamba', 'random, seed 0', None),
+        ('test_vmamba2d', 'mine.pth', [f'class {i}' for i in range(5)]),
+    ]
     model = built[1][0]
     assert torch.equal(model.head.fc.weight, torch.load(path)['model']['head.fc.weight']) and not model.training
 
@@ -333,6 +338,20 @@ def test_cam_draws_models_side_by_side(tmp_path, capsys, grad_cam):
         assert picture.format == 'PNG' and picture.width > 800
 
 
+@pytest.mark.parametrize('name', ['test_vmamba', 'test_resnet'])
+def test_cam_names_the_classes_of_a_checkpoint(name, tmp_path, capsys, grad_cam):
+    Image.effect_noise((64, 64), 50).save(tmp_path / 'photo.png')
+    model = timm.create_model(name, num_classes=2)
+    metadata = dict(model=name, model_args='{"num_classes": 2}', classes='["kea", "kiwi"]')
+    write_safetensors(tmp_path / 'mine.safetensors', model.state_dict(), metadata)
+    if name == 'test_resnet':  # whose file timm reads, and fits to as many classes as it has
+        metadata['classes'] = json.dumps([f'bird {i}' for i in range(1000)])
+        write_safetensors(tmp_path / 'mine.safetensors', timm.create_model(name).state_dict(), metadata)
+    argv = ['cam', name, str(tmp_path / 'photo.png'), '--checkpoint', str(tmp_path / 'mine.safetensors')]
+    assert main([*argv, '--class', '1', '--size', '64', '--output', str(tmp_path / 'cam.png')]) == 0
+    assert f'class 1 ({"kiwi" if name == "test_vmamba" else "bird 1"}), probability' in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     'argv, said',
     [
@@ -405,7 +424,7 @@ def test_bad_files_give_one_sentence_and_exit_code_2(argv, said, capsys, bad_fil
 @pytest.mark.parametrize(
     'missing, argv, extra',
     [
-        ('matplotlib', ['erf', 'test_vmamba'], 'demo'),
+        ('matplotlib', ['erf', 'test_vmamba'], 'plot'),
         ('sklearn', ['erf', 'test_vmamba'], 'demo'),
         ('pytorch_grad_cam', ['cam', 'test_vmamba', 'image.png'], 'plot'),
     ],
@@ -417,4 +436,4 @@ def test_a_missing_package_is_named(missing, argv, extra, capsys, tmp_path, monk
         monkeypatch.setitem(sys.modules, module, None)  # importing it fails as if it were not installed
     assert main(argv) == 2
     error = capsys.readouterr().err
-    assert f'needs the package {missing}' in error and f'pip install .[{extra}]' in error
+    assert f'needs the package {missing}' in error and f'`pip install ".[{extra}]"`' in error

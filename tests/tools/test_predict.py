@@ -18,6 +18,7 @@ from timm.data import create_transform
 
 import vssm
 from vssm.models import predict as prediction
+from vssm.models.weights import read as reading
 from vssm.models.weights import read_checkpoint, write_safetensors
 from vssm.tools.main import main
 
@@ -94,6 +95,20 @@ def test_a_file_brings_its_classes_and_its_transform(network, checkpoint, photog
         for row in answer:
             assert row['probability'] == pytest.approx(probabilities[row['index']].item(), abs=1e-5)
     assert vssm.predict(checkpoint, paths[0], topk=1)[0] == shown(answers[0][:1])
+
+
+@pytest.mark.parametrize('kind', ['.pth', '.safetensors'])
+def test_a_file_is_read_once(kind, network, tmp_path, monkeypatch):
+    path, opened = tmp_path / f'weights{kind}', []
+    if kind == '.pth':
+        torch.save(network.state_dict(), path)
+    else:
+        write_safetensors(path, network.state_dict(), dict(model='test_vmamba2d', model_args='{"num_classes": 3}'))
+    name = dict([('.pth', 'open_archive'), ('.safetensors', 'read_safetensors')])[kind]
+    before = getattr(reading, name)
+    monkeypatch.setattr(reading, name, lambda *args: opened.append(args) or before(*args))
+    weights = prediction.load_classifier(path).model.state_dict()
+    assert len(opened) == 1 and all(torch.equal(weights[key], value) for key, value in network.state_dict().items())
 
 
 def test_a_published_file_takes_the_transform_of_its_network(network, photographs, tmp_path):

@@ -6,6 +6,8 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -18,7 +20,8 @@ from rich.console import Console
 import vssm
 from vssm.models import weights as checkpoints
 from vssm.ops import selective_scan_fvcore_macs, state_fusion_fvcore_macs, use_reference
-from vssm.tools import _common, env, info
+from vssm.tools import _common, env, info, train
+from vssm.tools import main as tools_main
 from vssm.tools._options import parse_option
 from vssm.tools._tables import markdown_table, print_table
 from vssm.tools.main import COMMANDS, main, make_parser
@@ -51,13 +54,52 @@ def test_a_subcommand_runs_as_a_module():
 
 
 def test_tables_align_figures_and_keep_names_whole(capsys):
-    console = Console(width=50, file=sys.stdout)
-    rows = [('a-name-that-stays-whole', '1.5 s', 'words that may be broken'), ('b', '-', '')]
-    print_table(['model', 'time', 'note'], rows, 'title', to=console)
+    rows = [('a-name-that-stays-whole', '1.5 s', 'words that may be [bold]broken'), ('b', '-', '')]
+    print_table(['model', 'time', 'note'], rows, 'title', to=terminal(60))
     title, *lines = capsys.readouterr().out.splitlines()
-    assert title.strip() == 'title'
+    assert title.strip() == 'title' and all(len(line) <= 60 for line in lines)
     assert any('a-name-that-stays-whole │ 1.5 s │ words that' in line for line in lines)
-    assert any('│ b                       │     - │' in line for line in lines)
+    assert any('│ b                       │     - │' in line for line in lines) and '[bold]broken' in ''.join(lines)
+
+
+def terminal(width):
+    return Console(width=width, file=sys.stdout, force_terminal=True, color_system=None)
+
+
+WIDE = [
+    ('mambavision_large2_512', '241.515', '152.4170', '512x512', 'nvidia/MambaVision-L2-512-21K', 'cc-by-nc-sa-4.0'),
+    ('vmamba_tiny', '30.249', '4.9056', '224x224', '-', 'mit'),
+]
+
+
+@pytest.mark.parametrize('width', [60, 80])
+def test_a_table_that_is_too_wide_becomes_blocks(width, capsys):
+    print_table(['model', 'params/M', 'GMACs', 'input', 'weights', 'licence'], WIDE, to=terminal(width))
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= width for line in lines) and '│' not in ''.join(lines)
+    assert [line for line in lines if not line.startswith('  ')] == [row[0] for row in WIDE]
+    words = ' '.join(lines).replace(',', '').split()
+    assert all(cell in words for row in WIDE for cell in row)
+    assert 'params/M 30.249, GMACs 4.9056' in ' '.join(' '.join(lines).split())
+
+
+@pytest.mark.parametrize('width', [60, 80])
+def test_a_long_name_with_words(width, capsys):
+    """As `vssm configs` has them: at 60 columns nothing would be left for the words."""
+    name, words = 'coco/mask-rcnn_groupmamba_base_fpn_8xb2-ms-3x_coco', 'words ' * 20
+    print_table(['config', 'what it trains'], [(name, words.strip())], to=terminal(width))
+    out = capsys.readouterr().out
+    assert name in out and ('│' in out) == (width == 80) and out.split().count('words') == 20
+
+
+def test_a_pipe_gets_plain_lines(capsys):
+    rows = [('a', '1.5', 'any words, however many there are, stay in one line ' * 3), ('name', '10.25', 'b')]
+    print_table(['model', 'time', 'note'], rows, 'title')
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == 'title' and [re.split('  +', line.rstrip()) for line in lines[2:]] == [
+        [cell.strip() for cell in row] for row in rows
+    ]
+    assert lines[2].index('1.5') + 3 == lines[3].index('10.25') + 5
 
 
 def test_tables_in_markdown():
@@ -94,7 +136,7 @@ def test_info_counts_what_was_published(
     expected = [name, scan, params, gmacs, '224x224', top1, weights, license]
     assert main(['info', name]) == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if name in line)
-    assert [cell.strip() for cell in row.strip('│').split('│')] == expected
+    assert row.split() == expected
 
 
 def test_info_tells_cached_weights(capsys, tmp_path, monkeypatch):
@@ -103,7 +145,7 @@ def test_info_tells_cached_weights(capsys, tmp_path, monkeypatch):
     path.parent.mkdir(parents=True)
     safetensors.torch.save_file({}, path)
     assert main(['info', 'spatial_mamba_*']) == 0
-    weights = {line.split()[1]: line.split()[-4] for line in capsys.readouterr().out.splitlines() if '│' in line}
+    weights = {line.split()[0]: line.split()[-2] for line in capsys.readouterr().out.splitlines()[1:]}
     assert weights == dict(spatial_mamba_tiny='cached', spatial_mamba_small='fetch', spatial_mamba_base='fetch')
 
 
@@ -113,9 +155,14 @@ def test_info_knows_aliases_and_tags(name, capsys):
     assert 'vmamba2d_tiny' in capsys.readouterr().out
 
 
+def test_info_takes_beginnings(capsys):
+    assert main(['info', 'test_vmamba2']) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ['test_vmamba2d']
+
+
 def test_info_takes_patterns(capsys):
     assert main(['info', 'test_*']) == 0
-    names = [line.split()[1] for line in capsys.readouterr().out.splitlines() if '│' in line]
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]
     assert names == [name for name in checkpoints.list_models() if name.startswith('test_')]
     assert len(names) >= 7
 
@@ -144,11 +191,34 @@ def test_macs_follow_the_rules_of_fvcore(name):
 def test_env(capsys):
     assert main(['env']) == 0
     out = capsys.readouterr().out
-    versions = dict(line.split()[1::2] for line in out.splitlines() if line.startswith('│') and len(line.split()) == 5)
+    versions = dict(line.split() for line in out.splitlines() if len(line.split()) == 2)
     assert versions['vssm'] == vssm.__version__
     assert versions['timm'] == timm.__version__
     assert torch.__version__.startswith(versions['torch'])
     assert f'{torch.get_num_threads()} threads' in out
+
+
+def test_env_counts_in_words(capsys, monkeypatch):
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 1)
+    monkeypatch.setattr(env.os, 'cpu_count', lambda: 1)
+    assert main(['env']) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith('1 CPU, 1 thread')
+
+
+def test_env_names_every_package_of_the_extras():
+    """But for what runs and checks the tests."""
+    project = tomllib.loads((Path(__file__).parents[2] / 'pyproject.toml').read_text())['project']
+    extras = project['optional-dependencies']
+    needed = [*project['dependencies'], *(name for extra in extras.keys() - {'test', 'dev'} for name in extras[extra])]
+    names = {re.match(r'[\w-]+', name)[0] for name in needed} - {'vssm'}
+    assert names <= {name for distributions in env.PACKAGES.values() for name in distributions}
+
+
+def test_env_names_a_fork_in_place_of_the_original(monkeypatch, capsys):
+    monkeypatch.setattr(env, 'find_distribution', lambda name: '1.2' if name == 'onedl-mmcv' else None)
+    assert main(['env']) == 0
+    out = capsys.readouterr().out
+    assert re.search(r'^onedl-mmcv +1\.2$', out, re.MULTILINE) and 'mmcv-lite' not in out
 
 
 def test_env_names_the_kernels_in_use(cpu_path):
@@ -171,8 +241,13 @@ def test_env_says_why_a_backend_is_off(variable, value, backend, state, monkeypa
 
 @pytest.mark.parametrize(
     'pattern, shown',
-    [(['digits/*'], {'digits/vmamba2d_test', 'digits/vmamba_test'}), (['*2d_test'], {'digits/vmamba2d_test'})],
-    ids=['folder', 'pattern'],
+    [
+        (['digits/*'], {'digits/vmamba2d_test', 'digits/vmamba_test'}),
+        (['digits'], {'digits/vmamba2d_test', 'digits/vmamba_test'}),
+        (['digits/vmamba2d'], {'digits/vmamba2d_test'}),
+        (['*2d_test'], {'digits/vmamba2d_test'}),
+    ],
+    ids=['folder', 'beginning', 'longer beginning', 'pattern'],
 )
 def test_configs_lists_names_and_what_they_are(pattern, shown, capsys):
     assert main(['configs', *pattern]) == 0
@@ -183,7 +258,7 @@ def test_configs_lists_names_and_what_they_are(pattern, shown, capsys):
 
 def test_configs_lists_all(capsys):
     assert main(['configs']) == 0
-    names = re.findall(r'^│ (\S+/\S+) ', capsys.readouterr().out, re.MULTILINE)
+    names = re.findall(r'^(\S+/\S+)  ', capsys.readouterr().out, re.MULTILINE)
     assert names == _common.list_configs() and not [name for name in names if '/_' in name]
 
 
@@ -386,9 +461,11 @@ def test_config_that_cannot_run_gives_one_sentence(config, options, said, capsys
             ('--amp needs a config whose optim_wrapper is an OptimWrapper, got AmpOptimWrapper',),
         ),
         (['test', 'digits/vmamba_test', 'no.pth'], ('no.pth does not exist', 'vssm train digits/vmamba_test')),
+        (['train', 'digits/vmamba_test', '--work-dir', __file__], ('--work-dir must be a folder', 'which is a file.')),
+        (['test', 'digits/vmamba_test', '/'], ('checkpoint / is a folder',)),
         (['info', 'vmamba2d_tny'], ("got 'vmamba2d_tny'", "Did you mean 'vmamba2d_tiny'?")),
         (['info', 'resnet50'], ("got 'resnet50'",)),
-        (['configs', 'nothing*'], ("got 'nothing*'", 'digits/vmamba_test')),
+        (['configs', 'digist'], ('in ade20k, coco, digits,', "got 'digist'", "Did you mean 'digits'?")),
     ],
     ids=' '.join,
 )
@@ -412,9 +489,12 @@ def test_bad_arguments_give_exit_code_2(argv, capsys):
 @pytest.mark.parametrize(
     'missing, argv, extra',
     [
-        ('mmengine', ['train', 'digits/vmamba_test'], 'train'),
+        ('mmengine', ['train', 'digits/vmamba_test'], 'demo'),
+        ('mmengine', ['train', 'finetune/vmamba_tiny_1xb64-50e_folder'], 'train'),
+        ('mmengine', ['train', 'wsi/survival'], 'wsi'),
+        ('mmengine', ['train', 'coco/mask-rcnn_vmamba_tiny_fpn_8xb2-1x_coco'], 'mmlab'),
         ('sklearn', ['train', 'digits/vmamba_test'], 'demo'),
-        ('mmengine', ['demo'], 'train'),
+        ('mmengine', ['demo'], 'demo'),
         ('sklearn', ['demo'], 'demo'),
         ('matplotlib', ['demo'], 'demo'),
     ],
@@ -424,7 +504,7 @@ def test_a_missing_extra_is_named(missing, argv, extra, capsys, tmp_path, monkey
         monkeypatch.setitem(sys.modules, module, None)  # importing it fails as if it were not installed
     assert main([*argv, '--work-dir', str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert f'needs the package {missing}' in error and f'pip install .[{extra}]' in error
+    assert f'needs the package {missing}' in error and f'`pip install ".[{extra}]"` in a clone' in error
 
 
 @pytest.mark.parametrize(
@@ -441,7 +521,67 @@ def test_a_missing_base_is_named(missing, config, capsys, tmp_path, monkeypatch)
     monkeypatch.setattr(module, 'is_installed', lambda name: False, raising=False)
     assert main(['train', config, '--work-dir', str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert f'needs the package {missing}' in error and 'pip install .[mmlab]' in error
+    assert f'needs the package {missing}' in error and '`pip install ".[mmlab]"` in a clone' in error
+
+
+@pytest.mark.parametrize('missing, fork', [('mmseg', 'onedl-mmsegmentation'), ('mmdet', 'onedl-mmdetection')])
+def test_the_forks_of_openmmlab_are_not_overwritten(missing, fork, capsys, monkeypatch):
+    """By the originals, which have the same names in Python."""
+
+    def run(args):
+        raise ModuleNotFoundError(name=missing)
+
+    monkeypatch.setattr(env, 'run', run)
+    monkeypatch.setattr(tools_main, 'find_distribution', lambda name: '1' if name == 'onedl-mmengine' else None)
+    assert main(['env']) == 2
+    error = capsys.readouterr().err
+    assert f'which is not found beside onedl-mmengine: run `pip install --no-deps {fork}`' in error
+
+
+def test_bases_of_a_fork_are_found_by_the_name_of_the_module(monkeypatch):
+    from mmengine.config import utils
+
+    packages = dict(mmseg='mmsegmentation', mmdet='mmdet', mmaction='mmaction2')  # the last is not there at all
+    monkeypatch.setattr(utils, 'MODULE2PACKAGE', packages)
+    monkeypatch.setattr(_common, 'find_distribution', lambda name: None)
+    monkeypatch.setattr(_common.importlib.util, 'find_spec', lambda name: 'found' if name != 'mmaction' else None)
+    _common._find_by_module()
+    assert packages == dict(mmseg='mmseg', mmdet='mmdet', mmaction='mmaction2')
+
+
+class Interrupted:
+    """A runner in whose training Ctrl-C is pressed."""
+
+    def __init__(self, last):
+        self._last_checkpoint = last
+
+    def train(self):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    'last, options, said',
+    [
+        ('work/epoch_3.pth', [], 'the same command with --resume goes on from work/epoch_3.pth.'),
+        ('work/epoch_3.pth', ['--overwrite'], 'with --resume in place of --overwrite goes on from work/epoch_3.pth.'),
+        (None, [], 'interrupted before a checkpoint was written; the same command begins again.'),
+    ],
+)
+def test_an_interrupted_training_says_how_to_go_on(last, options, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, 'build_runner', lambda cfg: Interrupted(last))
+    assert main(['train', 'digits/vmamba_test', '--work-dir', str(tmp_path / 'run'), *options]) == 130
+    error = capsys.readouterr().err
+    assert error.startswith('vssm train: interrupted') and error.endswith(f'{said}\n') and error.count('\n') == 1
+
+
+@pytest.mark.parametrize('option', [None, '--overwrite', '--resume'])
+def test_a_used_work_dir_is_not_overwritten_unasked(option, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, 'build_runner', lambda cfg: Interrupted(None))
+    (tmp_path / 'epoch_1.pth').touch()
+    options = [option] if option else []
+    assert main(['train', 'digits/vmamba_test', '--work-dir', str(tmp_path), *options]) == (130 if option else 2)
+    refused = f'{tmp_path} holds files of an earlier run (epoch_1.pth): --resume goes on'
+    assert (refused in capsys.readouterr().err) == (option is None)
 
 
 def test_a_missing_system_library_is_named(capsys, monkeypatch):

@@ -6,7 +6,8 @@ import io
 from collections.abc import Iterator, Sequence
 
 from .._bench import describe
-from .._tables import markdown_table, print_table, wide_console
+from .._common import console
+from .._tables import markdown_table, print_table
 from .row import FIGURES, SHARED, Row
 
 
@@ -61,11 +62,10 @@ def remarks(rows: Sequence[Row]) -> list[str]:
 
 
 def show(rows: Sequence[Row], interrupted: bool) -> None:
-    console = wide_console()
     for title, header, cells in tables(rows):
-        print_table(header, cells, title, to=console, fold=True)
+        print_table(header, cells, title)
     for line in remarks(rows):
-        console.print(line, soft_wrap=True)
+        console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
     if interrupted:
         console.print('Interrupted: this is what was done so far.')
 
