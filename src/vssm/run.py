@@ -4,7 +4,7 @@
     python -m vssm.run SCRIPT ARGS
 
 SCRIPT is a file, or the name of one that an installed mmdetection or mmsegmentation has in its tools: mmdet/train.py,
-mmseg/publish_model.py. In a script that imports packages of OpenMMLab `import vssm.models.mm` stands there too, since it
+mmseg/publish_model.py. In a script that imports packages of OpenMMLab `import vssm.models.mm` stands there too, as it
 needs mmcv's operators before it reads any config, and loads checkpoints whose histories PyTorch's reader refuses.
 """
 
