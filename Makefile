@@ -13,7 +13,7 @@ PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 QUICK := tests/test_architecture.py tests/ops tests/models/test_layers.py $(addprefix tests/models/test_models.py::, \
 	test_golden_classifier test_kernel_and_reference_agree test_every_parameter_gets_a_gradient)
 
-.PHONY: setup demo check test test-slow docs gpu lint format clean
+.PHONY: setup demo check test test-slow test-clients docs gpu lint format clean
 
 setup: $(INSTALLED)
 
@@ -34,10 +34,14 @@ check: lint
 	$(PYTEST) -m 'not slow and not triton' -k 'not opcheck' --draws 30 $(QUICK) $(PYTEST_ARGS)
 
 test: $(INSTALLED)
-	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
+	$(PYTEST) -m 'not slow and not clients' $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED)
 	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+# Where a package index can be reached. Its environments stay in build/clients.
+test-clients: $(INSTALLED)
+	$(PYTEST) -m clients tests/clients $(PYTEST_ARGS)
 
 # The site of docs/, in build/site; any warning is an error. The variable silences what the theme says of mkdocs's future.
 docs: $(INSTALLED)

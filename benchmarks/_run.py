@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from vssm.tools._bench import conditions, describe, median_seconds, synchronizer
-from vssm.tools._common import write_json
-from vssm.tools._common import console
+from vssm.tools._common import console, write_json
 from vssm.tools._tables import print_table
 
 STARTED = time.monotonic()

@@ -54,11 +54,14 @@ def assert_close():
 
 @pytest.fixture(scope='session')
 def made_once(tmp_path_factory):
-    """made_once(name, make): a folder that `make(folder)` has filled, for all workers of pytest-xdist alike."""
-    root = tmp_path_factory.getbasetemp()
-    root = root.parent if IN_WORKER else root
+    """made_once(name, make): a folder that `make(folder)` has filled, for all workers of pytest-xdist alike.
 
-    def made_once(name, make):
+    It lies in a folder of this run, or in `root`, where it stays for later ones.
+    """
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if IN_WORKER else base
+
+    def made_once(name, make, root=base):
         folder, done = root / name, root / f'{name}.done'
         with open(root / f'{name}.lock', 'w') as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed

@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The networks that clients get, with shortcuts that are taken at small sizes, and the way past them."""
 
+import functools
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -8,6 +14,7 @@ from torch import nn
 
 from vssm.models import layers
 
+BUILD = Path(__file__).parents[2] / 'build' / 'clients'
 NAMES = timm.list_models('test_*', module=['vmamba', 'spatial_mamba'])
 
 
@@ -47,3 +54,27 @@ def plainly(monkeypatch):
             return f(*args)
 
     return call
+
+
+@pytest.fixture(scope='session')
+def kept_once(made_once):
+    """kept_once(name, make): a folder that `make(folder)` has filled, kept in build/clients until `make clean`."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    return functools.partial(made_once, root=BUILD)
+
+
+@pytest.fixture(scope='session')
+def timm_source(kept_once):
+    """The folder of timm's source distribution, which has its scripts and tests; of the version that is installed."""
+    source = f'timm=={timm.__version__}'
+
+    def fetch(folder):
+        download = (sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--no-binary', 'timm')
+        result = subprocess.run([*download, '-d', folder, source], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        (archive,) = folder.glob('*.tar.gz')
+        with tarfile.open(archive) as opened:
+            opened.extractall(folder, filter='data')
+
+    (found,) = (path for path in kept_once(source, fetch).iterdir() if path.is_dir())
+    return found

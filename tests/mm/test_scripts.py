@@ -14,9 +14,9 @@ from mmengine.logging import MessageHub
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 
+from vssm import run as script
 from vssm.models.mm import mmcv_ext
 from vssm.tools import _count
-from vssm.tools import mm as script
 from vssm.tools._common import load_config
 from vssm.tools._count import RULES, build_dense, count_fvcore, multiply_adds
 
@@ -25,10 +25,10 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 @pytest.fixture
 def run(monkeypatch):
-    """run(*arguments): what `python -m vssm.tools.mm ARGUMENTS` does."""
+    """run(*arguments): what `python -m vssm.run ARGUMENTS` does."""
 
     def run(*arguments):
-        monkeypatch.setattr(sys, 'argv', ['mm', *map(str, arguments)])
+        monkeypatch.setattr(sys, 'argv', ['run', *map(str, arguments)])
         monkeypatch.setattr(sys, 'path', [*sys.path])
         script.main()
 
@@ -73,6 +73,23 @@ def test_a_script_is_found_by_its_name(tmp_path, monkeypatch):
     ):
         with pytest.raises(SystemExit, match=f"SCRIPT must be a Python file, got '{wrong}', which {said}"):
             script.find(wrong)
+
+
+def test_a_script_gets_what_it_needs(run, tmp_path, monkeypatch):
+    """The models, its arguments, the files beside it; and the adapters where it imports what they are for."""
+    (tmp_path / 'beside.py').touch()
+    (tmp_path / 'plain.py').write_text("""
+import sys, timm, beside
+assert __name__ == '__main__' and timm.is_model('test_vmamba'), 'models are missing'
+sys.exit(' '.join(sys.argv[1:]))
+""")
+    (tmp_path / 'theirs.py').write_text('if True:\n    from mmengine.config import Config\n')
+    monkeypatch.setitem(sys.modules, 'vssm.models.mm', None)  # so that importing it fails
+    monkeypatch.delattr('vssm.models.mm')
+    with pytest.raises(SystemExit, match='--model test_vmamba'):
+        run(tmp_path / 'plain.py', '--model', 'test_vmamba')
+    with pytest.raises(ImportError, match='mm'):
+        run(tmp_path / 'theirs.py')
 
 
 @pytest.mark.parametrize('name', ['test_vmamba2d', 'test_spatial_mamba'])
