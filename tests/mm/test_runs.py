@@ -40,8 +40,8 @@ def command(small_config, data):
     return command
 
 
-# The way from file to loss differs by task. Of the families, those have a turn that keep more than weights: the averages
-# of batch norms, in MambaVision, and the losses of Spatial-Mamba's MESA, which begin late.
+# The way from file to loss differs by task. Of the families, those have a turn that keep more than weights: MambaVision
+# the averages of batch norms, Spatial-Mamba the second network of MESA.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     'task, model_name',

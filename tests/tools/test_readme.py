@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The documents: their Python blocks run when pasted, their commands exist, and their links lead somewhere."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -41,6 +42,18 @@ def test_python_block_runs_alone(code, tmp_path):
     warnings = ['-W', 'error', *(f'-W{ignored}' for ignored in IGNORED)]
     result = subprocess.run([sys.executable, *warnings, '-c', code], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path):
+    pytest.importorskip('pytorch_grad_cam', reason="grad-cam is not installed: pip install '.[plot]'")
+    cells = json.loads((ROOT / 'examples' / 'predict.ipynb').read_text())['cells']
+    code = '\n'.join(''.join(cell['source']) for cell in cells if cell['cell_type'] == 'code')
+    assert not any(cell.get('outputs') for cell in cells)
+    script = f'{code}\nassert heat.shape == (224, 224) and embedding.shape == (1, 768)'
+    result = subprocess.run([sys.executable, '-c', script], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert len(re.findall(r'^ +\d+\.\d%  \w', result.stdout, flags=re.MULTILINE)) == 3
 
 
 def test_readme_has_python_blocks():
