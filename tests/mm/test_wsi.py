@@ -1752,8 +1752,21 @@ def test_tissues_that_touch_need_the_grid(tmp_path):
 @pytest.mark.slow
 def test_all_kinds_of_networks_are_compared(tmp_path):
     """On few synthetic slides, and again from what is there, which gives the same."""
-    networks = ['mamba2d_mil:depth=2', 'srmambamil', 'transmil', 'dtfd_mil', 'max_mil']
-    command = [BENCHMARKS / 'compare_slides.py', '--models', *networks, '--seeds', 0, 1, '--train', 8, '--epochs', 1]
+    networks = ['mamba2d_mil:depth=2', 'srmambamil', 's4mil', 'transmil', 'dtfd_mil', 'max_mil']
+    command = [
+        BENCHMARKS / 'compare_slides.py',
+        '--models',
+        *networks,
+        '--seeds',
+        0,
+        1,
+        '--train',
+        8,
+        '--test',
+        30,
+        '--epochs',
+        1,
+    ]
     command += ['--work-dir', tmp_path, '--json', tmp_path / 'figures.json', '--picture', tmp_path / 'picture.png']
     tables = []
     for _ in range(2):
