@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from processes import finish, losses, options, start, wait_for
 
-from vssm.models.mil import create_mil_model
+from vssm.models.mil import create_mil_model, list_mil_models
 from vssm.models.mil.survival import time_edges
 from vssm.models.weights import read_checkpoint
 from vssm.tools._common import UsageError, read_config
@@ -1611,6 +1611,17 @@ def test_squares_of_a_slide_come_from_its_nearest_level(tmp_path, monkeypatch):
         ((1200, 2224), 1, (128, 128)),
         ((600, 1112), 0, (256, 256)),
     ]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('network', list_mil_models())
+def test_every_network_embeds(network):
+    from vssm.tools.wsi_embed import embed
+
+    model = create_mil_model(network, in_dim=WIDTH).eval()
+    features, coords = torch.randn(PATCHES, WIDTH), 512 * torch.cartesian_prod(torch.arange(3), torch.arange(3))
+    embedding = embed(model, features, coords, [512])
+    torch.testing.assert_close(model.head(embedding), model(features, coords, steps=[512])[0])
 
 
 def test_embeddings_are_what_the_classifier_is_given(trained, tmp_path, capsys):
