@@ -25,6 +25,7 @@ COMMANDS = (
     'wsi-repeat',
     'wsi-compare',
     'wsi-heatmap',
+    'wsi-embed',
     'wsi-km',
     'zoo',
     'env',

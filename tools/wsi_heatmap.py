@@ -3,22 +3,24 @@
 
 The colour says how many times the mean over the patches a patch's weight in the pooling is. Each patch is drawn at its
 own coordinates; one that is left out, as it shares a cell with a patch of another piece of tissue, stays blank. The
-thumbnail needs the package openslide-python and the slide's file; without either the patches alone are drawn, and a
-line says so.
+thumbnail, and the gallery of the patches of the largest weights, need the slide's file, and the package
+openslide-python unless it is a plain image; without them the patches alone are drawn, and a line says so. Of a folder
+with features, a heat map of every slide is drawn.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._common import UsageError, console
 from ._pictures import check_output, pyplot, save_figure
+from ._slide_images import find_slide_files, read_squares, read_thumbnail
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,8 +33,22 @@ EXAMPLE = 'vssm wsi-heatmap work_dirs/wsi/classification/best.safetensors featur
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('checkpoint', metavar='CHECKPOINT', type=Path, help='a .safetensors file of a training')
-    parser.add_argument('features', metavar='FEATURES', type=Path, help="the slide's file, such as SLIDE.h5")
-    parser.add_argument('--slide', metavar='FILE', type=Path, help='the slide itself, for its thumbnail')
+    parser.add_argument(
+        'features', metavar='FEATURES', type=Path, help="the slide's file, such as SLIDE.h5, or the folder of many"
+    )
+    parser.add_argument(
+        '--slide',
+        metavar='FILE',
+        type=Path,
+        help='the slide itself, for its thumbnail; or the folder of the slides, for those of a folder',
+    )
+    parser.add_argument(
+        '--top',
+        metavar='K',
+        type=int,
+        default=0,
+        help='draw the K patches of the largest weights too, as NAME-top.png beside the heat map NAME.png',
+    )
     parser.add_argument(
         '--patch-size',
         metavar='N',
@@ -43,44 +59,119 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--output',
         metavar='FILE',
         type=Path,
-        default=Path('heatmap.png'),
-        help='picture to write (default: heatmap.png)',
+        help='picture to write (default: heatmap.png); of a folder the folder to write to (default: heatmaps)',
     )
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.patch_size is not None and args.patch_size < 1:
+        raise UsageError(f'--patch-size must be at least 1, got {args.patch_size}.')
+    if args.top < 0:
+        raise UsageError(f'--top must be at least 1, got {args.top}.')
+    whole_folder = args.features.is_dir()
+    args.output = args.output or Path('heatmaps' if whole_folder else 'heatmap.png')
+    if not whole_folder:
+        check_output(args.output)
+        if not args.features.is_file():
+            raise UsageError(f'FEATURES must be a file, such as SLIDE.h5, or a folder of such, got {args.features}.')
+    pyplot()  # a missing package is better told now than after the work
+    try:
+        drawing = Drawing(load_model(args.checkpoint), notes_on_data(args.checkpoint), args.patch_size, args.top)
+    except (FileNotFoundError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    if whole_folder:
+        return draw_folder(drawing, args.features, args.slide, args.output)
+    _say(draw_slide(drawing, [args.features], args.slide, args.output))
+    return 0
+
+
+class Drawing(NamedTuple):
+    """What all pictures of a call share."""
+
+    model: 'MIL'
+    notes: dict[str, Any]
+    patch_size: int | None
+    top: int
+
+
+def draw_folder(drawing: Drawing, features: Path, slides: Path | None, output: Path) -> int:
+    """Draw all slides of a folder into another one; a slide that cannot be drawn is told, and the others go on.
+
+    Raises:
+        UsageError: There are no slides, or some cannot be drawn.
+    """
+    from ..models.mil.slides import SlideFolder, count_patches
+
+    if slides is not None and not slides.is_dir():
+        raise UsageError(f'--slide must be the folder of the slides where FEATURES is a folder, got {slides}.')
+    folder = SlideFolder(features, drawing.notes.get('encoder'))
+    names = folder.names
+    if not names:
+        raise UsageError(f'FEATURES must hold files of features, such as SLIDE.h5, got {features} with none.')
+    own = find_slide_files(slides) if slides is not None else {}
+    output.mkdir(parents=True, exist_ok=True)
+    failed = 0
+    for name in names:
+        try:
+            paths = folder.find(name)
+            if not count_patches(*paths, encoder=folder.encoder):
+                _say(f'{name}: without patches, and left out')
+                continue
+            slide = own.get(name) or (slides and slides / name)
+            _say(draw_slide(drawing, paths, slide, output / f'{name}.png'))
+        except (FileNotFoundError, UsageError, ValueError) as error:
+            failed += 1
+            _say(f'{name}: {error}')
+    if failed:
+        raise UsageError(f'{failed} of the {len(names)} slides in {features} could not be drawn.')
+    return 0
+
+
+def draw_slide(drawing: Drawing, paths: Sequence[Path], slide: Path | None, output: Path) -> str:
+    """Write the heat map of a slide, and its gallery; a sentence on what was drawn.
+
+    Raises:
+        UsageError: The features are unfit for the network, or the slide is another one.
+    """
     from ..models.mil import side_of_cells
     from ..models.mil.slides import read_slide
 
-    check_output(args.output)
-    if not args.features.is_file():
-        raise UsageError(f'FEATURES must be a file, such as SLIDE.h5, got {args.features}.')
-    if args.patch_size is not None and args.patch_size < 1:
-        raise UsageError(f'--patch-size must be at least 1, got {args.patch_size}.')
-    pyplot()  # a missing package is better told now than after the work
+    model = drawing.model
     try:
-        model = load_model(args.checkpoint)
-        bag = read_slide(args.features, encoder=_notes_on_data(args.checkpoint).get('encoder'))
+        bag = read_slide(*paths, encoder=drawing.notes.get('encoder'))
         if bag.pixels is None:
-            raise UsageError(f'FEATURES must have coordinates, got {args.features} without.')
-        step = side_of_cells(bag.step, args.patch_size or getattr(model, 'patch_size', None))
+            raise UsageError(f'FEATURES must have coordinates, got {paths[0]} without.')
+        step = side_of_cells(bag.step, drawing.patch_size or getattr(model, 'patch_size', None))
         with torch.inference_mode():
             logits, weights = (forward(bag.features, bag.coords, steps=[step]) for forward in (model, model.attention))
     except (FileNotFoundError, ValueError) as error:
         raise UsageError(str(error)) from error
-    thumbnail, on = read_thumbnail(args.slide, bag.mpp)
+    thumbnail, on = read_thumbnail(slide, bag.mpp)
     if thumbnail is not None and (bag.pixels >= torch.tensor(thumbnail[1])).any():
         raise UsageError(
-            f'--slide must hold the patches of {args.features.name}, whose coordinates go up to '
-            f'{tuple(bag.pixels.amax(0).tolist())}, got {args.slide} of {thumbnail[1]} pixels.'
+            f'--slide must hold the patches of {paths[0].name}, whose coordinates go up to '
+            f'{tuple(bag.pixels.amax(0).tolist())}, got {slide} of {thumbnail[1]} pixels.'
         )
-    title = f'{args.features.stem}\noutputs {describe_outputs(args.checkpoint, logits[0].tolist())}'
+    title = f'{paths[0].stem}\noutputs {describe_outputs(drawing.notes, logits[0].tolist())}'
     relative = bag.spread(weights / weights.mean())
-    save_figure(draw(relative, bag.pixels, step, thumbnail, title), args.output)
+    save_figure(draw(relative, bag.pixels, step, thumbnail, title), output)
+    sentence = f'{output}, drawn on {on}'
     if bag.left_out:
-        on += f'; {bag.left_out} of {bag.total} patches, left out of the grid, are blank'
-    console.print(f'{args.output}, drawn on {on}', highlight=False, soft_wrap=True)
-    return 0
+        sentence += f'; {bag.left_out} of {bag.total} patches, left out of the grid, are blank'
+    if drawing.top and thumbnail is None:
+        sentence += '; without the slide there is no gallery'
+    elif drawing.top and slide is not None:
+        rows = relative.nan_to_num(-1).topk(min(drawing.top, len(bag.features))).indices
+        corners = [(x, y) for x, y in bag.pixels[rows].tolist()]
+        gallery = output.with_name(f'{output.stem}-top.png')
+        images = read_squares(slide, corners, step, bag.mpp)
+        save_figure(draw_gallery(images, relative[rows].tolist(), corners, title), gallery)
+        sentence += f'; {gallery}'
+    return sentence
+
+
+def _say(sentence: str) -> None:
+    console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
 def load_model(path: Path) -> 'MIL':
@@ -108,46 +199,17 @@ def load_model(path: Path) -> 'MIL':
     return model.eval()
 
 
-def describe_outputs(path: Path, logits: Sequence[float]) -> str:
+def describe_outputs(notes: Mapping[str, Any], logits: Sequence[float]) -> str:
     """A network's outputs for a slide, after the names of the classes that its checkpoint notes."""
-    names = _notes_on_data(path).get('classes') or [''] * len(logits)
+    names = notes.get('classes') or [''] * len(logits)
     return ', '.join(f'{name} {value:.2f}'.strip() for name, value in zip(names, logits, strict=True))
 
 
-def _notes_on_data(path: Path) -> dict[str, Any]:
+def notes_on_data(path: Path) -> dict[str, Any]:
+    """What a checkpoint notes of the data of its training; nothing where it notes none."""
     from ..models.weights import read_checkpoint
 
     return json.loads(read_checkpoint(path)[1].get('data', '{}'))
-
-
-def read_thumbnail(
-    slide: Path | None, mpp: float | None = None
-) -> tuple[tuple['Image.Image', tuple[int, int]] | None, str]:
-    """A small image of a slide and the slide's width and height, or None; and, in words, what is drawn on.
-
-    Args:
-        slide: The slide's file, None for none.
-        mpp: Micrometres of the pixels in which width and height are wanted, None for the slide's own.
-    """
-    if slide is None:
-        return None, 'the grid: no --slide is given'
-    if not slide.is_file():
-        return None, f'the grid: {slide} does not exist'
-    try:
-        import openslide
-    except ImportError:
-        return None, 'the grid: openslide is not installed, `pip install openslide-python openslide-bin` does it'
-    try:
-        with openslide.OpenSlide(slide) as opened:
-            scales = [float(opened.properties[f'openslide.mpp-{axis}']) / mpp if mpp else 1 for axis in 'xy']
-            width, height = (round(side * scale) for side, scale in zip(opened.dimensions, scales, strict=True))
-            return (opened.get_thumbnail((1024, 1024)), (width, height)), f'the thumbnail of {slide}'
-    except KeyError as error:
-        raise UsageError(
-            f'--slide must tell the size of its pixels for coordinates in micrometres, got {slide}, which does not.'
-        ) from error
-    except openslide.OpenSlideError as error:
-        raise UsageError(f'--slide must be a file that openslide reads, got {slide}: {error}') from error
 
 
 def draw(
@@ -187,6 +249,25 @@ def draw(
     bar.set_ticks([1 / reach, reach**-0.5, 1, reach**0.5, reach], minor=False)
     bar.ax.yaxis.set_major_formatter('{x:.2g}')
     bar.ax.minorticks_off()
+    return fig
+
+
+def draw_gallery(
+    images: Sequence['Image.Image'], relative: Sequence[float], corners: Sequence[tuple[int, int]], title: str
+) -> 'Figure':
+    """Draw patches in rows of four, each with its weight over the mean and its coordinates."""
+    plt = pyplot()
+    across = min(4, len(images))
+    down = -(-len(images) // across)
+    fig, axes = plt.subplots(
+        down, across, figsize=(2.4 * across, 2.7 * down + 0.6), layout='constrained', squeeze=False
+    )
+    for ax in axes.flat:
+        ax.axis('off')
+    for ax, image, weight, corner in zip(axes.flat, images, relative, corners, strict=False):
+        ax.imshow(image)
+        ax.set_title(f'{weight:.2f} times the mean\nat {corner[0]}, {corner[1]}', fontsize=9)
+    fig.suptitle(title)
     return fig
 
 

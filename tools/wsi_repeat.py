@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train and test a config on slides on all folds, with several seeds, or both; show mean and standard deviation.
 
-Folds are those of the files that dataset.split_file names by %d, those of the table's column fold, or dealt out, the
-same for all seeds. Each run has a folder of its own in the work dir, and is tested with its best weights on the
-validation data. A run that is there already goes on where it stopped, so that the command may be given again; one of
-other options, or of another table, is refused. Results go to results.json.
+Folds are those of the files that dataset.split_file names by %d, or of the columns that dataset.columns names so for
+the split; those of the table's column fold; or dealt out. They are the same for all seeds. Each run has a folder of its
+own in the work dir, and is tested with its best weights on the validation data. A run that is there already goes on
+where it stopped, so that the command may be given again; one of other options, or of another table, is refused. Results
+go to results.json.
 """
 
 import argparse
@@ -83,8 +84,9 @@ def plan(cfg: 'Config', folds: int | None = None, seeds: Sequence[int] | None = 
     if seeds is not None and len(set(seeds)) != len(seeds):
         raise UsageError(f'--seeds must differ, got {" ".join(map(str, seeds))}.')
     splits = cfg.dataset.get('split_file')
-    if folds is not None and folds < (1 if splits else 3):
-        need = 'at least 1' if splits else 'at least 3, for training, validation and test'
+    given = splits or '%d' in (cfg.dataset.get('columns') or {}).get('split', '')  # by the user, in files or columns
+    if folds is not None and folds < (1 if given else 3):
+        need = 'at least 1' if given else 'at least 3, for training, validation and test'
         raise UsageError(f'--folds must be {need}, got {folds}.')
     if folds is not None and splits and '%d' not in splits:
         raise UsageError(f'dataset.split_file must name the file of each of --folds by %d, got {splits}.')
@@ -96,7 +98,7 @@ def plan(cfg: 'Config', folds: int | None = None, seeds: Sequence[int] | None = 
         if trial.seed is not None:
             changed.randomness = dict(cfg.get('randomness', {}), seed=trial.seed)
         if trial.fold is not None:
-            changed.dataset.update(fold=trial.fold, folds=None if splits else folds)
+            changed.dataset.update(fold=trial.fold, folds=None if given else folds)
         configs[trial] = changed
     for changed in {trial.fold: changed for trial, changed in configs.items()}.values():
         check_test(changed)

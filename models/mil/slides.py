@@ -89,6 +89,11 @@ class SlideFolder:
             for _, row in rows:
                 self.lists[slide_name(row['wsi_id'])].append(path.parent / row['embeddings'])
 
+    @property
+    def names(self) -> list[str]:
+        """The names of all slides, sorted."""
+        return sorted({*self.files, *self.lists})
+
     def find(self, slide_id: str) -> tuple[Path, ...]:
         """The file of a slide's features, or the files that have them one after the other.
 

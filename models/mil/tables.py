@@ -95,7 +95,7 @@ def read_table(
     absent += [name for name in TASKS[task] if name not in names and name not in header]
     if absent:
         hint = ': is it a dataset.split_file?' if {'train', 'val'} <= set(header) else '.'
-        needed = ', '.join(names.get(name, name) for name in TASKS[task])
+        needed = ', '.join(dict.fromkeys([*(names.get(name, name) for name in TASKS[task]), *absent]))
         raise ValueError(
             f'table {path} must have the columns {needed} for {task}, got {", ".join(filter(None, header)) or "none"}'
             f'{hint}'

@@ -51,7 +51,7 @@ class SlideDataset(Dataset):
         edges: Edges between the time bins, as a training has found them and its checkpoint notes; unless given, those
             of the training data.
         barcodes: Whether TCGA's barcodes tell which slides are of one patient, see `read_table`.
-        columns: Names in the table of columns that have others in `read_table`.
+        columns: Names in the table of columns that have others in `read_table`; %d in them stands for the fold.
         encoder: Name of the encoder whose features are meant, where a file or the folder has those of several.
         cache: Whether to keep in memory what was read; each worker of a loader keeps its own.
 
@@ -84,7 +84,8 @@ class SlideDataset(Dataset):
             raise RunError(f'split_file and folds must not both be given, got {split_file} and {folds}.')
         classes = [class_name(name) for name in classes] if classes is not None else None  # a config may give numbers
         try:
-            slides, problems = read_table(self.table, task, classes, barcodes, columns)
+            named = {ours: theirs.replace('%d', str(fold)) for ours, theirs in (columns or {}).items()}
+            slides, problems = read_table(self.table, task, classes, barcodes, named)
             said = recognised_cases(slides)
             notes = [f'{self.table.name} has no case_id: {said}'] if said else []
             if self.split_file is not None and not problems:

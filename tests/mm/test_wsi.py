@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole slides from files to figures: tables, splits, features, metrics, and the commands from check to heat map."""
 
+import argparse
 import csv
+import hashlib
 import importlib.util
 import json
 import math
@@ -22,13 +24,13 @@ from PIL import Image
 from processes import finish, losses, options, start, wait_for
 from torch.nn.functional import cross_entropy
 
-from vssm.models.mil import create_mil_model, current_name
+from vssm.models.mil import create_mil_model, current_name, list_mil_models
 from vssm.models.mil.survival import time_edges
 from vssm.models.weights import read_checkpoint
 from vssm.tools import wsi_compare, wsi_repeat
-from vssm.tools._common import UsageError
+from vssm.tools._common import UsageError, read_config
 from vssm.tools.main import main
-from vssm.tools.wsi_repeat import Trial
+from vssm.tools.wsi_repeat import Trial, plan, summarise
 
 h5py = pytest.importorskip('h5py', reason="h5py is not installed: pip install '.[wsi]'")
 pytest.importorskip('mmengine', reason="mmengine is not installed: pip install '.[wsi]'")
@@ -310,6 +312,33 @@ def test_splits_of_cases_without_a_test(cases, tmp_path, capsys):
     changes['dataset.split_file'] = 'splits_0.csv'
     assert run('wsi-repeat', 'wsi/survival', *arguments, *options(**changes)) == 2
     assert 'must name the file of each of --folds by %d, got splits_0.csv' in capsys.readouterr().err
+
+
+def test_folds_in_columns_of_their_own(classification, tmp_path):
+    """A column for each fold, as some tables have them, tells who is tested in it."""
+    names = ('train', 'val', 'test')
+    rows = [[f's{i}', 'ab'[i % 2], names[i // 4], names[2 - i // 4]] for i in range(12)]
+    write_table(classification / 'labels.csv', ['slide_id', 'label', 'Fold 0', 'Fold 1'], rows)
+    options = ['dataset.columns.split=fold_%d', *(f'{key}={value}' for key, value in SMALL.items())]
+    arguments = argparse.Namespace(
+        config='wsi/classification',
+        cfg_options=options,
+        data_root=str(classification),
+        work_dir=tmp_path / 'runs',
+        launcher='none',
+    )
+    cfg = read_config(arguments)
+    configs = plan(cfg, folds=2)
+    assert [trial.name for trial in configs] == ['fold0', 'fold1']
+    for trial, config in configs.items():
+        dataset = SlideDataset(**{key: value for key, value in config.dataset.items() if key != 'type'}, split='test')
+        first = 8 - 8 * trial.fold
+        assert [bag[0].slide_id for bag in dataset.bags] == [f's{i}' for i in range(first, first + 4)]
+    with pytest.raises(
+        UsageError,
+        match='fold2: table .* must have the columns slide_id, label, fold_2 for classification, got .*fold_1',
+    ):
+        plan(cfg, folds=3)
 
 
 @pytest.mark.parametrize(
@@ -1360,8 +1389,6 @@ def test_folds_and_seeds_make_runs_of_their_own(classification, tmp_path, warnin
 
 
 def test_the_mean_is_over_the_runs_with_a_metric():
-    from vssm.tools.wsi_repeat import summarise
-
     runs = [dict(a=1.0, b=math.nan, c=5.0), dict(a=3.0, b=math.nan, c=math.nan)]
     summary = summarise(runs)
     assert summary['mean'] == pytest.approx(dict(a=2.0, b=math.nan, c=5.0), nan_ok=True)
@@ -1548,11 +1575,142 @@ def test_the_heat_map_names_the_classes_of_the_checkpoint(trained, tmp_path, mon
     assert titles == [f's9\noutputs b {logits[0]:.2f}, a {logits[1]:.2f}']
 
 
+@pytest.fixture
+def colourful(tmp_path):
+    """Two slides of 3 x 3 patches of 64 pixels, one without patches, one that is damaged; and a picture of the first.
+
+    Each patch in it has a colour of its own, whose red is 20 times the number of its row in the file.
+    """
+    features, slides = tmp_path / 'features', tmp_path / 'slides'
+    features.mkdir()
+    slides.mkdir()
+    coords = torch.cartesian_prod(torch.arange(3), torch.arange(3)).flip(1) * 64 + 75
+    picture = Image.new('RGB', (300, 280))
+    for row, (x, y) in enumerate(coords.tolist()):
+        picture.paste((20 * row, 0, 0), (x, y, x + 64, y + 64))
+    picture.save(slides / 's0.png')
+    for name in ('s0', 's1'):
+        write_slide(features / f'{name}.h5', coords=coords)
+    write_slide(features / 's2.h5', torch.zeros(0, WIDTH), torch.zeros(0, 2))
+    write_slide(features / 's3.h5', torch.full((PATCHES, WIDTH), math.nan), coords)
+    return features, slides
+
+
+def test_heat_maps_of_a_folder_with_galleries(colourful, checkpoint, tmp_path, monkeypatch, capsys):
+    from vssm.tools import wsi_heatmap
+
+    features, slides = colourful
+    galleries = []
+    draw_gallery = wsi_heatmap.draw_gallery
+    monkeypatch.setattr(wsi_heatmap, 'draw_gallery', lambda *args: galleries.append(args) or draw_gallery(*args))
+    monkeypatch.setattr(wsi_heatmap, 'draw', lambda *_: wsi_heatmap.pyplot().figure())  # which other tests judge
+    output = tmp_path / 'maps'
+    assert run('wsi-heatmap', checkpoint, features, '--slide', slides, '--top', 5, '--output', output) == 2
+    out, error = capsys.readouterr()
+    assert f'{output}/s0.png, drawn on the image {slides}/s0.png; {output}/s0-top.png' in out
+    assert (
+        f'{output}/s1.png, drawn on the grid: {slides}/s1 does not exist; without the slide there is no gallery' in out
+    )
+    assert 's2: without patches, and left out' in out and 's3: s3.h5: features row 0 must be finite' in out
+    assert f'1 of the 4 slides in {features} could not be drawn' in error
+    assert sorted(path.name for path in output.iterdir()) == ['s0-top.png', 's0.png', 's1.png']
+    bag = read_slide(features / 's0.h5')
+    weights = wsi_heatmap.load_model(checkpoint).attention(bag.features, bag.coords, steps=[64])
+    order = weights.argsort(descending=True)[:5].tolist()
+    ((images, relative, corners, _),) = galleries
+    assert [image.getpixel((112, 112)) for image in images] == [(20 * row, 0, 0) for row in order]
+    assert all(len(image.getcolors()) == 1 for image in images)
+    assert relative == pytest.approx((weights / weights.mean())[order].tolist())
+    assert corners == [tuple(bag.pixels[row].tolist()) for row in order]
+
+
+def test_squares_of_a_slide_come_from_its_nearest_level(tmp_path, monkeypatch):
+    """512 pixels shown as 128 come from the level of a quarter; coordinates of 1 um are two pixels of 0.5 um each."""
+    from vssm.tools._slide_images import read_squares
+
+    regions = []
+
+    class Slide(FakeSlide):
+        level_downsamples = (1.0, 4.0)
+        properties = {'openslide.mpp-x': '0.5', 'openslide.mpp-y': '0.5'}
+
+        def get_best_level_for_downsample(self, downsample):
+            return max(level for level, factor in enumerate(self.level_downsamples) if factor <= downsample)
+
+        def read_region(self, corner, level, size):
+            regions.append((corner, level, size))
+            return Image.new('RGBA', size, (0, 200, 0, 255))
+
+    monkeypatch.setitem(sys.modules, 'openslide', SimpleNamespace(OpenSlide=Slide, OpenSlideError=OSError))
+    images = read_squares(tmp_path / 's.svs', [(600, 1112)], 512, shown=128)
+    assert images[0].size == (128, 128) and images[0].getpixel((0, 0)) == (0, 200, 0)
+    read_squares(tmp_path / 's.svs', [(600, 1112)], 256, mpp=1.0, shown=128)
+    read_squares(tmp_path / 's.svs', [(600, 1112)], 256)
+    assert regions == [
+        ((600, 1112), 1, (128, 128)),
+        ((1200, 2224), 1, (128, 128)),
+        ((600, 1112), 0, (256, 256)),
+    ]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('network', list_mil_models())
+def test_every_network_embeds(network):
+    from vssm.tools.wsi_embed import embed
+
+    model = create_mil_model(network, in_dim=WIDTH).eval()
+    features, coords = torch.randn(PATCHES, WIDTH), 512 * torch.cartesian_prod(torch.arange(3), torch.arange(3))
+    embedding = embed(model, features, coords, [512])
+    torch.testing.assert_close(model.head(embedding), model(features, coords, steps=[512])[0])
+
+
+def test_embeddings_are_what_the_classifier_is_given(trained, tmp_path, capsys):
+    """The slides that were trained on, and one without patches, as a tool writes it that found no tissue."""
+    write_slide(tmp_path / 'x.h5', torch.zeros(0, WIDTH), torch.zeros(0, 2))
+    best, output = trained / 'run' / 'best.safetensors', tmp_path / 'embeddings.h5'
+    files = [trained / f's{i}.h5' for i in range(3)]
+    assert run('wsi-embed', best, *files, tmp_path / 'x.h5', '--output', output) == 0
+    assert '3 slides of 16 numbers each; 1 slides without patches are left out' in capsys.readouterr().out
+    tensors, metadata = read_checkpoint(best)
+    model = create_mil_model('mamba2d_mil', **json.loads(metadata['model_args'])).eval()
+    model.load_state_dict(tensors)
+    with h5py.File(output) as file:
+        assert file['slide_ids'].asstr()[()].tolist() == ['s0', 's1', 's2']
+        assert file.attrs['checkpoint_sha256'] == hashlib.sha256(best.read_bytes()).hexdigest()
+        assert (file.attrs['model'], file.attrs['checkpoint']) == ('mamba2d_mil', 'best.safetensors')
+        embeddings = torch.from_numpy(file['embeddings'][()])
+    for path, embedding in zip(files, embeddings, strict=True):
+        bag = read_slide(path)
+        torch.testing.assert_close(model.head(embedding), model(bag.features, bag.coords, steps=[bag.step])[0])
+    assert not list(tmp_path.glob('.*.tmp'))
+
+
+@pytest.mark.parametrize(
+    'argv, said',
+    [
+        (['best.safetensors', 'no'], 'got no, which does not exist'),
+        (['best.safetensors', 'empty'], 'got empty with none'),
+        (['best.safetensors', 's.h5', 'wide.h5'], 'wide.h5: MambaMIL: features must be (n, 6)'),
+        (['best.safetensors', 's.h5', 's.h5'], 'must hold each slide once, got s again'),
+        (['best.safetensors', 's.h5', '--output', 'a.csv'], '--output must be a .h5 file'),
+    ],
+)
+def test_bad_arguments_of_embed(argv, said, checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_slide('s.h5')
+    write_slide('wide.h5', torch.randn(PATCHES, 20))
+    Path('empty').mkdir()
+    assert main(['wsi-embed', *argv]) == 2
+    assert said in capsys.readouterr().err and not Path('embeddings.h5').exists()
+
+
 @pytest.mark.parametrize(
     'argv, said',
     [
         (['no.safetensors', 's.h5'], 'no.safetensors does not exist'),
-        (['best.safetensors', 'no.h5'], 'FEATURES must be a file, such as SLIDE.h5, got no.h5'),
+        (['best.safetensors', '.', '--slide', 's.h5'], '--slide must be the folder of the slides'),
+        (['best.safetensors', 's.h5', '--top', '-1'], '--top must be at least 1, got -1'),
+        (['best.safetensors', 'no.h5'], 'FEATURES must be a file, such as SLIDE.h5, or a folder of such, got no.h5'),
         (['best.safetensors', 's.h5', '--output', 'map.svg'], '--output must be a .png file'),
         (['best.safetensors', 's.h5', '--patch-size', '-1'], '--patch-size must be at least 1, got -1'),
         (['best.safetensors', 'wide.h5'], 'features must be (n, 6)'),
