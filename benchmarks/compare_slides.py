@@ -40,7 +40,7 @@ def compare(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
         partial = folder / 'partial'
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        write_touching(partial, dict(train=args.train, val=100, test=300))
+        write_touching(partial, dict(train=args.train, val=args.test // 3, test=args.test))
         partial.rename(slides)
     options = {key: value for key, value in TRAINING.items() if key != 'model.in_dim'}
     options |= {
@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument('--models', nargs='+', default=MODELS, help='networks, as of `vssm wsi-compare`')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--train', type=int, default=600, help='slides to train on')
+    parser.add_argument('--test', type=int, default=300, help='slides to test on; a third as many are for validation')
     parser.add_argument('--epochs', type=int, default=8)
     parser.add_argument('--lr', type=float, default=3e-3)
     parser.add_argument('--work-dir', type=Path, help='where slides and runs stay')

@@ -24,7 +24,7 @@ from PIL import Image
 from processes import finish, losses, options, start, wait_for
 from torch.nn.functional import cross_entropy
 
-from vssm.models.mil import create_mil_model, current_name
+from vssm.models.mil import create_mil_model, current_name, list_mil_models
 from vssm.models.mil.survival import time_edges
 from vssm.models.weights import read_checkpoint
 from vssm.tools import wsi_compare, wsi_repeat
@@ -1652,6 +1652,17 @@ def test_squares_of_a_slide_come_from_its_nearest_level(tmp_path, monkeypatch):
     ]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize('network', list_mil_models())
+def test_every_network_embeds(network):
+    from vssm.tools.wsi_embed import embed
+
+    model = create_mil_model(network, in_dim=WIDTH).eval()
+    features, coords = torch.randn(PATCHES, WIDTH), 512 * torch.cartesian_prod(torch.arange(3), torch.arange(3))
+    embedding = embed(model, features, coords, [512])
+    torch.testing.assert_close(model.head(embedding), model(features, coords, steps=[512])[0])
+
+
 def test_embeddings_are_what_the_classifier_is_given(trained, tmp_path, capsys):
     """The slides that were trained on, and one without patches, as a tool writes it that found no tissue."""
     write_slide(tmp_path / 'x.h5', torch.zeros(0, WIDTH), torch.zeros(0, 2))
@@ -1898,8 +1909,21 @@ def test_tissues_that_touch_need_the_grid(tmp_path):
 @pytest.mark.slow
 def test_all_kinds_of_networks_are_compared(tmp_path):
     """On few synthetic slides, and again from what is there, which gives the same."""
-    networks = ['mamba2d_mil:depth=2', 'srmambamil', 'transmil', 'dtfd_mil', 'max_mil']
-    command = [BENCHMARKS / 'compare_slides.py', '--models', *networks, '--seeds', 0, 1, '--train', 8, '--epochs', 1]
+    networks = ['mamba2d_mil:depth=2', 'srmambamil', 's4mil', 'transmil', 'dtfd_mil', 'max_mil']
+    command = [
+        BENCHMARKS / 'compare_slides.py',
+        '--models',
+        *networks,
+        '--seeds',
+        0,
+        1,
+        '--train',
+        8,
+        '--test',
+        30,
+        '--epochs',
+        1,
+    ]
     command += ['--work-dir', tmp_path, '--json', tmp_path / 'figures.json', '--picture', tmp_path / 'picture.png']
     tables = []
     for _ in range(2):

@@ -203,7 +203,7 @@ def two_tiers(distillation, num_classes=3, parts=2):
 @pytest.mark.parametrize('distillation', ['afs', 'max', 'maxmin', 'attention'])
 def test_what_is_distilled(distillation, num_classes):
     """By a loop over the pseudo-bags and their patches."""
-    pool, x = two_tiers(distillation, num_classes), torch.randn(7, 6, **f64)
+    pool, x = two_tiers(distillation, num_classes), torch.randn(23, 6, **f64)
     parts, distilled = [], []
     for start in (0, 1):
         part = x[start::2]
