@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from vssm.tools._bench import conditions, describe, median_seconds, synchronizer
-from vssm.tools._common import write_json
-from vssm.tools._tables import print_table, wide_console
+from vssm.tools._common import console, write_json
+from vssm.tools._tables import print_table
 
 STARTED = time.monotonic()
 PLACES = ('--json', '--out')  # options that say where figures are kept
@@ -133,11 +133,11 @@ def finish(
         device: Device that the figures are from.
         left_out: Reasons, by what was to be measured and was not.
     """
-    console = wide_console()
-    print_table(header, cells, title, to=console, fold=True)
+    print_table(header, cells, title)
     for what, why in (left_out or {}).items():
-        console.print(f'{what}: not measured, {why}', soft_wrap=True)
-    console.print(describe(keep(args, rows, device, left_out)), soft_wrap=True)
+        console.print(f'{what}: not measured, {why}', highlight=False, markup=False, soft_wrap=True)
+    taken_under = describe(keep(args, rows, device, left_out))
+    console.print(taken_under, highlight=False, markup=False, soft_wrap=True)
 
 
 def command() -> str:

@@ -18,7 +18,7 @@ from torch import nn
 
 from vssm.ops import selective_scan, selective_scan_ref
 from vssm.tools._bench import median_seconds
-from vssm.tools._tables import print_table, wide_console
+from vssm.tools._tables import print_table
 
 
 def measure(batch: int, size: int, dim: int, rounds: int, with_reference: bool) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def main() -> None:
     rows = [measure(args.batch_size, *stage, args.rounds, not args.no_reference) for stage in VMAMBA_STAGES]
     by_states = [measure_states(args.batch_size, *grid, args.rounds) for grid in TOKEN_MAPS]
     title = 'selective_scan on the CPU, four orders, N = 1, float32; step = forward + backward'
-    print_table(list(COLUMNS), [[cell(row) for cell in COLUMNS.values()] for row in rows], title, wide_console(), True)
+    print_table(list(COLUMNS), [[cell(row) for cell in COLUMNS.values()] for row in rows], title)
     title = 'one order, 1-D, E = 384: with one state in ms, with more over that'
     finish(args, rows + by_states, title, STATE_COLUMNS, [state_cells(row) for row in by_states])
 
