@@ -135,8 +135,9 @@ def finish(
     """
     print_table(header, cells, title)
     for what, why in (left_out or {}).items():
-        console.print(f'{what}: not measured, {why}', soft_wrap=True)
-    console.print(describe(keep(args, rows, device, left_out)), soft_wrap=True)
+        console.print(f'{what}: not measured, {why}', highlight=False, markup=False, soft_wrap=True)
+    taken_under = describe(keep(args, rows, device, left_out))
+    console.print(taken_under, highlight=False, markup=False, soft_wrap=True)
 
 
 def command() -> str:

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from _run import finish, make_parser, parse
 from matplotlib.colors import ListedColormap
+from matplotlib.patches import Patch
 
 from vssm.tools._pictures import pyplot, save_figure
 from vssm.tools.main import main as vssm_main
@@ -229,6 +230,10 @@ def draw_touch(rows: list[dict[str, Any]], path: Path) -> None:
         mask, kinds = touching(rng, touch)
         axes[key].imshow(np.where(mask, kinds + 1, 0), colours, vmin=0, vmax=3)
         axes[key].set(title='touching' if touch else 'apart', xticks=[], yticks=[])
+    tissues = ('no tissue', 'stroma', 'first tissue', 'second tissue')
+    patches = [Patch(facecolor=colours(i), edgecolor='0.5', label=name) for i, name in enumerate(tissues)]
+    fig.legend(handles=patches, loc='outside lower left', ncols=4)
+    fig.get_layout_engine().set(wspace=0.12)  # names of the networks are long
     ax = axes['x']
     for i, row in enumerate(reversed(rows)):
         ax.barh(i, row['test_accuracy'], color='tab:blue', alpha=0.6)

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     images = read_images(args.images, args.count, args.size) if args.images else sample_images(args.size)
     pyplot()  # a missing package is better told now than after the work
 
-    fields, titles, rows = [], [], []
+    fields, cells, titles, rows = [], [], [], []
     with console.status('') as status:
         for model, name, weights, _ in build_models(args):
             status.update(f'{name}: {len(images)} images')
@@ -74,8 +74,9 @@ def run(args: argparse.Namespace) -> int:
             numbers = [f'{number:.2f}' if math.isfinite(number) else '-' for number in measure_cross(field, cell)]
             rows.append((name, weights, *numbers))
             fields.append(field)
+            cells.append(cell)
             titles.append(f'{name}\n{weights}\ncross {numbers[0]}, at the rim {numbers[1]}')
-    save_figure(draw(fields, titles, len(images)), args.output)
+    save_figure(draw(fields, cells, titles, len(images)), args.output)
     print_table(['model', 'weights', 'cross', 'at the rim', 'diagonals'], rows)
     console.print(
         f'{len(images)} images, {args.size}x{args.size}. Picture: {args.output}', highlight=False, soft_wrap=True
@@ -115,13 +116,36 @@ class Cross(NamedTuple):
     diagonals: float  # the brighter diagonal over the fainter one, in the outermost part
 
 
-def measure_cross(field: Tensor, cell: int) -> Cross:
-    """How much a field stands out along its centre's row and column.
+class Bands(NamedTuple):
+    """Where a field is looked at: in bands through its centre, between two circles.
 
-    Bands through the centre, `cell` wide, are compared with the same bands turned by 45 degrees. Only what lies between
-    two circles counts: beyond the inner one the bands do not overlap, and within the outer one the image has all
-    directions. The rim is the outermost `cell` of that. The centre is where a square of three cells is brightest, at
-    most half a cell from the middle.
+    Args:
+        row: Row of the centre, in pixels.
+        column: Column of the centre, in pixels.
+        radius: Distance of each pixel from the centre, (H, W).
+        members: Masks of the row with the column, and of each diagonal, (H, W) each.
+        inner: Radius of the circle beyond which the bands do not overlap.
+        outer: Radius of the circle within which the image has all directions.
+        rim: Radius at which the outermost part of this ring begins.
+    """
+
+    row: float
+    column: float
+    radius: Tensor
+    members: tuple[Tensor, Tensor, Tensor]
+    inner: float
+    outer: float
+    rim: float
+
+    def means(self, field: Tensor, least: float, most: float) -> list[float]:
+        """The means of a field in each band between two radii, NaN where there is no pixel."""
+        ring = (self.radius > least) & (self.radius <= most)
+        return [field[ring & member].mean().item() for member in self.members]
+
+
+def find_bands(field: Tensor, cell: int) -> Bands:
+    """The bands of a field, `cell` wide; the centre is where a square of three cells is brightest, at most half a cell
+    from the middle.
 
     Args:
         field: Field without negative values, (H, W).
@@ -134,8 +158,7 @@ def measure_cross(field: Tensor, cell: int) -> Cross:
         raise ValueError(
             f'measure_cross: field must be at least {CELLS * cell} wide and high, got {tuple(field.shape)}.'
         )
-    field = field.double()
-    sums = F.avg_pool2d(field[None, None], 3 * cell, stride=1)[0, 0]
+    sums = F.avg_pool2d(field.double()[None, None], 3 * cell, stride=1)[0, 0]
     rows, columns = (torch.arange(n) + (3 * cell - 1) / 2 for n in sums.shape)
     middle = [(n - 1) / 2 for n in field.shape]
     near = ((rows - middle[0]).abs() <= cell / 2).unsqueeze(1) & ((columns - middle[1]).abs() <= cell / 2)
@@ -144,18 +167,29 @@ def measure_cross(field: Tensor, cell: int) -> Cross:
 
     y = (torch.arange(field.shape[0]) - row).unsqueeze(1).expand(field.shape)
     x = (torch.arange(field.shape[1]) - column).unsqueeze(0).expand(field.shape)
-    radius = torch.hypot(x, y)
+    axes, *diagonals = x.abs().minimum(y.abs()), (x - y).abs() / math.sqrt(2), (x + y).abs() / math.sqrt(2)
     inner = cell / 2 / math.sin(math.pi / 8)
     outer = min(row, column, field.shape[0] - 1 - row, field.shape[1] - 1 - column)
+    members = (axes <= cell / 2, diagonals[0] <= cell / 2, diagonals[1] <= cell / 2)
+    return Bands(row, column, torch.hypot(x, y), members, inner, outer, max(inner, outer - cell))
 
-    def means(least: float) -> list[float]:
-        """The means of the row with the column, and of each diagonal, from a radius outwards."""
-        ring = (radius > least) & (radius <= outer)
-        distances = x.abs().minimum(y.abs()), (x - y).abs() / math.sqrt(2), (x + y).abs() / math.sqrt(2)
-        return [field[ring & (distance <= cell / 2)].mean().item() for distance in distances]
 
-    axes, *diagonals = means(inner)
-    rim_axes, *rim_diagonals = means(max(inner, outer - cell))
+def measure_cross(field: Tensor, cell: int) -> Cross:
+    """How much a field stands out along its centre's row and column.
+
+    Bands through the centre are compared with the same bands turned by 45 degrees. Only what lies between the two
+    circles of `find_bands` counts. The rim is the outermost `cell` of that.
+
+    Args:
+        field: Field without negative values, (H, W).
+        cell: Side in pixels of a position of the last feature map.
+
+    Raises:
+        ValueError: The field is less than CELLS cells wide or high.
+    """
+    field, bands = field.double(), find_bands(field, cell)
+    axes, *diagonals = bands.means(field, bands.inner, bands.outer)
+    rim_axes, *rim_diagonals = bands.means(field, bands.rim, bands.outer)
     return Cross(
         _quotient(axes, max(diagonals)),
         _quotient(rim_axes, max(rim_diagonals)),
@@ -167,32 +201,58 @@ def _quotient(a: float, b: float) -> float:
     return a / b if b else math.inf if a else math.nan
 
 
-def draw(fields: Sequence[Tensor], titles: Sequence[str], images: int) -> 'Figure':
-    """Draw fields side by side, each over its maximum, on one logarithmic scale."""
+def draw(fields: Sequence[Tensor], cells: Sequence[int], titles: Sequence[str], images: int) -> 'Figure':
+    """Draw fields side by side, each over its maximum, on one logarithmic scale.
+
+    Below each stands what its row and column hold at every distance from the centre, beside its brighter diagonal.
+
+    Args:
+        fields: Fields of one size, (H, W) each.
+        cells: Side in pixels of a position of the last feature map, for each field.
+        titles: Titles of the fields.
+        images: Number of images that the fields are means of.
+    """
     from matplotlib.colors import LogNorm
+    from matplotlib.patches import Circle
 
     plt = pyplot()
     columns = min(len(fields), 3)  # pictures of more columns are too small to read
     rows = math.ceil(len(fields) / columns)
     fig, axes = plt.subplots(
-        rows, columns, figsize=(3.2 * columns + 1.1, 3.8 * rows + 0.4), layout='constrained', squeeze=False
+        2 * rows,
+        columns,
+        figsize=(3.2 * columns + 1.1, 6 * rows + 0.4),
+        height_ratios=[3, 2] * rows,
+        layout='constrained',
+        squeeze=False,
     )
-    for ax in axes.flat[len(fields) :]:
+    for ax in [*axes[::2].flat[len(fields) :], *axes[1::2].flat[len(fields) :]]:
         ax.axis('off')
     height, width = fields[0].shape
     pixels = max(1, height // 64)  # side of the squares whose means are shown
     brightness = [F.avg_pool2d(field[None], pixels)[0] for field in fields]
-    brightness = [field / field.max() for field in brightness]
-    norm = LogNorm(max(DARKEST, min(field.min().item() for field in brightness)), 1, clip=True)
-    for ax, field, title in zip(axes.flat, brightness, titles, strict=False):
-        drawn = ax.imshow(
-            field.numpy(), cmap='cividis', norm=norm, interpolation='nearest', extent=(0, width, height, 0)
+    norm = LogNorm(max(DARKEST, min((field.min() / field.max()).item() for field in brightness)), 1, clip=True)
+    for i, (field, cell, title) in enumerate(zip(fields, cells, titles, strict=True)):
+        above, below = axes[2 * (i // columns), i % columns], axes[2 * (i // columns) + 1, i % columns]
+        bands, most = find_bands(field, cell), brightness[i].max()
+        drawn = above.imshow(
+            brightness[i] / most, cmap='cividis', norm=norm, interpolation='nearest', extent=(0, width, height, 0)
         )
-        ax.set_title(title, fontsize=10)
-        ax.set(xlabel='column (pixels)', ylabel='row (pixels)')
-        ax.label_outer()
-    fig.colorbar(drawn, ax=axes, label='gradient over its maximum', shrink=0.8)
-    fig.suptitle(f'Effective receptive fields of the centre, mean of {images} images')
+        for radius in (bands.rim, bands.outer):
+            above.add_patch(Circle((bands.column, bands.row), radius, fill=False, color='white', linestyle=':'))
+        above.set_title(title, fontsize=10)
+        above.set(xlabel='column (pixels)', ylabel='row (pixels)' if i % columns == 0 else None)
+
+        steps = torch.arange(0, bands.outer, pixels).tolist()
+        means = [bands.means(field / most, step, step + pixels) for step in steps]
+        below.plot(steps, [along for along, *_ in means], 'C1', label='row and column')
+        below.plot(steps, [max(across) for _, *across in means], 'C0--', label='brighter diagonal')
+        below.axvspan(bands.rim, bands.outer, color='0.85', label='rim')
+        below.set(yscale='log', ylim=(norm.vmin, 1.5), xlabel='distance from the centre (pixels)')
+        below.set_ylabel('gradient over its maximum' if i % columns == 0 else None)
+    axes[1, 0].legend(fontsize=8)
+    fig.colorbar(drawn, ax=axes[::2], label='gradient over its maximum', shrink=0.8)
+    fig.suptitle(f'Effective receptive fields of the centre, mean of {images} images. Dotted: the rim.')
     return fig
 
 

@@ -23,7 +23,7 @@ from ._tables import print_table
 if TYPE_CHECKING:
     from ..models.mil.tables import Slide
 
-EXAMPLE = 'vssm wsi-check labels.csv features'
+EXAMPLE = 'vssm wsi-check features/labels.csv features'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -132,7 +132,7 @@ def check_batches(loader: DataLoader, model: nn.Module) -> None:
         last = 0 if loader.drop_last else images % batch_size
         if loader.drop_last and images < batch_size:
             raise RunError(
-                f'train_dataloader.batch_size must be at most {images}, the images of a process in an epoch, as '
+                f'train_dataloader.batch_size must be at most {images}, the samples of a process in an epoch, as '
                 f'drop_last leaves out what fills no batch, got {batch_size}.'
             )
     if getattr(getattr(model, 'data_preprocessor', None), 'mixup', None) is None:

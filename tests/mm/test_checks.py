@@ -100,7 +100,7 @@ class Mixing(nn.Module):
 @pytest.mark.parametrize(
     'images, batch_size, drop_last, mixup, said',
     [
-        (5, 6, True, False, r'batch_size must be at most 5, the images of a process in an epoch.*got 6'),
+        (5, 6, True, False, r'batch_size must be at most 5, the samples of a process in an epoch.*got 6'),
         (5, 6, False, False, None),
         (6, 6, True, True, None),
         (9, 3, True, True, 'batch_size must be even, as images are mixed in pairs, got 3'),

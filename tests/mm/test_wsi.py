@@ -1468,6 +1468,10 @@ def test_cox_needs_two_cases_a_batch(cases, tmp_path, capsys):
     arguments = ['--data-root', cases, '--work-dir', tmp_path / 'run', *options(**changes)]
     assert run('train', 'wsi/survival_cox', *arguments) == 2
     assert 'two or more, got 1: set train_dataloader.batch_size' in capsys.readouterr().err
+    changes['train_dataloader.batch_size'] = 16
+    arguments = ['--data-root', cases, '--work-dir', tmp_path / 'run', *options(**changes)]
+    assert run('train', 'wsi/survival_cox', *arguments) == 2
+    assert 'train_dataloader.batch_size must be at most 4, the samples of a process' in capsys.readouterr().err
 
 
 def test_training_goes_on_from_published_weights(classification, tmp_path, golden):

@@ -230,7 +230,7 @@ def test_erf_prints_numbers_and_leaves_a_picture(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(erf, 'sample_images', lambda size: photographs[::6])
     assert main(['erf', 'test_vmamba2d', 'test_resnet', '--size', '192', '--output', str(output)]) == 0
     out = capsys.readouterr().out
-    rows = {line.split()[1]: line for line in out.splitlines() if 'random, seed 0' in line}
+    rows = {line.split()[0]: line for line in out.splitlines() if 'random, seed 0' in line}
     assert list(rows) == ['test_vmamba2d', 'test_resnet']
     assert '2 images, 192x192' in out and list(tmp_path.iterdir()) == [output]
     with Image.open(output) as picture:
@@ -247,7 +247,7 @@ def test_erf_takes_images_of_a_folder(tmp_path, capsys):
 
 
 def test_a_picture_that_cannot_be_written_leaves_the_former_one(tmp_path, monkeypatch):
-    fig = erf.draw([torch.rand(64, 64)], ['title'], 1)
+    fig = erf.draw([torch.rand(64, 64)], [8], ['title'], 1)
     path = tmp_path / 'a.png'
     _pictures.save_figure(fig, path)
     before = path.read_bytes()

@@ -65,6 +65,14 @@ def test_readme_is_short():
     assert len((ROOT / 'README.md').read_text().splitlines()) <= 250
 
 
+@pytest.mark.parametrize('page', PAGES, ids=lambda path: path.stem)
+def test_a_table_ends_before_the_text_goes_on(page):
+    """A line right below a table would be one more row of it."""
+    lines = page.read_text().splitlines()
+    below = [line for above, line in zip(lines, lines[1:], strict=False) if above.startswith('|') and line.strip()]
+    assert [line for line in below if not line.startswith(('|', '<!--'))] == []
+
+
 def commands():
     """Every call of `vssm` in a document or an example, by whatever launcher."""
     for path in (*PAGES, *(ROOT / 'examples').glob('*.py')):
