@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from .checks import agreed, check_batches, check_channels, check_classes, check_masks, explained, part, where_none_were
 from .data import GuardedDataset
 from .progress import console
+from .readers import TimmStream
 from .resume import ResumableRunner
 from .sources import has_folder
 from .utils import RunError, check_interface, unwrap
@@ -195,6 +196,8 @@ class TimmRunner(ResumableRunner):
         root = cfg['dataset'].get('data_root')
         if root and not has_folder(root, cfg['dataset'].get('backend_args')):
             raise RunError(f'data_root must be a folder, got {root}, which does not exist; --data-root names another.')
+        if cfg['dataset']['type'] in ('TimmStream', TimmStream):
+            return self._build_stream(cfg, training)
         skip = training and self.cfg.get('unreadable') == 'skip'
         cfg['dataset'] = dict(type='GuardedDataset', dataset=cfg['dataset'], skip=skip)
         if training:
@@ -208,6 +211,24 @@ class TimmRunner(ResumableRunner):
         self._check_data(loader.dataset)
         if training:
             check_batches(loader, unwrap(self.model))
+        return loader
+
+    def _build_stream(self, cfg: dict[str, Any], training: bool) -> DataLoader:
+        """A loader without a sampler, of new workers in each epoch, whose seeds follow from its number."""
+        cfg['num_workers'] = max(1, cfg.get('num_workers', 0)) if training else min(1, cfg.get('num_workers', 0))
+        options = dict(batch_size=cfg['batch_size'], num_workers=cfg['num_workers'], training=training, seed=self.seed)
+        dataset = {**cfg['dataset'], **options}
+        changes = dict(dataset=dataset, sampler=None, persistent_workers=False, generator=torch.Generator())
+        if not torch.cuda.is_available():
+            changes['pin_memory'] = False
+        loader = Runner.build_dataloader({**cfg, **changes})
+        check_classes(loader.dataset, unwrap(self.model))
+        if training:
+            check_batches(loader, unwrap(self.model))
+            self.logger.warning(
+                f'{dataset["name"]} is a stream: a run that is resumed within an epoch begins that epoch anew, and '
+                'images that cannot be decoded are left out.'
+            )
         return loader
 
     def _check_data(self, dataset: GuardedDataset) -> None:
