@@ -52,6 +52,7 @@ ALSO = {  # what single files may besides
     'models/mm/optim.py': {'mmengine'},
     'models/mm/own_classes.py': {'mmengine'},
     'models/mm/progress.py': {'mmengine', 'rich'},
+    'models/mm/readers.py': {'PIL', 'mmengine'},
     'models/mm/resume.py': {'mmengine'},
     'models/mm/runner.py': {'mmengine', 'rich'},
     'models/mm/saved.py': {'mmengine', 'numpy'},

@@ -5,7 +5,7 @@ This is the only folder of the models that needs mmengine. A config imports it:
 `custom_imports = dict(imports=['vssm.models.mm'], allow_failed_imports=False)`.
 
 * `classification`, `features`, `wsi`, `wsi_metrics`: networks as models of mmengine, with losses and metrics.
-* `data`, `wsi_data`: data sets and samplers.
+* `data`, `readers`, `wsi_data`: data sets and samplers.
 * `optim`, `hooks`, `progress`: what happens in and around an iteration.
 * `runner`, `resume`, `failures`: the Runner, which can be killed and resumed, and what it cannot write.
 * `identity`, `saved`, `compare`: whose a checkpoint is, how it is read, and whether it fits the config.
@@ -46,6 +46,7 @@ from .identity import current_run  # noqa: E402
 from .loading import install  # noqa: E402
 from .optim import BFloat16OptimWrapper, StateAverage, TimmOptimWrapperConstructor  # noqa: E402
 from .progress import ProgressHook, progress_bar  # noqa: E402
+from .readers import TimmDataset, TimmStream  # noqa: E402
 from .runner import TimmRunner  # noqa: E402
 from .saved import allow_histories, numbered_checkpoints, read_run  # noqa: E402
 from .utils import RunError  # noqa: E402
@@ -77,9 +78,11 @@ __all__ = [
     'SharedBuffersHook',
     'SeededSampler',
     'StateAverage',
+    'TimmDataset',
     'TimmFeatures',
     'TimmOptimWrapperConstructor',
     'TimmRunner',
+    'TimmStream',
     'UnreadableImagesHook',
     'current_run',
     'load_weights',

@@ -14,7 +14,7 @@ from mmengine.fileio import get_text
 from mmengine.logging import MMLogger
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from ..files import state_of
 from ..images import misplaced
@@ -124,7 +124,8 @@ def check_batches(loader: DataLoader, model: nn.Module) -> None:
     Raises:
         RunError: The batches are not as needed.
     """
-    batch_size, images = loader.batch_size, len(loader.sampler)  # type: ignore[arg-type]
+    counted: Any = loader.dataset if isinstance(loader.dataset, IterableDataset) else loader.sampler
+    batch_size, images = loader.batch_size, len(counted)
     endless = 'Infinite' in type(getattr(loader.sampler, 'sampler', loader.sampler)).__name__
     if batch_size is None or endless:
         last = batch_size

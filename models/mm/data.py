@@ -5,7 +5,7 @@ import logging
 import os
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from ..images import eight_bits, misplaced, turn_upright
 from .utils import RunError, mix_seeds, seed_everything
 
-__all__ = ['Digits', 'GuardedDataset', 'ImageFolder', 'SeededSampler', 'unreadable']
+__all__ = ['Digits', 'GuardedDataset', 'ImageError', 'ImageFolder', 'SeededSampler', 'make_transform', 'unreadable']
 
 
 class ImageError(RunError):
@@ -94,12 +94,7 @@ class ImageFolder(Dataset):
         self.paths = np.array([os.fsencode(path) for name in classes for path in images[name]])
         self.labels = np.repeat(np.arange(len(classes)), [len(images[name]) for name in classes])
         self.preprocessing = None if (transform or {}).get('is_training') else dict(transform or {})
-        # The transform for timm's prefetcher ends in uint8, a quarter of the bytes to move to a GPU.
-        self.transform = create_transform(**{'use_prefetcher': True, **(transform or {})})
-        for step in self.transform.transforms:
-            for operation in getattr(step, 'ops', ()):  # RandAugment and AugMix have them
-                if operation.aug_fn is auto_augment.posterize:
-                    operation.aug_fn = _posterize
+        self.transform = make_transform(transform or {})
 
     @staticmethod
     def _report(root: Path, classes: Sequence[str], ignored: Counter[str], loose: int) -> None:
@@ -137,6 +132,20 @@ class ImageFolder(Dataset):
     def get_data_info(self, index: int) -> dict[str, Any]:
         """dict(img_path), as mmengine's data sets have it."""
         return dict(img_path=os.fsdecode(self.paths[index]))
+
+
+def make_transform(options: dict[str, Any]) -> Callable[[Image.Image], Any]:
+    """timm's transform for its prefetcher, which ends in uint8, a quarter of the bytes to move to a GPU.
+
+    Args:
+        options: Keyword arguments of `create_transform`.
+    """
+    transform = create_transform(**{'use_prefetcher': True, **options})
+    for step in transform.transforms:
+        for operation in getattr(step, 'ops', ()):  # RandAugment and AugMix have them
+            if operation.aug_fn is auto_augment.posterize:
+                operation.aug_fn = _posterize
+    return transform
 
 
 def _is_data(name: str) -> bool:

@@ -17,6 +17,7 @@ from ...version import __version__
 from ..weights import read_checkpoint, write_safetensors
 from .checks import leaves
 from .classification import ImagePreprocessor, NamedModel
+from .readers import TimmStream
 from .utils import (
     RunError,
     check_finite,
@@ -57,6 +58,12 @@ class SeedHook(Hook):
 
     def before_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
         seed_everything(mix_seeds(runner.seed, get_rank(), runner.iter))
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        loader = runner.train_dataloader
+        if isinstance(loader.dataset, TimmStream):  # which has no sampler to be told
+            loader.dataset.set_epoch(runner.epoch)
+            loader.generator.manual_seed(mix_seeds(runner.seed, get_rank(), runner.epoch))
 
 
 @HOOKS.register_module()
@@ -146,11 +153,14 @@ class UnreadableImagesHook(Hook):
 
     def _report(self, runner: Runner) -> None:
         dataset = runner.train_dataloader.dataset
+        if isinstance(dataset, TimmStream):
+            return  # its reader leaves them out
         unreadable = dataset.unreadable.to(torch.uint8)
         all_reduce(unreadable, 'max')  # each process knows only the images that it read
         found = set(unreadable.nonzero().flatten().tolist())
         for index in sorted(found - self.known):
-            runner.logger.warning(f'Unreadable, replaced by another image: {" or ".join(dataset.paths(index))}')
+            names = dataset.paths(index) or [dataset.name_of(index)]
+            runner.logger.warning(f'Unreadable, replaced by another image: {" or ".join(names)}')
         if found != self.known:
             runner.logger.warning(f'{len(found)} of {len(dataset)} images are unreadable.')
         self.known = found

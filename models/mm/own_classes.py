@@ -6,6 +6,7 @@ from typing import Any
 
 from mmengine.config import ConfigDict
 from mmengine.fileio import get_text, join_path
+from mmengine.registry import DATASETS
 
 from .checks import categories
 from .data import class_folders
@@ -17,8 +18,8 @@ __all__ = ['fill_classes']
 def fill_classes(cfg: Any) -> None:
     """Set each `num_classes=None` of a model, and each `metainfo=dict(classes=None)` of a data set, from the data.
 
-    The names are those of the training data: folders of images, the categories of a json as of COCO, or for masks the
-    lines of classes.txt beside their folders. A config that leaves none open stays as it is, and nothing is read.
+    The names are those of the training data: folders of images, what timm's readers know, the categories of a json as
+    of COCO, or for masks the lines of classes.txt beside their folders. A config that leaves none open stays as it is, and nothing is read.
 
     Args:
         cfg: mmengine's config of a whole run, changed in place.
@@ -56,9 +57,11 @@ def _is_open(dataset: ConfigDict) -> bool:
 
 
 def _names(dataset: dict[str, Any]) -> Sequence[str]:
-    kind, root, args = dataset.get('type'), dataset['data_root'], dataset.get('backend_args')
+    kind, root, args = dataset.get('type'), dataset.get('data_root', ''), dataset.get('backend_args')
     if kind == 'ImageFolder':
         return class_folders(join_path(root, dataset.get('class_split', 'train')))
+    if kind in ('TimmDataset', 'TimmStream'):
+        return DATASETS.build(dataset).metainfo['classes']
     if kind == 'CocoDataset':
         path = join_path(root, dataset['ann_file'])
         names = [category['name'] for category in categories(_read(path, args))]

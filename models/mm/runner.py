@@ -27,6 +27,7 @@ from .checks import agreed, check_batches, check_channels, check_classes, check_
 from .data import GuardedDataset
 from .own_classes import fill_classes
 from .progress import console
+from .readers import TimmStream
 from .resume import ResumableRunner
 from .sources import has_folder
 from .utils import RunError, check_interface, count_cores, unwrap
@@ -206,6 +207,8 @@ class TimmRunner(ResumableRunner):
             raise RunError(
                 f'data_root must be a folder, got {root}, which {state_of(root)}; --data-root names another.'
             )
+        if cfg['dataset']['type'] in ('TimmStream', TimmStream):
+            return self._build_stream(cfg, training)
         skip = training and self.cfg.get('unreadable') == 'skip'
         cfg['dataset'] = dict(type='GuardedDataset', dataset=cfg['dataset'], skip=skip)
         if training:
@@ -228,6 +231,22 @@ class TimmRunner(ResumableRunner):
         if wanted > cores:
             self.logger.info(f'{cores} processes load data in place of {wanted}, one for each core of this process.')
         return min(wanted, cores)
+        """A loader without a sampler, of new workers in each epoch, whose seeds follow from its number."""
+        cfg['num_workers'] = max(1, cfg.get('num_workers', 0)) if training else min(1, cfg.get('num_workers', 0))
+        options = dict(batch_size=cfg['batch_size'], num_workers=cfg['num_workers'], training=training, seed=self.seed)
+        dataset = {**cfg['dataset'], **options}
+        changes = dict(dataset=dataset, sampler=None, persistent_workers=False, generator=torch.Generator())
+        if not torch.cuda.is_available():
+            changes['pin_memory'] = False
+        loader = Runner.build_dataloader({**cfg, **changes})
+        check_classes(loader.dataset, unwrap(self.model))
+        if training:
+            check_batches(loader, unwrap(self.model))
+            self.logger.warning(
+                f'{dataset["name"]} is a stream: a run that is resumed within an epoch begins that epoch anew, and '
+                'images that cannot be decoded are left out.'
+            )
+        return loader
 
     def _check_data(self, dataset: GuardedDataset) -> None:
         if not len(dataset):

@@ -78,3 +78,29 @@ def timm_source(kept_once):
 
     (found,) = (path for path in kept_once(source, fetch).iterdir() if path.is_dir())
     return found
+
+
+@pytest.fixture
+def train(tmp_path):
+    """train(epochs, options): the weights after a small training of a config; a resumed one does its last epoch alone."""
+    from mmengine.config import Config
+    from mmengine.registry import RUNNERS
+
+    from vssm.tools._common import find_config
+
+    def train(epochs, options, resume=False, config=None):
+        last = tmp_path / 'run' / f'epoch_{epochs}.pth'
+        last.unlink(missing_ok=True)
+        cfg = Config.fromfile(config or find_config('finetune/vmamba_tiny_1xb64-50e_folder'))
+        small = {'model.model_name': 'test_vmamba', 'model.pretrained': False, 'train_dataloader.batch_size': 4}
+        few = {f'{loader}_dataloader.num_workers': 1 for loader in ('train', 'val')}
+        for loader in ('train_dataloader', 'val_dataloader'):
+            if f'{loader}.dataset' in options:
+                cfg[loader].pop('dataset')
+        changes = {'train_cfg.max_epochs': epochs, 'default_hooks.checkpoint.interval': 1, 'resume': resume}
+        cfg.merge_from_dict({**small, **few, **changes, **options})
+        cfg.work_dir, cfg.experiment_name = str(tmp_path / 'run'), f'{tmp_path.name}-{resume}'
+        RUNNERS.build(cfg).train()
+        return torch.load(last, weights_only=True)['state_dict']
+
+    return train
