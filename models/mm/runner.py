@@ -231,8 +231,11 @@ class TimmRunner(ResumableRunner):
         if wanted > cores:
             self.logger.info(f'{cores} processes load data in place of {wanted}, one for each core of this process.')
         return min(wanted, cores)
+
+    def _build_stream(self, cfg: dict[str, Any], training: bool) -> DataLoader:
         """A loader without a sampler, of new workers in each epoch, whose seeds follow from its number."""
-        cfg['num_workers'] = max(1, cfg.get('num_workers', 0)) if training else min(1, cfg.get('num_workers', 0))
+        wanted = self._count_workers(cfg.get('num_workers', 0))
+        cfg['num_workers'] = max(1, wanted) if training else min(1, wanted)
         options = dict(batch_size=cfg['batch_size'], num_workers=cfg['num_workers'], training=training, seed=self.seed)
         dataset = {**cfg['dataset'], **options}
         changes = dict(dataset=dataset, sampler=None, persistent_workers=False, generator=torch.Generator())
