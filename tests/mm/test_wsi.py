@@ -1084,6 +1084,27 @@ TRAINED = {
 }
 
 
+@pytest.mark.slow
+def test_the_way_from_features_to_a_heat_map_is_as_the_page_says(tmp_path, monkeypatch, capsys):
+    """Its commands as they stand, but with a network and a training that take a second."""
+    page = (BENCHMARKS.parent / 'docs' / 'whole-slides.md').read_text()
+    section = re.search(r'^## From a folder.*?^## ', page, re.DOTALL | re.MULTILINE)[0]
+    commands = re.findall(r'^vssm (.*)', section, flags=re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ['wsi-check', 'wsi-repeat', 'wsi-heatmap']
+    monkeypatch.chdir(tmp_path)
+    Path('features').mkdir()
+    rows = [(f's{i:03}', 'luad' if i % 2 else 'lusc') for i in range(1, 16)]
+    write_table('features/labels.csv', ['slide_id', 'label'], rows)
+    for name, _ in rows:
+        write_slide(Path('features', f'{name}.h5'))
+    for command in commands:
+        changes = options(**{**SMALL, 'train_cfg.max_epochs': 1}) if 'wsi-repeat' in command else []
+        assert main([*command.split(), *changes]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r'fold4 .*\n.*mean', said)
+    assert Image.open('s001.png').size > (100, 100)
+
+
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
     """A work dir and its data: a network cropped to the tissue, that was told its classes in another order."""
