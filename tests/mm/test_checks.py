@@ -488,11 +488,8 @@ def test_values_in_a_file_that_nothing_takes(options, said, small_config, data, 
         runner.train()
 
 
-def test_categories_are_found_without_the_rest(own_data, tmp_path):
+def test_categories_are_found_without_the_rest(own_data):
     path = own_data / 'cells' / 'annotations' / 'instances_train2017.json'
-    leaf = type('', (), dict(ann_file=str(path)))
-    assert [category['name'] for category in checks._categories(leaf)] == list(CELLS)
-    leaf.ann_file = str(tmp_path / 'other.json')
-    with open(leaf.ann_file, 'w') as file:
-        json.dump(dict(info=dict(categories='none', text='"categories": ['), images=[]), file)
-    assert checks._categories(leaf) == []
+    assert [category['name'] for category in checks.categories(path.read_text())] == list(CELLS)
+    text = json.dumps(dict(info=dict(categories='none', text='"categories": ['), images=[]))
+    assert checks.categories(text) == []
