@@ -8,6 +8,7 @@ class has in each split. The exit status is 1 where there is a problem. For slid
 """
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -31,8 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    cfg = read_config(args)
-    from ..models.mm.inspection import data_sets, inspect, wrong_heads
+    with contextlib.redirect_stdout(sys.stderr):  # where mmengine's logger else writes above the table
+        cfg = read_config(args)
+        from ..models.mm.inspection import data_sets, inspect, wrong_heads
 
     def watch(items: Iterable[Any], count: int) -> Iterable[Any]:
         shown = console.is_terminal
@@ -41,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
     reports, problems = {}, []
     for split, dataset in data_sets(cfg).items():
         try:
-            reports[split] = inspect(dataset, args.min_size, cfg.get('default_scope'), watch)
+            with contextlib.redirect_stdout(sys.stderr):
+                reports[split] = inspect(dataset, args.min_size, cfg.get('default_scope'), watch)
         except ValueError as error:
             raise UsageError(str(error)) from error
         problems += [f'{split}: {problem}' for problem in reports[split].problems]

@@ -5,7 +5,8 @@ A field is the gradient of the central features with respect to the image, absol
 averaged over the images. The table tells whether it has a cross along the rows and columns on which 1-D scans walk:
 'cross' is the brightness of the centre's row and column over that of the brighter diagonal, 1 where there is no cross;
 'at the rim' is the same of the outermost part; 'diagonals' is the brighter over the fainter one there.
-docs/receptive-fields.md has the definitions.
+docs/receptive-fields.md has the definitions. Below each field stands what its row and column hold at every distance
+from the centre, beside its brighter diagonal.
 
 Weights are random unless --pretrained or --checkpoint says otherwise, and the same for models of the same shapes.
 """

@@ -9,6 +9,7 @@ objects with their boxes, or classes with their share of the image, and a pictur
 """
 
 import argparse
+import contextlib
 import csv
 import glob
 import io
@@ -197,12 +198,13 @@ def look(args: argparse.Namespace, paths: dict[str, Path]) -> Iterator[tuple[str
             f'--checkpoint must name the weights of {args.model}, of which `vssm train` makes a file; those of a '
             'classifier need no config: vssm predict FILE IMAGE.'
         )
-    cfg = load_config(args.model)
     check_device(args.device)
-    from ..models.mm.inference import load_predictor
-
     try:
-        predictor = load_predictor(cfg, args.checkpoint, args.device)
+        with contextlib.redirect_stdout(sys.stderr):  # where mmengine's logger else writes among the answers
+            cfg = load_config(args.model)
+            from ..models.mm.inference import load_predictor
+
+            predictor = load_predictor(cfg, args.checkpoint, args.device)
     except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(reason(error).partition('\n')[0]) from error
     folder = args.out_dir or Path('predictions')

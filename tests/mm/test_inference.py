@@ -67,7 +67,9 @@ def predict(work, capsys, *options, checkpoint='epoch_1.pth', images='photograph
     return status, *capsys.readouterr()
 
 
-def test_what_is_found_is_told_and_drawn(task, work, tmp_path, capsys):
+def test_what_is_found_is_told_and_drawn(task, work, tmp_path, capsys, monkeypatch):
+    load = inference.load_predictor
+    monkeypatch.setattr(inference, 'load_predictor', lambda *args: print('a line of a log') or load(*args))
     status, out, err = predict(work, capsys, '--out-dir', tmp_path)
     lines = [json.loads(line) for line in out.splitlines()]
     assert status == 0, err

@@ -93,4 +93,4 @@ def test_a_resumed_fsdp_run_goes_on_as_if_nothing_had_happened(unbroken, tmp_pat
 def test_vssm_test_evaluates_what_fsdp_trained(unbroken, tmp_path):
     work_dir, _ = unbroken
     said = run('vssm.tools.test', CONFIG, work_dir / 'checkpoint.safetensors', '--work-dir', tmp_path)
-    assert float(re.search(r'accuracy/top1\s+\S\s+([\d.]+)', said)[1]) > 20  # chance is 10, for ten digits
+    assert float(re.search(r'accuracy/top1\s+([\d.]+)', said)[1]) > 20  # chance is 10, for ten digits
