@@ -82,7 +82,7 @@ def timm_source(kept_once):
 
 @pytest.fixture
 def train(tmp_path):
-    """train(epochs, options): the weights after a small training of a config; a resumed one does its last epoch alone."""
+    """train(epochs, options): the weights after a small training of a config; one that resumes does its last epoch."""
     from mmengine.config import Config
     from mmengine.registry import RUNNERS
 
