@@ -16,7 +16,7 @@ from vssm.models.weights import list_models
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-# Forks of OpenMMLab that are source alone. That of mmcv would compile operators for ten minutes; ours stand in for them.
+# Forks of OpenMMLab that are source alone. That of mmcv would compile for ten minutes what our operators stand in for.
 FORKS = dict(mmcv='onedl-mmcv==2.3.6', mmdet='onedl-mmdetection==3.5.1', mmseg='onedl-mmsegmentation==1.4.2')
 CLIENTS = sorted(path.stem.removeprefix('with_') for path in HERE.glob('with_*.py'))
 
