@@ -11,6 +11,7 @@ import venv
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from vssm.models.weights import list_models
 
@@ -19,6 +20,8 @@ ROOT = HERE.parent.parent
 # Forks of OpenMMLab that are source alone. That of mmcv would compile for ten minutes what our operators stand in for.
 FORKS = dict(mmcv='onedl-mmcv==2.3.6', mmdet='onedl-mmdetection==3.5.1', mmseg='onedl-mmsegmentation==1.4.2')
 CLIENTS = sorted(path.stem.removeprefix('with_') for path in HERE.glob('with_*.py'))
+PAGE = (ROOT / 'docs' / 'libraries.md').read_text()
+BLOCKS = re.findall(r'^```python\n(.*?)^```', PAGE, flags=re.DOTALL | re.MULTILINE)
 
 pytestmark = pytest.mark.clients
 
@@ -74,6 +77,23 @@ def test_client(client, python_of):
     """What a library gets from a network is what it gets from plain layers."""
     counts = run_tests(python_of(client), HERE / f'with_{client}.py')
     assert counts['passed'] and 'skipped' not in counts
+
+
+@pytest.mark.parametrize('number', range(len(BLOCKS)))
+def test_a_block_of_the_page_runs_alone(number, python_of, tmp_path):
+    """With a small network in the place of one whose weights would be downloaded."""
+    code = BLOCKS[number]
+    client = next((name for name in ('anomalib', 'fastai') if name in code), 'shared')
+    code = code.replace("(data, 'vmamba_tiny'", "(data, 'test_vmamba', pretrained=False").replace(
+        'fine_tune(5', 'fine_tune(1'
+    )
+    code = code.replace("backbone='vmamba_tiny'", "backbone='test_vmamba', pre_trained=False")
+    for i, folder in enumerate(('train/a', 'train/b', 'val/a', 'val/b')):
+        (tmp_path / 'data/leaves' / folder).mkdir(parents=True)
+        for n in range(2):
+            Image.new('RGB', (40, 30), (60 * i, 90, 100 * n)).save(tmp_path / 'data/leaves' / folder / f'{n}.png')
+    done = subprocess.run([python_of(client), '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_forks_of_openmmlab(python_of):
