@@ -84,9 +84,8 @@ def test_a_block_of_the_page_runs_alone(number, python_of, tmp_path):
     """With a small network in the place of one whose weights would be downloaded."""
     code = BLOCKS[number]
     client = next((name for name in ('anomalib', 'fastai') if name in code), 'shared')
-    code = code.replace("(data, 'vmamba_tiny'", "(data, 'test_vmamba', pretrained=False").replace(
-        'fine_tune(5', 'fine_tune(1'
-    )
+    code = code.replace("(data, 'vmamba_tiny'", "(data, 'test_vmamba', pretrained=False")
+    code = code.replace("valid='val',", "valid='val', bs=2,").replace('fine_tune(5)', 'fine_tune(1)')
     code = code.replace("backbone='vmamba_tiny'", "backbone='test_vmamba', pre_trained=False")
     for i, folder in enumerate(('train/a', 'train/b', 'val/a', 'val/b')):
         (tmp_path / 'data/leaves' / folder).mkdir(parents=True)
