@@ -115,6 +115,8 @@ def install() -> None:
             CheckpointLoader.register_scheme(prefix, load_from_file, force=True)
     if loaders.load_state_dict.__module__ == loaders.__name__:
         loaders.load_state_dict = _checked(loaders.load_state_dict)
+    if hasattr(loaders, '_safe_torch_load'):  # of onedl-mmengine, whose loaders can still be called by their names
+        loaders._safe_torch_load = _load_weights
 
 
 def load_from_file(
@@ -149,6 +151,11 @@ def load_from_file(
     if filename.startswith('mmcls://'):
         return loaders._process_mmcls_checkpoint(content)
     return content
+
+
+def _load_weights(file: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
+    """torch.load, not tried again in a way that runs code where the weights-only reader refuses a file."""
+    return torch.load(file, map_location=map_location, weights_only=weights_only is not False)
 
 
 def _checked(load_state_dict: Callable[..., None]) -> Callable[..., None]:

@@ -5,11 +5,13 @@ import functools
 import subprocess
 import sys
 import tarfile
+import urllib.request
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
 from vssm.models import layers
@@ -82,7 +84,7 @@ def timm_source(kept_once):
 
 @pytest.fixture
 def train(tmp_path):
-    """train(epochs, options): the weights after a small training; a resumed one does its last epoch alone."""
+    """train(epochs, options): the weights after a small training of a config; one that resumes does its last epoch."""
     from mmengine.config import Config
     from mmengine.registry import RUNNERS
 
@@ -104,3 +106,30 @@ def train(tmp_path):
         return torch.load(last, weights_only=True)['state_dict']
 
     return train
+
+
+@pytest.fixture(scope='session')
+def timm_scripts(kept_once):
+    """The folder of timm's scripts, of the version that is installed; its package and source distribution lack them."""
+    root = f'https://raw.githubusercontent.com/huggingface/pytorch-image-models/v{timm.__version__}'
+
+    def fetch(folder):
+        for name in ('train.py', 'validate.py', 'benchmark.py', 'onnx_export.py'):
+            try:
+                with urllib.request.urlopen(f'{root}/{name}', timeout=30) as response:
+                    (folder / name).write_bytes(response.read())
+            except OSError as error:
+                pytest.skip(f'{root}/{name} cannot be fetched: {error}')
+
+    return kept_once(f'timm-scripts-{timm.__version__}', fetch)
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """Four images of two classes in train and in validation."""
+    for split in ('train', 'validation'):
+        for i in range(4):
+            path = tmp_path / 'images' / split / 'ab'[i % 2] / f'{i}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new('RGB', (40, 40), (200 * (i % 2), 90, 60 * i)).save(path)
+    return tmp_path / 'images'

@@ -8,7 +8,10 @@ import timm
 import torch
 from torch import nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork
+
+ANCHORS = AnchorGenerator(((16,), (32,), (64,), (128,)), ((0.5, 1.0, 2.0),) * 4)  # sizes, and shapes, for each map
 
 
 class Pyramid(nn.Module):
@@ -28,7 +31,13 @@ class Pyramid(nn.Module):
 @pytest.mark.parametrize('kind', (FasterRCNN, MaskRCNN))
 def test_a_detector(kind, model, plainly, assert_close):
     """The losses of two images of different sizes, the gradients of the stem, and boxes."""
-    detector = kind(Pyramid(model.pretrained_cfg['architecture']), num_classes=3, min_size=64, max_size=96)
+    detector = kind(
+        Pyramid(model.pretrained_cfg['architecture']),
+        num_classes=3,
+        rpn_anchor_generator=ANCHORS,
+        min_size=64,
+        max_size=96,
+    )
     by_hand = copy.deepcopy(detector)
     images = [torch.rand(3, 60, 80), torch.rand(3, 64, 48)]
     box = torch.tensor([[8.0, 8.0, 40.0, 44.0]])
@@ -44,10 +53,10 @@ def test_a_detector(kind, model, plainly, assert_close):
         return torch.stack([*losses.values()]).detach()
 
     assert_close(step(detector), plainly(step, by_hand), 1e-4)
-    for (what, parameter), other in zip(
-        detector.backbone.named_parameters(), by_hand.backbone.parameters(), strict=True
-    ):
-        assert_close(parameter.grad, other.grad, 1e-3, what)
+    others = dict(by_hand.named_parameters())
+    for what, parameter in detector.named_parameters():
+        if what.endswith('weight'):  # a bias before a batch norm has a gradient of rounding errors
+            assert_close(parameter.grad, others[what].grad, 1e-3, what)
     with torch.no_grad():
         found = detector.eval()(images)
     assert [set(one) >= {'boxes', 'labels', 'scores'} for one in found] == [True, True]

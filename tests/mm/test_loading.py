@@ -6,6 +6,7 @@ import functools
 import http.server
 import io
 import logging
+import pickle
 import threading
 import zipfile
 
@@ -25,7 +26,7 @@ from torch import nn
 
 from vssm.models import mm
 from vssm.models.mm.content import read_content
-from vssm.models.mm.loading import load_whole, without_pretrained
+from vssm.models.mm.loading import install, load_whole, without_pretrained
 from vssm.models.mm.sources import has_folder, local_file, read_weights
 from vssm.models.vmamba import checkpoint_filter_fn
 from vssm.models.weights import convert
@@ -167,11 +168,21 @@ def test_the_config_in_a_file_is_left_out(tmp_path, log):
     assert any('its cfg' in line and 'left out' in line for line in log)
 
 
+def test_a_refused_file_is_not_read_again_in_a_way_that_runs_code(tmp_path, monkeypatch):
+    """As onedl-mmengine's loaders do, which can be called by their names."""
+    unsafe = functools.partial(torch.load, weights_only=False)
+    monkeypatch.setattr(loaders, '_safe_torch_load', lambda file, **kwargs: unsafe(file), raising=False)
+    torch.save(dict(code=Code(), weight=torch.ones(1)), tmp_path / 'evil.pth')
+    torch.save(dict(weight=torch.ones(1)), tmp_path / 'good.pth')
+    install()
+    with pytest.raises(pickle.UnpicklingError, match='exec'):
+        loaders._safe_torch_load(tmp_path / 'evil.pth', map_location='cpu')
+    assert loaders._safe_torch_load(tmp_path / 'good.pth', map_location='cpu') == dict(weight=torch.ones(1))
+
+
 def test_loaders_of_others_stay(monkeypatch):
     monkeypatch.setattr(CheckpointLoader, '_schemes', dict(CheckpointLoader._schemes))
     CheckpointLoader.register_scheme('mine://', lambda filename, map_location=None: dict(mine=filename))
-    from vssm.models.mm.loading import install
-
     install()
     CheckpointLoader._schemes['mine://'].__name__ = 'load_from_mine'
     assert CheckpointLoader.load_checkpoint('mine://x') == dict(mine='mine://x')
