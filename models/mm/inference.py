@@ -21,6 +21,7 @@ from ..images import read_rgb
 from ..weights import read_structure
 from .checks import class_counts
 from .loading import load_whole
+from .own_classes import fill_classes
 from .sources import local_file
 
 __all__ = ['DensePredictor', 'load_predictor']
@@ -107,12 +108,14 @@ def load_predictor(cfg: Config, checkpoint: str | Path, device: str = 'cpu') -> 
             segmentor.
     """
     init_default_scope(cfg.get('default_scope'))
+    cfg = copy.deepcopy(cfg)
+    names, palette = _classes(cfg, checkpoint)
+    fill_classes(cfg, names)
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
     kinds = [kind for kind, head in dict(mmseg='decode_head', mmdet='bbox_head').items() if _has(model, head)]
     if not kinds:
         raise ValueError(f'config {cfg.filename} must be one of a detector or segmentor, got {type(model).__name__}.')
     load_whole(model, checkpoint)
-    names, palette = _classes(cfg, checkpoint)
     leaf = types.SimpleNamespace(metainfo=dict(classes=names), cat_ids=None)
     if kinds[0] == 'mmseg':
         leaf = types.SimpleNamespace(metainfo=leaf.metainfo, seg_map_suffix='', reduce_zero_label=None)

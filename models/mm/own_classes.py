@@ -15,7 +15,7 @@ from .utils import RunError
 __all__ = ['fill_classes']
 
 
-def fill_classes(cfg: Any) -> None:
+def fill_classes(cfg: Any, classes: Sequence[str] | None = None) -> None:
     """Set each `num_classes=None` of a model, and each `metainfo=dict(classes=None)` of a data set, from the data.
 
     The names are those of the training data: folders of images, what timm's readers know, the categories of a json as
@@ -24,6 +24,7 @@ def fill_classes(cfg: Any) -> None:
 
     Args:
         cfg: mmengine's config of a whole run, changed in place.
+        classes: The names, where a checkpoint has told them.
 
     Raises:
         RunError: Such names are not there, or the data set is of another kind.
@@ -33,14 +34,19 @@ def fill_classes(cfg: Any) -> None:
     data = [part for loader in loaders for part in _parts(loader.dataset) if _is_open(part)]
     if not heads and not data:
         return
-    dataset = cfg.train_dataloader.dataset
-    while 'dataset' in dataset or 'datasets' in dataset:  # of wrappers; those that are joined have the same classes
-        dataset = dataset.dataset if 'dataset' in dataset else dataset.datasets[0]
-    classes = tuple(_names({**cfg.get('dataset', {}), **dataset}))
+    if classes is None:
+        classes = _names_of_training(cfg)
     for part in heads:
         part.num_classes = len(classes)
     for part in data:
-        part.metainfo.classes = classes
+        part.metainfo.classes = tuple(classes)
+
+
+def _names_of_training(cfg: Any) -> Sequence[str]:
+    dataset = cfg.train_dataloader.dataset
+    while 'dataset' in dataset or 'datasets' in dataset:  # of wrappers; those that are joined have the same classes
+        dataset = dataset.dataset if 'dataset' in dataset else dataset.datasets[0]
+    return _names({**cfg.get('dataset', {}), **dataset})
 
 
 def _parts(node: Any) -> Iterator[ConfigDict]:

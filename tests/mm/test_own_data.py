@@ -158,17 +158,28 @@ def test_other_data_need_their_classes(folder):
 def test_the_readmes_commands_train_a_detector_on_three_classes(folder):
     """With a small network and small images, for one epoch, and without a download."""
     commands = re.findall(r'^vssm (.*/faster-rcnn.*)', (ROOT / 'README.md').read_text(), flags=re.MULTILINE)
-    assert [command.split()[0] for command in commands] == ['train', 'test']
+    assert [command.split()[0] for command in commands] == ['train', 'test', 'predict']
     options = ['model.backbone.model_name=test_vmamba', 'model.backbone.pretrained=False', 'train_cfg.max_epochs=1']
     options += ['model.neck.in_channels=32,48,64,96']
     for loader in ('train', 'val', 'test'):
         options += [f'{loader}_dataloader.num_workers=0', f'{loader}_dataloader.persistent_workers=False']
         resize = 2 if loader == 'train' else 1
         options += [f'{loader}_dataloader.dataset.pipeline.{resize}.scale=(128,64)']
-    for command in commands:
+    for command in commands[:2]:
         tool, *arguments = shlex.split(command.replace('epoch_12', 'epoch_1'))
         said = finish(start(f'vssm.tools.{tool}', *arguments, '--cfg-options', *options, cwd=folder / 'data'))
     assert 'bbox_mAP_50' in said
     checkpoint = torch.load(folder / 'data' / 'runs' / 'cells' / 'epoch_1.pth', weights_only=True)
     assert checkpoint['meta']['dataset_meta']['classes'] == CELLS
     assert len(checkpoint['state_dict']['roi_head.bbox_head.fc_cls.bias']) == 3 + 1
+
+    _, config, *arguments = shlex.split(commands[2].replace('epoch_12', 'epoch_1'))
+    own = folder / 'small.py'  # with the network that was trained here
+    own.write_text(
+        f"_base_ = '{config_dir() / config}.py'\nmodel = dict(\n    backbone=dict(model_name='test_vmamba',\n"
+        '    pretrained=False), neck=dict(in_channels=[32, 48, 64, 96]))\n'
+    )
+    said = finish(start('vssm.tools.predict', own, *arguments, '--threshold', 0.0, cwd=folder / 'data'))
+    answers = [json.loads(line) for line in said.splitlines() if line.startswith('{')]
+    assert len(answers) == 4 and {found['class'] for answer in answers for found in answer['objects']} <= {*CELLS}
+    assert len(list((folder / 'data' / 'predictions').iterdir())) == 4
