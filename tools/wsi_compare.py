@@ -67,7 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--metric',
         metavar='NAME',
-        help='what counts, of which more is better (default: wsi/auc, or wsi/c_index of a survival)',
+        help='what counts: the higher it is the better, a loss the lower (default: wsi/auc, or wsi/c_index of a '
+        'survival)',
     )
     parser.add_argument(
         '--work-dir',
@@ -193,9 +194,10 @@ def compare(results: Results, metric: str) -> list[Row]:
         names = sorted({name for runs in results.values() for metrics in runs.values() for name in metrics})
         raise UsageError(f'--metric must be defined in a run, one of {", ".join(names)}; got {metric}.')
     values = {label: [runs[trial][metric] for trial in trials] for label, runs in results.items()}
-    by_trial = [[-column[i] for column in values.values()] for i in range(len(trials))]
+    sign = 1 if metric.endswith('loss') else -1  # the lower the better
+    by_trial = [[sign * column[i] for column in values.values()] for i in range(len(trials))]
     ranks = dict(zip(values, rankdata(by_trial, axis=1).mean(0).tolist(), strict=True))
-    order = sorted(values, key=lambda label: (-statistics.fmean(values[label]), ranks[label]))
+    order = sorted(values, key=lambda label: (sign * statistics.fmean(values[label]), ranks[label]))
     rows = []
     for label in order:
         p = None

@@ -1846,6 +1846,8 @@ def test_a_comparison_is_of_trials_that_all_networks_share():
     rows = wsi_compare.compare(trials(a=[0.9, math.nan, 0.7, 0.8, 0.6], b=[0.8, 0.9, 0.6, math.nan, 0.7]), 'wsi/auc')
     assert [row.mean['wsi/auc'] for row in rows] == pytest.approx([2.2 / 3, 2.1 / 3])
     assert [row.p for row in rows] == [None, None]  # of three pairs nothing can be said
+    runs = {name: {Trial(None, 0): {'wsi/loss': loss}} for name, loss in (('a', 0.7), ('b', 0.3))}
+    assert [(row.network, row.rank) for row in wsi_compare.compare(runs, 'wsi/loss')] == [('b', 1), ('a', 2)]
     with pytest.raises(UsageError, match='defined in a run, one of wsi/accuracy, wsi/auc; got wsi/f1'):
         wsi_compare.compare(trials(a=[0.5]), 'wsi/f1')
 
