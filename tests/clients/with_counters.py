@@ -35,7 +35,7 @@ def count_torchinfo(model, images):
 
 @pytest.mark.parametrize('count', (count_thop, count_ptflops, count_torchinfo))
 def test_what_counters_miss(count, model):
-    """They find as much with twice the scan as with one; PyTorch's sees it."""
+    """They find no more than what is left without the scan, which PyTorch's counter sees."""
     images = torch.randn(1, 3, 64, 64)
     flops, scan = count_torch(model, images)
     assert 0 < scan < flops
