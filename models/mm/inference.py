@@ -16,7 +16,7 @@ from mmengine.visualization import Visualizer
 from PIL import Image
 from torch import nn
 
-from ..files import printable
+from ..files import printable, state_of
 from ..images import read_rgb
 from ..weights import read_structure
 from .checks import class_counts
@@ -137,6 +137,8 @@ def _has(model: nn.Module, head: str) -> bool:
 def _classes(cfg: Config, checkpoint: str | Path) -> tuple[list[str], Any]:
     """The names of the classes, and their colours if there are any."""
     with local_file(checkpoint) as path:
+        if not path.is_file():
+            raise FileNotFoundError(f'checkpoint {checkpoint} {state_of(path)}.')
         content = read_structure(path) if path.suffix != '.safetensors' else {}
     meta = content.get('meta') if isinstance(content, dict) else None
     noted = meta.get('dataset_meta') if isinstance(meta, dict) else None
