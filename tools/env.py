@@ -48,6 +48,7 @@ PACKAGES = {
     'torchmetrics': ('torchmetrics',),
     'torchsurv': ('torchsurv',),
     'lifelines': ('lifelines',),
+    'scipy': ('scipy',),
     'openslide': ('openslide-python',),
 }
 

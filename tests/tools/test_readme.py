@@ -79,8 +79,11 @@ def commands():
     """Every call of `vssm` in a document or an example, by whatever launcher."""
     for path in (*PAGES, *(ROOT / 'examples').glob('*.py')):
         text = path.read_text().replace('\\\n', ' ')
+        if path.suffix == '.md':
+            text = '\n'.join(re.findall(r'^```bash\n(.*?)^```', text, flags=re.DOTALL | re.MULTILINE))
         for line in re.findall(r'^ *(?:vssm |torchrun .*vssm\.tools|srun .*vssm ).*', text, flags=re.MULTILINE):
-            yield pytest.param(line.strip(), id=line.split('#')[0].strip())
+            command = re.split(r' [|>] ', line)[0]  # without what takes its output
+            yield pytest.param(command.strip(), id=command.split('#')[0].strip())
 
 
 @pytest.mark.parametrize('command', list({param.id: param for param in commands()}.values()))

@@ -253,7 +253,7 @@ DAMAGE = {
     'web page': (lambda path: path.write_text('\n<!DOCTYPE html><html>404</html>'), 'got a web page'),
     'text': (lambda path: path.write_text('version https://git-lfs'), 'cannot be read as such'),
     'no file': (lambda path: path.unlink(), 'does not exist'),
-    'folder': (lambda path: (path.unlink(), path.mkdir()), 'does not exist'),
+    'folder': (lambda path: (path.unlink(), path.mkdir()), 'is a folder'),
     'truncated': (lambda path: path.write_bytes(path.read_bytes()[:-99]), r'\(BadZipFile\)'),
     'half': (lambda path: path.write_bytes(path.read_bytes()[:1500]), r'\(BadZipFile\)'),
     'one bit': (flip, r'\(BadZipFile\)'),
