@@ -343,6 +343,9 @@ def test_demo(tmp_path, capsys):
         capsys.readouterr()
         assert main(['test', name, str(checkpoint), '--work-dir', str(tmp_path / 'test')]) == 0
         assert f'{100 * metrics[f"heldout_accuracy_{scan}"]:.2f}' in capsys.readouterr().out
+        Image.new('RGB', (90, 60)).save(tmp_path / 'photograph.jpg')
+        assert main(['predict', str(checkpoint), str(tmp_path / 'photograph.jpg')]) == 0
+        assert json.loads(capsys.readouterr().out)['predictions'][0]['class'] in '0123456789'
 
     start = time.time()
     assert main(['demo', '--work-dir', str(work_dir)]) == 0

@@ -8,6 +8,7 @@ import io
 import json
 import re
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -270,22 +271,23 @@ def test_files_that_note_nonsense(metadata, message, network, photographs, tmp_p
         vssm.predict(path, photographs / '1.png')
 
 
-def test_a_training_notes_what_a_prediction_needs(photographs, tmp_path, monkeypatch):
+def test_a_training_notes_what_a_prediction_needs(tmp_path, monkeypatch, capsys):
     """From folders of images to their labels, by the commands of the README."""
     pytest.importorskip('mmengine')
     monkeypatch.chdir(tmp_path)
     for split in ('train', 'val'):
         for grey, name in ((40, 'dark'), (200, 'light')):
             for i in range(2):
-                path = tmp_path / 'own' / split / name / f'{i}.png'
+                path = tmp_path / 'leaves' / split / name / f'{i}.png'
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.new('RGB', (40, 40), (grey, grey, grey + i)).save(path)
     options = ['model.model_name=test_vmamba2d', 'model.pretrained=False', 'train_cfg.max_epochs=1']
     options += [f'{part}_dataloader.num_workers=0' for part in ('train', 'val', 'test')]
     options += [f'{part}_dataloader.persistent_workers=False' for part in ('train', 'val', 'test')]
-    config = 'finetune/vmamba_tiny_1xb64-50e_folder'  # which counts the classes
-    assert main(['train', config, '--data-root', 'own', '--work-dir', 'run', '--cfg-options', *options]) == 0
-    metadata = read_checkpoint('run/checkpoint.safetensors')[1]
+    readme = (Path(__file__).parents[2] / 'README.md').read_text()
+    train, predict = re.findall(r'^vssm (train finetune/vmamba.*|predict runs/leaves.*)', readme, flags=re.MULTILINE)
+    assert main([*train.split(), '--cfg-options', *options]) == 0
+    metadata = read_checkpoint('runs/leaves/checkpoint.safetensors')[1]
     assert json.loads(metadata['classes']) == ['dark', 'light']
     assert json.loads(metadata['transform']) == dict(
         input_size=224,
@@ -294,5 +296,8 @@ def test_a_training_notes_what_a_prediction_needs(photographs, tmp_path, monkeyp
         mean=pytest.approx([0.485, 0.456, 0.406]),
         std=pytest.approx([0.229, 0.224, 0.225]),
     )
-    (answer,) = vssm.predict('run/checkpoint.safetensors', 'own/val/dark/0.png')
-    assert {row['class'] for row in answer} == {'dark', 'light'}
+    Image.new('RGB', (90, 60)).save('photograph.jpg')
+    capsys.readouterr()
+    assert main(predict.split()) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert {row['class'] for row in answer['predictions']} == {'dark', 'light'}
