@@ -182,6 +182,7 @@ IMPLIED_IF_INTERPRETED = {  # by test, the words in the names of its cases
     'test_low_rank_steps_are_a_matrix_product': '.*',
     'test_golden_classifier': 'square|odd|stride8|(vanilla|vim|groupmamba|mambavision)\\w*',
     'test_golden_backbone': '.*',
+    'test_golden_scans': '2d-(two_tiles_k4|n16_rect_k4|large_tile)',  # the largest
     'test_opcheck': 'bfloat16|2d|1d-all|1d-orders?',
     'test_only_wanted_gradients_are_computed': '[12]d-all-low-rank|[12]d-orders',
     'test_values_and_gradients': 'scan|float16|bfloat16-float32',  # of the scan: its pinned and random cases
