@@ -34,7 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr):  # where mmengine's logger else writes above the table
         cfg = read_config(args)
+        from ..models.mm import RunError
         from ..models.mm.inspection import data_sets, inspect, wrong_heads
+        from ..models.mm.own_classes import fill_classes
+
+        try:
+            fill_classes(cfg)
+        except RunError as error:
+            raise UsageError(str(error)) from error
 
     def watch(items: Iterable[Any], count: int) -> Iterable[Any]:
         shown = console.is_terminal

@@ -110,7 +110,7 @@ def load_predictor(cfg: Config, checkpoint: str | Path, device: str = 'cpu') -> 
     init_default_scope(cfg.get('default_scope'))
     cfg = copy.deepcopy(cfg)
     names, palette = _classes(cfg, checkpoint)
-    fill_classes(cfg, names)
+    fill_classes(cfg, names or None)
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
     kinds = [kind for kind, head in dict(mmseg='decode_head', mmdet='bbox_head').items() if _has(model, head)]
     if not kinds:

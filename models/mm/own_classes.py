@@ -19,8 +19,7 @@ def fill_classes(cfg: Any, classes: Sequence[str] | None = None) -> None:
     """Set each `num_classes=None` of a model, and each `metainfo=dict(classes=None)` of a data set, from the data.
 
     The names are those of the training data: folders of images, what timm's readers know, the categories of a json as
-    of COCO, or for masks the lines of classes.txt beside their folders. A config that leaves none
-    open reads nothing.
+    of COCO, or for masks the lines of classes.txt beside their folders. Where none are open, nothing is read.
 
     Args:
         cfg: mmengine's config of a whole run, changed in place.

@@ -97,8 +97,10 @@ class SlideAccuracy(_SlideMetric):
             quadratic_kappa=kappa.item(),
             loss=columns['loss'].mean().item(),
         )
-        names = (self.dataset_meta or {}).get('classes', range(count)) if count > 2 else ()
-        return metrics | {f'auc/{name}': auc for name, auc in zip(names, aucs, strict=False)}
+        if count > 2:
+            names = (self.dataset_meta or {}).get('classes', range(count))
+            metrics |= {f'auc/{name}': auc for name, auc in zip(names, aucs, strict=True)}
+        return metrics
 
 
 @METRICS.register_module()

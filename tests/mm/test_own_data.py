@@ -16,6 +16,7 @@ from processes import finish, start
 from vssm.models.mm import RunError
 from vssm.models.mm.own_classes import fill_classes
 from vssm.tools._common import config_dir, load_config
+from vssm.tools.main import main
 
 pytest.importorskip('mmdet', reason="mmdet is not installed: pip install '.[mmlab]'")
 
@@ -116,6 +117,14 @@ def test_open_classes_come_from_the_data(name, folder):
     assert numbers and set(numbers) == {len(classes)}
     for loader in ('train', 'val', 'test'):
         assert tuple(cfg[f'{loader}_dataloader'].dataset.metainfo.classes) == classes
+
+
+@pytest.mark.parametrize('name', OPEN)
+def test_data_of_open_classes_are_checked_by_their_names(name, folder, capsys):
+    open_config(name, folder)
+    assert main(['data-check', name, '--data-root', str(folder / 'data' / OPEN[name][0])]) == 0
+    out = capsys.readouterr().out
+    assert all(f'\n{label} ' in out for label in OPEN[name][1]) and 'problem' not in out
 
 
 def test_classes_that_are_given_stay(folder):
