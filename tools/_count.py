@@ -183,10 +183,17 @@ DENSE_SHAPES = dict(segmentor=(512, 2048), detector=(800, 1280))
 
 
 def dense_kind(cfg: 'Config') -> str | None:
-    """Whether a config's model is a 'segmentor' or a 'detector', None if it is neither."""
+    """Whether a config's model is a 'segmentor' or a 'detector', one with masks; None if it is neither."""
     if 'decode_head' in cfg.model:
         return 'segmentor'
-    return 'detector' if 'roi_head' in cfg.model else None
+    return 'detector' if (cfg.model.get('roi_head') or {}).get('mask_head') else None
+
+
+def has_open_classes(cfg: 'Config') -> bool:
+    """Whether a config leaves the number of classes to the data."""
+    from ..models.mm.own_classes import open_heads
+
+    return bool(open_heads(cfg))
 
 
 def build_dense(cfg: 'Config') -> nn.Module:

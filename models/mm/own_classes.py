@@ -12,7 +12,7 @@ from .checks import categories
 from .data import class_folders
 from .utils import RunError
 
-__all__ = ['fill_classes']
+__all__ = ['fill_classes', 'open_heads']
 
 
 def fill_classes(cfg: Any, classes: Sequence[str] | None = None) -> None:
@@ -28,7 +28,7 @@ def fill_classes(cfg: Any, classes: Sequence[str] | None = None) -> None:
     Raises:
         RunError: Such names are not there, or the data set is of another kind.
     """
-    heads = [part for part in _parts(cfg.get('model', {})) if part.get('num_classes', 0) is None]
+    heads = open_heads(cfg)
     loaders = [loader for name in ('train', 'val', 'test') if (loader := cfg.get(f'{name}_dataloader'))]
     data = [part for loader in loaders for part in _parts(loader.dataset) if _is_open(part)]
     if not heads and not data:
@@ -39,6 +39,11 @@ def fill_classes(cfg: Any, classes: Sequence[str] | None = None) -> None:
         part.num_classes = len(classes)
     for part in data:
         part.metainfo.classes = tuple(classes)
+
+
+def open_heads(cfg: Any) -> list[ConfigDict]:
+    """The parts of a config's model whose number of classes is left open."""
+    return [part for part in _parts(cfg.get('model', {})) if part.get('num_classes', 0) is None]
 
 
 def _names_of_training(cfg: Any) -> Sequence[str]:

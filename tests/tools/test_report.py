@@ -139,6 +139,20 @@ def test_a_config_is_counted_whole(config, shape, params, gmacs, tmp_path):
     assert row['gmacs'] == pytest.approx(gmacs, rel=0.005) and row['gmacs_torch'] < row['gmacs']
 
 
+@pytest.mark.parametrize(
+    'config, said',
+    [
+        ('finetune/mask-rcnn_vmamba_tiny_fpn_1xb2-12e_folder', 'must have its number of classes'),
+        ('finetune/faster-rcnn_vmamba_tiny_fpn_1xb2-12e_folder', 'must be of a segmentor or a Mask R-CNN'),
+        ('finetune/vmamba_tiny_1xb64-50e_folder', 'must be of a segmentor or a Mask R-CNN'),
+    ],
+)
+def test_a_config_that_cannot_be_counted_is_refused(config, said, capsys):
+    pytest.importorskip('mmdet', reason="mmdet is not installed: pip install '.[mmlab]'")
+    assert main(['report', '--config', config]) == 2
+    assert said in capsys.readouterr().err
+
+
 class Clock:
     """A clock that steps move."""
 

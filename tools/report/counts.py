@@ -4,7 +4,7 @@
 from collections.abc import Sequence
 
 from .._common import UsageError, load_config
-from .._count import DENSE_SHAPES, build_dense, count_fvcore, count_torch, dense_kind, multiply_adds
+from .._count import DENSE_SHAPES, build_dense, count_fvcore, count_torch, dense_kind, has_open_classes, multiply_adds
 from .._models import count_params, create_for_size, image_of
 from ..published import IMAGENET_TOP1
 from .row import Row
@@ -56,12 +56,17 @@ def count_config(name: str, shape: Sequence[int] | None) -> Row:
         shape: Height and width of the image; None takes those at which papers count.
 
     Raises:
-        UsageError: The config is not of a segmentor or a detector.
+        UsageError: The config is not of a segmentor or a Mask R-CNN, or leaves its classes open.
     """
     cfg = load_config(name)
     kind = dense_kind(cfg)
     if kind is None:
         raise UsageError(f'--config must be of a segmentor or a Mask R-CNN, got {name}.')
+    if has_open_classes(cfg):
+        raise UsageError(
+            f'--config must have its number of classes, which {name} takes from the data: name the config in the work '
+            'dir of its training.'
+        )
     shape = shape or DENSE_SHAPES[kind]
     row = Row(name, written_size(shape))
     with row.failing():
