@@ -81,24 +81,31 @@ def results(model, x):
 @pytest.mark.parametrize('training', (False, True), ids=('evaluation', 'training'))
 @pytest.mark.parametrize('name', SMALL)
 def test_groups_and_convolutions_change_nothing(name, training, monkeypatch):
+    """The results are as far from those of double precision as the plain ones are: rounding depends on the machine."""
     model = timm.create_model(name, num_classes=10).train(training)
-    other = copy.deepcopy(model)
+    other, exact = copy.deepcopy(model), copy.deepcopy(model).double()
     x = torch.randn(3, 3, 48, 80)
+    expected = results(exact, x.double())
     monkeypatch.setattr(layers, '_GROUP_BYTES', 1e18)
     monkeypatch.setattr(layers, '_CONV_ROWS', 1e18)
-    expected = results(model, x)
+    plain = results(model, x)
     monkeypatch.setattr(layers, '_GROUP_BYTES', 1e-9)
     monkeypatch.setattr(layers, '_CONV_ROWS', 0)
     monkeypatch.setattr(layers, '_CONV_MACS', 0)
     found = results(other, x)
-    assert not all(torch.equal(found[key], expected[key]) for key in expected)  # they did run
+    assert not all(torch.equal(found[key], plain[key]) for key in plain)  # they did run
     # A norm takes some parameters away again, whose gradients are rounding: small ones are held against the large.
     least = 1e-3 * max(value.abs().max() for value in expected.values())
-    for key, value in expected.items():
+
+    def error(results, key):
         if training and re.search(r'\bconv\d\.bias$', key):
-            continue  # before a batch norm: nothing but rounding
-        error = (found[key] - value).abs().max() / max(value.abs().max(), least)
-        assert error <= 5e-5, key
+            return 0.0  # before a batch norm: nothing but rounding
+        return float((results[key] - expected[key]).abs().max() / max(expected[key].abs().max(), least))
+
+    bound = 4 * max(error(plain, key) for key in expected)
+    assert bound <= 1e-3
+    for key in expected:
+        assert error(found, key) <= bound, key
 
 
 def test_groups_are_even(monkeypatch):
