@@ -336,7 +336,7 @@ def test_gradients_of_every_sample(name, assert_close):
             assert_close(grads[n][i], p.grad, 1e-10, n)
 
 
-@every_small_model
+@every_family
 def test_ensemble(name, assert_close):
     models = [create_shallow(name).double() for _ in range(3)]
     params, buffers = stack_module_state(models)
