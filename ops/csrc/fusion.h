@@ -14,7 +14,7 @@ constexpr int kColumns[] = {-5, 0, 5, -3, 0, 3, -1, 0, 1, -5, -3, -1, 0, 1, 3, 5
 template <class T>
 struct FusionArgs {
   int64_t batch, height, width, channels;  // of h
-  Map<const T> h;
+  RawMap h;
   const T* packed;  // the merged weights by channel block, zero beyond the channels: (blocks, kTaps, lanes)
   int64_t lanes;    // channels of a block
 
@@ -26,8 +26,8 @@ struct FusionArgs {
 // threads, and parts are added up in a fixed order: the result is the same for any number of threads.
 template <class T>
 struct FusionGrads {
-  Map<const T> y;
-  T* h;       // (batch, H, W, E)
+  RawMap y;
+  char* h;    // (batch, H, W, E), in the type of the map h
   T* weight;  // (image groups, blocks, kTaps, lanes)
   int64_t image_groups;
 };

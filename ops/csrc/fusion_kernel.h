@@ -74,11 +74,11 @@ bool all_finite(const T* values, int64_t size) {
 
 // The columns [begin, end) of a row of the map; beyond it the border is repeated, or all is zero.
 template <class T>
-void copy_row(T* to, const T* row, int64_t step, int64_t width, int64_t valid, int64_t begin, int64_t end,
+void copy_row(T* to, const char* row, Type type, int64_t step, int64_t width, int64_t valid, int64_t begin, int64_t end,
               bool repeat) {
   constexpr int W = kWidth<T>;
   const int64_t first = begin < 0 ? 0 : begin, last = at_most(end, width);
-  gather(to + (first - begin) * W, W, row + first * step, step, last - first, valid);
+  gather(to + (first - begin) * W, W, row + first * step, type, step, last - first, valid);
   const Vec<T> zero = {};
   const Vec<T> left = repeat ? load(to + (first - begin) * W) : zero;
   const Vec<T> right = repeat ? load(to + (last - 1 - begin) * W) : zero;
@@ -87,8 +87,17 @@ void copy_row(T* to, const T* row, int64_t step, int64_t width, int64_t valid, i
 }
 
 template <class T>
-VSSM_INLINE const T* row_of(const Map<const T>& map, int64_t image, int64_t row, int64_t channel) {
-  return map.data + image * map.batch + row * map.row + channel;
+VSSM_INLINE const char* row_of(const RawMap& map, int64_t image, int64_t row, int64_t channel) {
+  return map.data + image * map.batch + row * map.row + channel * size_of<T>(map.type);
+}
+
+// From position (row, column) of an image on, a vector of channels each, to a contiguous map.
+template <class T>
+VSSM_INLINE void put_row(const FusionArgs<T>& s, char* map, int64_t image, int64_t row, int64_t column, int64_t channel,
+                         const T* from, int64_t length, int64_t valid) {
+  const int64_t bytes = size_of<T>(s.h.type), position = (image * s.height + row) * s.width + column;
+  char* const to = map + (position * s.channels + channel) * bytes;
+  scatter(to, s.h.type, s.channels * bytes, from, kWidth<T>, kWidth<T>, length, valid);
 }
 
 // A rectangle of a map, [top, bottom) x [left, right).
@@ -101,8 +110,8 @@ template <class T>
 void copy_part(const FusionArgs<T>& s, T* to, int64_t stride, int64_t image, int64_t channel, int64_t valid,
                const Part& part) {
   for (int64_t r = part.top - kReach; r < part.bottom + kReach; ++r, to += stride) {
-    const T* const row = row_of(s.h, image, r < 0 ? 0 : at_most(r, s.height - 1), channel);
-    copy_row(to, row, s.h.column, s.width, valid, part.left - kReach, part.right + kReach, true);
+    const char* const row = row_of<T>(s.h, image, r < 0 ? 0 : at_most(r, s.height - 1), channel);
+    copy_row(to, row, s.h.type, s.h.column, s.width, valid, part.left - kReach, part.right + kReach, true);
   }
 }
 
@@ -124,7 +133,7 @@ int64_t fusion_forward_scratch(const FusionArgs<T>& s) {
 }
 
 template <class T>
-void fusion_forward(const FusionArgs<T>& s, T* y, T* scratch, int64_t begin, int64_t end) {
+void fusion_forward(const FusionArgs<T>& s, char* y, T* scratch, int64_t begin, int64_t end) {
   constexpr int W = kWidth<T>;
   const int64_t blocks = s.num_blocks(), stride = (strip_columns(s) + 2 * kReach) * W;
   T *rows = scratch, *sums = scratch + (band_rows(s) + 2 * kReach) * stride;
@@ -142,8 +151,7 @@ void fusion_forward(const FusionArgs<T>& s, T* y, T* scratch, int64_t begin, int
       copy_part(s, rows, stride, image, channel, valid, part);
       for (int64_t i = part.top; i < part.bottom; ++i) {
         sum_taps(sums, rows + (i - part.top + kReach) * stride + kReach * W, columns, weight, offset, kTaps);
-        T* const out = y + ((image * s.height + i) * s.width + part.left) * s.channels + channel;
-        scatter(out, s.channels, sums, W, columns, valid);
+        put_row(s, y, image, i, part.left, channel, sums, columns, valid);
       }
     });
   }
@@ -182,7 +190,7 @@ VSSM_INLINE void correlate(T* sum, const T* gy, const T* h, int64_t length, cons
 // The gradient of h, of one part of it, from that of y: `gy` holds the rows of y's from `gy_top` on, y_stride elements from
 // one to the next, and begins kReach columns before `wide`, the part with what the map's border stands for.
 template <class T>
-void fusion_backward_map(const FusionArgs<T>& s, T* dh, int64_t image, int64_t block, const Part& part,
+void fusion_backward_map(const FusionArgs<T>& s, char* dh, int64_t image, int64_t block, const Part& part,
                          const Part& wide, const T* gy, int64_t gy_top, int64_t y_stride, T* padded, T* folded,
                          bool finite) {
   constexpr int W = kWidth<T>;
@@ -215,8 +223,7 @@ void fusion_backward_map(const FusionArgs<T>& s, T* dh, int64_t image, int64_t b
     const bool ends = r == wide.bottom - 1 || (r >= 0 && r < s.height - 1);  // the last one
     if (!ends) continue;
     const int64_t to_row = r < 0 ? 0 : at_most(r, s.height - 1);
-    T* const out = dh + ((image * s.height + to_row) * s.width + part.left) * s.channels + channel;
-    scatter(out, s.channels, folded, W, columns, valid);
+    put_row(s, dh, image, to_row, part.left, channel, folded, columns, valid);
   }
 }
 
@@ -243,9 +250,9 @@ void fusion_backward(const FusionArgs<T>& s, const FusionGrads<T>& grad, T* scra
                         part.left == 0 ? -kReach : part.left, part.right + (part.right == s.width ? kReach : 0)};
         const int64_t gy_top = wide.top < kReach ? 0 : wide.top - kReach, gy_left = wide.left - kReach;
         for (int64_t r = gy_top; r < at_most(wide.bottom + kReach, s.height); ++r) {
-          const T* const row = row_of(grad.y, image, r, channel);
+          const char* const row = row_of<T>(grad.y, image, r, channel);
           T* const to = gy + (r - gy_top) * y_stride;
-          copy_row(to, row, grad.y.column, s.width, valid, gy_left, wide.right + kReach, false);
+          copy_row(to, row, grad.y.type, grad.y.column, s.width, valid, gy_left, wide.right + kReach, false);
         }
         if (dweight) {
           copy_part(s, h, h_stride, image, channel, valid, part);

@@ -3,9 +3,9 @@
 #include <immintrin.h>  // with the instruction sets of its own
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 #define VSSM_VECTOR_BYTES 32
 #include "make_kernels.h"

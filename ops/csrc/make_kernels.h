@@ -7,6 +7,7 @@
 #include "readout_kernel.h"
 #include "scan_backward.h"
 #include "scan_forward.h"
+#include "scan_pack.h"
 
 namespace vssm {
 namespace {
@@ -14,7 +15,9 @@ namespace {
 template <class T>
 constexpr Kernels<T> make_kernels(const char* name) {
   return {name,
+          widen<T>,
           scan_lanes<T>,
+          scan_pack<T>,
           scan_forward_scratch<T>,
           scan_forward<T>,
           scan_backward_scratch<T>,

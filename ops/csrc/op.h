@@ -61,16 +61,34 @@ Tensor gradient(bool wanted, const Tensor& like, const Shape& shape, T*& data) {
   return t;
 }
 
+// A result in the type in which a `readable` tensor lies.
+inline Tensor result_like(bool wanted, const Tensor& like, const Shape& shape, char*& data) {
+  Tensor t = torch::stable::new_empty(like, wanted ? shape : Shape{0}, like.scalar_type());
+  data = wanted ? static_cast<char*>(t.mutable_data_ptr()) : nullptr;
+  return t;
+}
+
 inline Tensor cast(const Tensor& t, ScalarType type) {
   return t.scalar_type() == type ? t : torch::stable::to(t, type);
 }
 
-// Half types are widened as a whole: reading them once costs less than widening them in every order.
+// How a tensor lies to kernels that compute in T.
 template <class T>
-Tensor last_contiguous(const Tensor& t) {
-  const Tensor wide = cast(t, kType<T>);
-  const int64_t last = wide.dim() - 1;
-  return wide.size(last) == 1 || wide.stride(last) == 1 ? wide : torch::stable::contiguous(wide);
+Type type_of(const Tensor& t) {
+  if (std::is_same_v<T, float> && t.scalar_type() == ScalarType::BFloat16) return Type::kBfloat16;
+  if (std::is_same_v<T, float> && t.scalar_type() == ScalarType::Half) return Type::kFloat16;
+  return Type::kWhole;
+}
+
+// The tensor as a kernel takes it: in T, or where that is float in a half type.
+template <class T>
+Tensor readable(const Tensor& t) {
+  return type_of<T>(t) == Type::kWhole ? cast(t, kType<T>) : t;
+}
+
+inline Tensor last_contiguous(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  return t.size(last) == 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
 }
 
 template <class T>
@@ -82,6 +100,16 @@ Tensor contiguous(const Tensor& t) {
 template <class T>
 Map<const T> map(const Tensor& t) {
   return {t.const_data_ptr<T>(), t.stride(0), t.stride(1), t.stride(2), t.dim() == 5 ? t.stride(3) : 0};
+}
+
+inline const char* bytes_of(const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); }
+
+// The same of a `readable` tensor.
+template <class T>
+RawMap raw_map(const Tensor& t) {
+  const Type type = type_of<T>(t);
+  const int64_t bytes = size_of<T>(type);
+  return {{bytes_of(t), t.stride(0) * bytes, t.stride(1) * bytes, t.stride(2) * bytes, 0}, type};
 }
 
 inline bool has_shape(const Tensor& t, const Shape& shape) {
@@ -105,6 +133,33 @@ void run(const Tensor& like, int64_t tasks, int64_t size, int64_t scratch_size, 
     TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&thread));
     kernel(base + thread * scratch_size, begin, end);
   });
+}
+
+// A tensor over (batch, H, W, K, last), its last axis contiguous, in T. For what all channels of a position share:
+// widening it once costs less than in every block of channels.
+template <class T>
+Tensor widened(const Kernels<T>& kernels, const Tensor& t) {
+  const Type type = type_of<T>(t);
+  const Tensor from = last_contiguous(readable<T>(t));
+  if (type == Type::kWhole) return from;
+  const int64_t height = t.size(1), width = t.size(2), orders = t.size(3), last = t.size(4), bytes = size_of<T>(type);
+  const int64_t row = from.stride(1) * bytes, column = from.stride(2) * bytes, order = from.stride(3) * bytes;
+  const bool in_rows = column == orders * order;  // those of a line of the map
+  Tensor out = empty<T>(t, {t.size(0), height, width, orders, last});
+  T* const to = out.template mutable_data_ptr<T>();
+  const int64_t lines = t.size(0) * height, size = width * orders * last;
+  torch::stable::parallel_for(0, lines, grain(size), [&](int64_t begin, int64_t end) {
+    for (int64_t line = begin; line < end; ++line) {
+      const char* const at = bytes_of(from) + line / height * from.stride(0) * bytes + line % height * row;
+      T* const to_line = to + line * size;
+      if (in_rows && order == last * bytes) kernels.widen(to_line, size, at, type, 0, 1, size);
+      else if (in_rows) kernels.widen(to_line, last, at, type, order, width * orders, last);
+      else
+        for (int64_t j = 0; j < width; ++j)
+          kernels.widen(to_line + j * orders * last, last, at + j * column, type, order, orders, last);
+    }
+  });
+  return out;
 }
 
 // The sum of `parts` equal parts of t, in order; t itself where there is one, or where it is empty.

@@ -10,8 +10,9 @@ namespace vssm {
 template <class T>
 struct ReadoutArgs {
   int64_t rows, channels;
-  const T *h, *x, *z;           // (rows, channels)
-  const T* C;                   // (rows)
+  Type type;                    // of h, x, z and C, of the gradients of these, and of y and its gradient
+  const char *h, *x, *z;        // (rows, channels)
+  const char* C;                // (rows)
   const T *D, *weight, *bias;   // (channels)
   T eps;
 };
@@ -21,9 +22,9 @@ struct ReadoutArgs {
 // threads.
 template <class T>
 struct ReadoutGrads {
-  const T* y;              // (rows, channels)
-  T *h, *x, *z;            // (rows, channels)
-  T* C;                    // (rows)
+  const char* y;           // (rows, channels)
+  char *h, *x, *z;         // (rows, channels)
+  char* C;                 // (rows)
   T *D, *weight, *bias;    // (tasks, channels)
   int64_t tasks;
 };

@@ -11,21 +11,6 @@
 namespace vssm {
 namespace {
 
-// Up to a vector of a row: what lies beyond `valid` channels is zero.
-template <class T>
-VSSM_INLINE Vec<T> load(const T* p, int64_t valid) {
-  if (valid >= kWidth<T>) return load(p);
-  Vec<T> v = {};
-  for (int64_t l = 0; l < valid; ++l) v[l] = p[l];
-  return v;
-}
-
-template <class T>
-VSSM_INLINE void store(T* p, Vec<T> v, int64_t valid) {
-  if (valid >= kWidth<T>) return store(p, v);
-  for (int64_t l = 0; l < valid; ++l) p[l] = v[l];
-}
-
 template <class T>
 VSSM_INLINE T sum_lanes(Vec<T> v) {
   T sum = 0;
@@ -48,17 +33,52 @@ VSSM_INLINE void each_group(int64_t channels, const F& f) {
   if (e < channels) f(Vectors<1>(), e, channels - e);
 }
 
+// A row of the maps in T: where it lies, or widened in the scratch. What is written to that is rounded at the end.
+template <class T>
+struct ReadoutRow {
+  const Type type;
+  const int64_t channels, row;
+  T* room;
+
+  // Room for a row, whole vectors.
+  static VSSM_INLINE int64_t size(int64_t channels) { return (channels + kWidth<T> - 1) / kWidth<T> * kWidth<T>; }
+
+  VSSM_INLINE T* take() {
+    T* const p = room;
+    room += size(channels);
+    return p;
+  }
+  VSSM_INLINE int64_t offset(int64_t elements) const { return row * elements * size_of<T>(type); }
+
+  // The `elements` of this row that a map has, C alone one of them.
+  VSSM_INLINE const T* from(const char* map, int64_t elements) {
+    const char* const at = map + offset(elements);
+    if (type == Type::kWhole) return reinterpret_cast<const T*>(at);
+    T* const to = take();
+    widen(to, elements, at, type, 0, 1, elements);
+    return to;
+  }
+  // Where to write this row of a map, null where that is; then `round` it.
+  VSSM_INLINE T* to(char* map) {
+    if (!map || type != Type::kWhole) return map ? take() : nullptr;
+    return reinterpret_cast<T*>(map + offset(channels));
+  }
+  VSSM_INLINE void round(char* map, const T* values, int64_t elements) const {
+    if (map && type != Type::kWhole) narrow(map + offset(elements), type, 0, values, 0, 1, elements);
+  }
+};
+
 template <class T>
 int64_t readout_scratch(const ReadoutArgs<T>& s) {
-  return 2 * ((s.channels + kWidth<T> - 1) / kWidth<T> * kWidth<T>);
+  const int64_t rows = s.type == Type::kWhole ? 2 : 10;  // n and dn; h, x, C, z, dy, dh, dx and dz
+  return rows * ReadoutRow<T>::size(s.channels);
 }
 
 // n <- (u - mean(u)) / std(u) with u = C h + D x; returns 1 / std(u).
 template <class T>
-VSSM_INLINE T normalise(const ReadoutArgs<T>& s, int64_t row, T* n) {
+VSSM_INLINE T normalise(const ReadoutArgs<T>& s, const T* h, const T* x, T C, T* n) {
   typedef Vec<T> V;
   constexpr int W = kWidth<T>;
-  const T *h = s.h + row * s.channels, *x = s.x + row * s.channels, C = s.C[row];
   V sums[kGroup] = {};
   each_group<T>(s.channels, [&](auto vectors, int64_t e, int64_t valid) {
     VSSM_UNROLL
@@ -89,12 +109,14 @@ VSSM_INLINE T normalise(const ReadoutArgs<T>& s, int64_t row, T* n) {
 }
 
 template <class T>
-void readout_forward(const ReadoutArgs<T>& s, T* y, T* scratch, int64_t begin, int64_t end) {
+void readout_forward(const ReadoutArgs<T>& s, char* y, T* scratch, int64_t begin, int64_t end) {
   constexpr int W = kWidth<T>;
   for (int64_t row = begin; row < end; ++row) {
-    normalise(s, row, scratch);
-    const T* z = s.z + row * s.channels;
-    T* out = y + row * s.channels;
+    ReadoutRow<T> r{s.type, s.channels, row, scratch};
+    T* const n = r.take();
+    const T *h = r.from(s.h, s.channels), *x = r.from(s.x, s.channels), *z = r.from(s.z, s.channels);
+    normalise(s, h, x, *r.from(s.C, 1), n);
+    T* const out = r.to(y);
     each_group<T>(s.channels, [&](auto vectors, int64_t e, int64_t valid) {
       Vec<T> gate[vectors.count];
       VSSM_UNROLL
@@ -103,10 +125,11 @@ void readout_forward(const ReadoutArgs<T>& s, T* y, T* scratch, int64_t begin, i
       VSSM_UNROLL
       for (int m = 0; m < vectors.count; ++m) {
         const int64_t i = e + m * W;
-        const Vec<T> normed = load(scratch + i) * load(s.weight + i, valid) + load(s.bias + i, valid);
+        const Vec<T> normed = load(n + i) * load(s.weight + i, valid) + load(s.bias + i, valid);
         store(out + i, normed * gate[m] * load(z + i, valid), valid);
       }
     });
+    r.round(y, out, s.channels);
   }
 }
 
@@ -135,27 +158,30 @@ void readout_backward(const ReadoutArgs<T>& s, const ReadoutGrads<T>& grad, T* s
   constexpr int W = kWidth<T>;
   const int64_t E = s.channels;
   const bool before_norm = grad.h || grad.x || grad.C || grad.D;  // whether anything is wanted that enters the norm
-  T *n = scratch, *dn = scratch + readout_scratch(s) / 2;
   for (int64_t task = begin; task < end; ++task) {
     T* const dD = cleared_part(grad.D, task, E);
     T* const dweight = cleared_part(grad.weight, task, E);
     T* const dbias = cleared_part(grad.bias, task, E);
     for (int64_t row = task * s.rows / grad.tasks; row < (task + 1) * s.rows / grad.tasks; ++row) {
-      const int64_t first = row * E;
-      const T rate = normalise(s, row, n);
+      ReadoutRow<T> r{s.type, E, row, scratch};
+      T *const n = r.take(), *const dn = r.take();
+      const T *h = r.from(s.h, E), *x = r.from(s.x, E), *z = r.from(s.z, E), *dy_row = r.from(grad.y, E);
+      const T C = *r.from(s.C, 1);
+      T *const dh = r.to(grad.h), *const dx = r.to(grad.x), *const dz = r.to(grad.z);
+      const T rate = normalise(s, h, x, C, n);
       V sum_dn[kGroup] = {}, sum_dn_n[kGroup] = {};
       each_group<T>(E, [&](auto vectors, int64_t e, int64_t valid) {
         V gate[vectors.count];  // sigmoid(z)
         VSSM_UNROLL
-        for (int m = 0; m < vectors.count; ++m) gate[m] = load(s.z + first + e + m * W, valid);
+        for (int m = 0; m < vectors.count; ++m) gate[m] = load(z + e + m * W, valid);
         sigmoid_<T>(gate);
         VSSM_UNROLL
         for (int m = 0; m < vectors.count; ++m) {
           const int64_t i = e + m * W;
-          const V dy = load(grad.y + first + i, valid), weight = load(s.weight + i, valid), normed = load(n + i);
-          const V silu = load(s.z + first + i, valid) * gate[m];
+          const V dy = load(dy_row + i, valid), weight = load(s.weight + i, valid), normed = load(n + i);
+          const V silu = load(z + i, valid) * gate[m];
           const V dgate = dy * (normed * weight + load(s.bias + i, valid));
-          put<T>(grad.z, first + i, dgate * (gate[m] + silu * (T(1) - gate[m])), valid);
+          put<T>(dz, i, dgate * (gate[m] + silu * (T(1) - gate[m])), valid);
           const V dnormed = dy * silu;
           accumulate<T>(dweight, i, dnormed * normed, valid);
           accumulate<T>(dbias, i, dnormed, valid);
@@ -165,10 +191,10 @@ void readout_backward(const ReadoutArgs<T>& s, const ReadoutGrads<T>& grad, T* s
           sum_dn_n[m] += d * normed;
         }
       });
+      r.round(grad.z, dz, E);
       if (!before_norm) continue;
       const T mean = sum_lanes<T>((sum_dn[0] + sum_dn[1]) + (sum_dn[2] + sum_dn[3])) / E;
       const T slope = sum_lanes<T>((sum_dn_n[0] + sum_dn_n[1]) + (sum_dn_n[2] + sum_dn_n[3])) / E;
-      const T C = s.C[row];
       V sum_C[kGroup] = {};
       each_group<T>(E, [&](auto vectors, int64_t e, int64_t valid) {
         VSSM_UNROLL
@@ -176,13 +202,16 @@ void readout_backward(const ReadoutArgs<T>& s, const ReadoutGrads<T>& grad, T* s
           const int64_t i = e + m * W;
           V du = (load(dn + i) - mean - load(n + i) * slope) * rate;
           for (int64_t l = valid; l < W; ++l) du[l] = 0;
-          put<T>(grad.h, first + i, du * C, valid);
-          put<T>(grad.x, first + i, du * load(s.D + i, valid), valid);
-          accumulate<T>(dD, i, du * load(s.x + first + i, valid), valid);
-          sum_C[m] += du * load(s.h + first + i, valid);
+          put<T>(dh, i, du * C, valid);
+          put<T>(dx, i, du * load(s.D + i, valid), valid);
+          accumulate<T>(dD, i, du * load(x + i, valid), valid);
+          sum_C[m] += du * load(h + i, valid);
         }
       });
-      if (grad.C) grad.C[row] = sum_lanes<T>((sum_C[0] + sum_C[1]) + (sum_C[2] + sum_C[3]));
+      r.round(grad.h, dh, E), r.round(grad.x, dx, E);
+      const T dC[kWidth<T>] = {sum_lanes<T>((sum_C[0] + sum_C[1]) + (sum_C[2] + sum_C[3]))};
+      r.round(grad.C, dC, 1);
+      if (grad.C && s.type == Type::kWhole) reinterpret_cast<T*>(grad.C)[row] = dC[0];
     }
   }
 }

@@ -14,7 +14,8 @@ struct ScanArgs {
   int orders[4];
   int ndim;
   bool softplus;
-  Map<const T> x, dt, B, C;
+  RawMap x;
+  Map<const T> dt, B, C;
   // The parameters by channel block and order, zero where a block exceeds the channels or an option is absent:
   // A (N, lanes), bias (lanes), D summed over the orders (lanes), weight (R, lanes) and, for the backward alone, its
   // transpose (lanes, rank_padded).
@@ -22,6 +23,7 @@ struct ScanArgs {
   bool backward;
   int64_t lanes;  // channels of a block
 
+  VSSM_INLINE int64_t positions() const { return height * width; }
   VSSM_INLINE int64_t num_blocks() const { return (channels + lanes - 1) / lanes; }
   VSSM_INLINE int64_t rank_padded() const { return backward ? (rank + 15) / 16 * 16 : 0; }
   VSSM_INLINE int64_t packed_size() const { return (states + 2 + rank + rank_padded()) * lanes; }
@@ -32,13 +34,19 @@ struct ScanArgs {
   VSSM_INLINE const T* weight_t(int64_t block, int64_t k) const { return weight(block, k) + rank * lanes; }
 };
 
+// What the parameters are packed from; null where an option is absent.
+template <class T>
+struct ScanParams {
+  const T *A, *D, *bias, *weight;  // (K, E, N), (K, E), (K, E), (K, E, R)
+};
+
 // Gradients, null where they are not wanted. Those of a position's channels are whole; those that sum over channels come as one part a channel group,
 // those that sum over positions as one part an image group. Groups depend on the shape alone, never on the number of
 // threads, and parts are added up in a fixed order: the result is the same for any number of threads.
 template <class T>
 struct ScanGrads {
-  Map<const T> y;
-  T* x;       // (batch, H, W, E)
+  RawMap y;
+  char* x;    // (batch, H, W, E), in the type of the map x
   T* dt;      // (batch, H, W, K, E), or (channel groups, batch, H, W, K, R)
   T *B, *C;   // (channel groups, batch, H, W, K, N)
   T* params;  // (image groups, blocks, K, N + 2 + R, lanes): A, bias, D, weight; never null

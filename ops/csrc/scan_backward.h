@@ -105,6 +105,7 @@ struct BackwardScratch {
   T *carry, *row;      // by state: the one at the previous position, and in 2-D those of the previous line, see Bands
   T* kept;             // states at the start of each band
   T *dB, *dC, *part;   // a chunk of positions each
+  T* dx;               // where x is in a half type, what its gradient is summed in before it is rounded
   int64_t size;
 
   BackwardScratch(const ScanArgs<T>& s, T* base) {
@@ -133,6 +134,7 @@ struct BackwardScratch {
     dB = take(kChunk);
     dC = take(kChunk);
     part = take(kChunk);
+    dx = take(s.x.type != Type::kWhole && s.num_orders > 1 ? s.positions() : 0);
     size = next - base;
   }
 };
@@ -286,7 +288,8 @@ struct BackwardSums {
   bool add;       // whether another block of the group has written that part
 };
 
-// One image, block of channels and order. The gradient of x is set by the first order and added to by the others.
+// One image, block of channels and order. The gradient of x is set by the first order and added to by the others, which
+// follow it at once.
 template <class T, int NV, int NDIM>
 class BackwardWalk {
  public:
@@ -294,8 +297,8 @@ class BackwardWalk {
                const Block& block, int64_t k, const BackwardSums<T>& sums)
       : s(s), w(w), block(block), k(k), walk(s, k), bands(s, walk), A(s.A(block.index, k)), dA(sums.params),
         dbias(dA + s.states * L), dD(dbias + L), dweight(dD + L), grad(grad), add(sums.add) {
-    x = walk.line(s.x, image, 0, block.channel);
-    dy = walk.line(grad.y, image, 0, block.channel);
+    x = walk.line<const char>(s.x, image, 0, block.channel * size_of<T>(s.x.type));
+    dy = walk.line<const char>(grad.y, image, 0, block.channel * size_of<T>(grad.y.type));
     dt = walk.line(s.dt, image, k, s.rank ? 0 : block.channel);
     B = walk.line(s.B, image, k);
     C = walk.line(s.C, image, k);
@@ -306,7 +309,13 @@ class BackwardWalk {
     };
     const int64_t N = s.states, R = s.rank, K = s.num_orders;
     const int64_t part = sums.group * s.batch * s.height * s.width * K;
-    if (grad.x) dx = contiguous(grad.x, 1, s.channels, block.channel);
+    if (grad.x) {
+      const int64_t bytes = size_of<T>(s.x.type), cell = s.channels * bytes;
+      const Map<char> map{grad.x, s.positions() * cell, s.width * cell, cell, 0};
+      dx = walk.line(map, image, 0, block.channel * bytes);
+      dx_sums = s.x.type == Type::kWhole ? contiguous(reinterpret_cast<T*>(grad.x), 1, s.channels, block.channel)
+                                         : walk.line(Map<T>{w.dx, 0, s.width * L, L, 0}, 0, 0);
+    }
     if (grad.dt) ddt = R ? contiguous(grad.dt + part * R, K, R, 0) : contiguous(grad.dt, K, s.channels, block.channel);
     if (grad.B) dB = contiguous(grad.B + part * N, K, N, 0);
     if (grad.C) dC = contiguous(grad.C + part * N, K, N, 0);
@@ -353,8 +362,8 @@ class BackwardWalk {
   // What every chunk reads into the buffers of the band, and where `all` what the reverse reads besides.
   void load_chunk(const Span& at, bool all) {
     const BandBuffers<T> to = w.band.from(offset(at));
-    gather(to.x, L, x.at(at.i, at.j), x.inner, at.length, block.valid);
-    if (all) gather(to.dy, L, dy.at(at.i, at.j), dy.inner, at.length, block.valid);
+    gather(to.x, L, x.at(at.i, at.j), s.x.type, x.inner, at.length, block.valid);
+    if (all) gather(to.dy, L, dy.at(at.i, at.j), grad.y.type, dy.inner, at.length, block.valid);
     steps<T, NV>(s, block, k, dt.rows(at.i, at.j), at.length, to.d, all ? to.slope : nullptr);
   }
 
@@ -433,16 +442,20 @@ class BackwardWalk {
   void finish(const Span& at) {
     const BandBuffers<T> band = w.band.from(offset(at));
     const T* draw = band.drate;
-    const bool sets_x = k == 0 || !grad.x;
-    if (!sets_x) gather(w.part, L, dx.at(at.i, at.j), dx.inner, at.length, block.valid);
+    const bool sets_x = k == 0 || !grad.x, half = s.x.type != Type::kWhole;
+    const int64_t sums_valid = half ? L : block.valid;
+    if (!sets_x) gather(w.part, L, dx_sums.at(at.i, at.j), dx_sums.inner, at.length, sums_valid);
     finish_chunk<T, NV>(band, at.length, sets_x, s.D(block.index, 0), w.part, dbias, dD);
-    if (grad.x) scatter(dx.at(at.i, at.j), dx.inner, w.part, L, at.length, block.valid);
+    if (grad.x && half && k < s.num_orders - 1)
+      scatter(dx_sums.at(at.i, at.j), dx_sums.inner, w.part, L, L, at.length, L);
+    else if (grad.x)
+      scatter(dx.at(at.i, at.j), s.x.type, dx.inner, w.part, L, L, at.length, block.valid);
     if (grad.weight) weight_gradient<T, NV>(dweight, draw, dt.rows(at.i, at.j), at.length, s.rank);
     if (grad.dt && s.rank) {
       const T* const weight_t = s.weight_t(block.index, k);
       step_gradient<T, L>(ddt.rows(at.i, at.j), add, draw, at.length, block.valid, weight_t, s.rank, s.rank_padded());
     } else if (grad.dt) {
-      scatter(ddt.at(at.i, at.j), ddt.inner, draw, L, at.length, block.valid);
+      scatter(ddt.at(at.i, at.j), ddt.inner, draw, L, L, at.length, block.valid);
     }
   }
 
@@ -456,8 +469,10 @@ class BackwardWalk {
   T *const dA, *const dbias, *const dD, *const dweight;
   const ScanGrads<T>& grad;
   const bool add;
-  Line<const T> x, dy, dt, B, C;
-  Line<T> dx, ddt, dB, dC;  // of what is wanted
+  Line<const char> x, dy;
+  Line<const T> dt, B, C;
+  Line<char> dx;                     // this and what follows of what is wanted
+  Line<T> dx_sums, ddt, dB, dC;
   int64_t base = 0;  // the position with which the band's buffers begin
 };
 
@@ -477,13 +492,13 @@ void backward_tasks(const ScanArgs<T>& s, const ScanGrads<T>& grad, T* scratch, 
     const int64_t first = group * blocks / grad.channel_groups, last = (group + 1) * blocks / grad.channel_groups;
     const int64_t first_image = images * s.batch / grad.image_groups;
     const int64_t last_image = (images + 1) * s.batch / grad.image_groups;
-    for (int64_t block = first; block < last; ++block)
-      for (int64_t k = 0; k < s.num_orders; ++k) {
-        T* params = grad.params + ((images * blocks + block) * s.num_orders + k) * size;
-        std::memset(params, 0, size * sizeof(T));
-        const BackwardSums<T> sums{params, group, block > first};
-        for (int64_t image = first_image; image < last_image; ++image) walk(s, grad, w, image, block, k, sums);
-      }
+    for (int64_t block = first; block < last; ++block) {
+      T* const params = grad.params + (images * blocks + block) * s.num_orders * size;
+      std::memset(params, 0, s.num_orders * size * sizeof(T));
+      for (int64_t image = first_image; image < last_image; ++image)
+        for (int64_t k = 0; k < s.num_orders; ++k)
+          walk(s, grad, w, image, block, k, {params + k * size, group, block > first});
+    }
   }
 }
 

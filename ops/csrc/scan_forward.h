@@ -153,10 +153,25 @@ struct Chunks {
   VSSM_INLINE int64_t row() const { return strips ? kChunk : inner; }
 };
 
+// The end of the orders of one pass, which begins with order `begin`: in 2-D those of one direction.
+template <class T>
+int64_t pass_end(const ScanArgs<T>& s, int64_t begin) {
+  int64_t end = begin + 1;
+  while (s.ndim == 2 && end < s.num_orders && s.orders[end] / 2 == s.orders[begin] / 2) ++end;
+  return end;
+}
+
+// Whether y cannot be summed where it lies: in a half type, or in lanes that it does not have.
+template <class T>
+bool is_summed_apart(const ScanArgs<T>& s) {
+  return s.x.type != Type::kWhole || s.channels % s.lanes;
+}
+
 // What one task works in, laid out in its scratch.
 template <class T>
 struct ForwardScratch {
-  T *d, *a, *x, *y;   // a chunk of positions each
+  T *d, *a, *x;       // a chunk of positions each
+  T* y;               // what y is summed in before it is rounded: a chunk of it, or where it takes several passes all
   T *carries, *rows;  // by order, as `Chunks` has them, each with all states
   int64_t size;
 
@@ -167,8 +182,9 @@ struct ForwardScratch {
       next += rows * s.lanes;
       return p;
     };
-    T** chunk[] = {&d, &a, &x, &y};
+    T** chunk[] = {&d, &a, &x};
     for (T** p : chunk) *p = take(kChunk);
+    y = take(is_summed_apart(s) && pass_end(s, 0) < s.num_orders ? s.positions() : kChunk);
     const Chunks chunks(Walk(s, 0, s.ndim == 2), s.ndim);
     carries = take(s.num_orders * s.states * chunks.carries());
     rows = take(s.ndim == 2 ? s.num_orders * s.states * chunks.row() : 0);
@@ -183,21 +199,25 @@ int64_t scan_forward_scratch(const ScanArgs<T>& s) {
 
 // One image and block of channels, along all orders.
 template <class T, int NV, int NDIM>
-void forward_block(const ScanArgs<T>& s, T* y_data, const ForwardScratch<T>& w, int64_t image, const Block& block) {
+void forward_block(const ScanArgs<T>& s, char* y_data, const ForwardScratch<T>& w, int64_t image, const Block& block) {
   constexpr int64_t L = NV * kWidth<T>;
-  const int64_t channel = block.channel, valid = block.valid;
-  const Map<T> y_map{y_data, s.height * s.width * s.channels, s.width * s.channels, s.channels, 0};
+  const Type type = s.x.type;
+  const int64_t valid = block.valid, bytes = size_of<T>(type), cell = s.channels * bytes;
+  const Map<char> y_map{y_data, s.positions() * cell, s.width * cell, cell, 0};
+  const Map<T> sums_map{w.y, 0, s.width * L, L, 0};
+  const bool apart = type != Type::kWhole || valid < L;
 
   for (int64_t begin = 0, end; begin < s.num_orders; begin = end) {
     // The orders of one pass, and what each of them walks along.
     const Walk walk(s, begin, NDIM == 2);
-    end = begin + 1;
-    while (NDIM == 2 && end < s.num_orders && Walk(s, end, true).reversed == walk.reversed) ++end;
+    end = pass_end(s, begin);
     const Chunks chunks(walk, NDIM);
     const int64_t orders = end - begin, state_size = s.states * L;
     const int64_t carry_size = chunks.carries() * state_size, row_size = chunks.row() * state_size;
-    const auto x = walk.line(s.x, image, 0, channel);
-    const auto y = walk.line(y_map, image, 0, channel);
+    const auto x = walk.line<const char>(s.x, image, 0, block.channel * bytes);
+    const auto y = walk.line(y_map, image, 0, block.channel * bytes);
+    const auto sums = walk.line(sums_map, 0, 0);
+    const bool is_last = end == s.num_orders, is_only = is_last && begin == 0;
     std::memset(w.carries, 0, orders * carry_size * sizeof(T));
     if (NDIM == 2) std::memset(w.rows, 0, orders * row_size * sizeof(T));
 
@@ -207,11 +227,12 @@ void forward_block(const ScanArgs<T>& s, T* y_data, const ForwardScratch<T>& w, 
       if (NDIM == 2 && chunks.strips && i == 0) std::memset(w.rows, 0, orders * row_size * sizeof(T));
       ForwardChunk<T> c;
       c.length = at_most(kChunk, walk.inner - j);
-      c.x = x.rows(i, j), c.y = y.rows(i, j);
-      if (valid < L) {
-        gather(w.x, L, c.x.data, c.x.step, c.length, valid);
-        if (begin > 0) gather(w.y, L, c.y.data, c.y.step, c.length, valid);
-        c.x = {w.x, L}, c.y = {w.y, L};
+      if (apart) {
+        gather(w.x, L, x.at(i, j), type, x.inner, c.length, valid);
+        c.x = {w.x, L}, c.y = is_only ? Rows<T>{w.y, L} : sums.rows(i, j);
+      } else {
+        c.x = {reinterpret_cast<const T*>(x.at(i, j)), x.inner / int64_t(sizeof(T))};
+        c.y = {reinterpret_cast<T*>(y.at(i, j)), y.inner / int64_t(sizeof(T))};
       }
       c.states = s.states, c.d = w.d, c.a = w.a;
       c.carry = w.carries + (chunks.strips ? i * state_size : 0);
@@ -220,7 +241,7 @@ void forward_block(const ScanArgs<T>& s, T* y_data, const ForwardScratch<T>& w, 
         const auto scan = NDIM == 1              ? scan_chunk<T, NV, Form::k1d>
                           : s.orders[k] % 2 == 0 ? scan_chunk<T, NV, Form::k2dRows>
                                                  : scan_chunk<T, NV, Form::k2dColumns>;
-        const auto dt = walk.line(s.dt, image, k, s.rank ? 0 : channel).rows(i, j);
+        const auto dt = walk.line(s.dt, image, k, s.rank ? 0 : block.channel).rows(i, j);
         steps<T, NV>(s, block, k, dt, c.length, w.d, nullptr);
         c.B = walk.line(s.B, image, k).rows(i, j);
         c.C = walk.line(s.C, image, k).rows(i, j);
@@ -229,13 +250,13 @@ void forward_block(const ScanArgs<T>& s, T* y_data, const ForwardScratch<T>& w, 
         scan(c);
         c.carry += carry_size, c.row += row_size;
       }
-      if (valid < L) scatter(y.at(i, j), y.inner, w.y, L, c.length, valid);
+      if (apart && is_last) scatter(y.at(i, j), type, y.inner, c.y.data, c.y.step, L, c.length, valid);
     }
   }
 }
 
 template <class T, int NV>
-void forward_tasks(const ScanArgs<T>& s, T* y, T* scratch, int64_t begin, int64_t end) {
+void forward_tasks(const ScanArgs<T>& s, char* y, T* scratch, int64_t begin, int64_t end) {
   const ForwardScratch<T> w(s, scratch);
   const int64_t blocks = s.num_blocks();
   const auto block = s.ndim == 1 ? forward_block<T, NV, 1> : forward_block<T, NV, 2>;
@@ -243,7 +264,7 @@ void forward_tasks(const ScanArgs<T>& s, T* y, T* scratch, int64_t begin, int64_
 }
 
 template <class T>
-void scan_forward(const ScanArgs<T>& s, T* y, T* scratch, int64_t begin, int64_t end) {
+void scan_forward(const ScanArgs<T>& s, char* y, T* scratch, int64_t begin, int64_t end) {
   (s.lanes == kWidth<T> ? forward_tasks<T, 1> : forward_tasks<T, 2>)(s, y, scratch, begin, end);
 }
 

@@ -49,50 +49,27 @@ struct Inputs {
     if (dt_bias_) check_shape("dt_bias", *dt_bias_, {K, E});
     if (dt_weight_) check_shape("dt_weight", *dt_weight_, {K, E, R});
 
-    s.x = map<T>(x = last_contiguous<T>(x_));
-    s.dt = map<T>(dt = last_contiguous<T>(dt_));
-    s.B = map<T>(B = last_contiguous<T>(B_));
+    s.x = raw_map<T>(x = last_contiguous(readable<T>(x_)));
+    s.dt = map<T>(dt = widened(kernels, dt_));
+    s.B = map<T>(B = widened(kernels, B_));
     A = contiguous<T>(A_);
-    if (C_) s.C = map<T>(*(C = last_contiguous<T>(*C_)));
+    if (C_) s.C = map<T>(*(C = widened(kernels, *C_)));
     else s.C = {&one, 0, 0, 0, 0};  // y is the state itself
     if (D_) D = contiguous<T>(*D_);
     if (dt_bias_) dt_bias = contiguous<T>(*dt_bias_);
     if (dt_weight_) dt_weight = contiguous<T>(*dt_weight_);
     s.lanes = kernels.scan_lanes(s.batch, E);
-    pack();
+    packed = empty<T>(x, {s.num_blocks() * s.num_orders * s.packed_size()});
+    T* const to = packed.template mutable_data_ptr<T>();
+    s.packed = to;
+    const ScanParams<T> params{data(A), data(D), data(dt_bias), data(dt_weight)};
+    torch::stable::parallel_for(0, s.num_blocks() * s.num_orders, grain(s.packed_size()),
+                                [&](int64_t begin, int64_t end) { kernels.scan_pack(s, params, to, begin, end); });
   }
   Inputs(const Inputs&) = delete;  // args may point to `one`
 
  private:
   static const T* data(const std::optional<Tensor>& t) { return t ? t->template const_data_ptr<T>() : nullptr; }
-
-  // Lay the parameters out by block of channels, as ScanArgs describes.
-  void pack() {
-    ScanArgs<T>& s = args;
-    const int64_t K = s.num_orders, E = s.channels, N = s.states, R = s.rank, L = s.lanes, Rp = s.rank_padded();
-    packed = empty<T>(x, {s.num_blocks() * K * s.packed_size()});
-    T* const base = packed.template mutable_data_ptr<T>();
-    s.packed = base;
-    const T *A_in = A.template const_data_ptr<T>(), *D_in = data(D);
-    const T *bias_in = data(dt_bias), *weight_in = data(dt_weight);
-    torch::stable::parallel_for(0, s.num_blocks() * K, grain(s.packed_size()), [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t first = task / K * L, k = task % K, valid = std::min(L, E - first);
-        T* out = base + task * s.packed_size();
-        std::fill(out, out + s.packed_size(), T(0));
-        T *bias = out + N * L, *skip = bias + L, *weight = skip + L, *weight_t = weight + R * L;
-        for (int64_t l = 0; l < valid; ++l) {
-          const int64_t e = first + l;
-          for (int64_t n = 0; n < N; ++n) out[n * L + l] = A_in[(k * E + e) * N + n];
-          if (bias_in) bias[l] = bias_in[k * E + e];
-          if (D_in)
-            for (int64_t q = 0; q < K; ++q) skip[l] += D_in[q * E + e];
-          for (int64_t r = 0; r < R; ++r) weight[r * L + l] = weight_in[(k * E + e) * R + r];
-          for (int64_t r = 0; s.backward && r < R; ++r) weight_t[l * Rp + r] = weight_in[(k * E + e) * R + r];
-        }
-      }
-    });
-  }
 };
 
 // ---- forward --------------------------------------------------------------------------------------------------------
@@ -102,8 +79,8 @@ Tensor forward(const Args&... args) {
   const auto& kernels = kernels_for<T>();
   const Inputs<T> in(false, kernels, args...);
   const ScanArgs<T>& s = in.args;
-  Tensor y = empty<T>(in.x, {s.batch, s.height, s.width, s.channels});
-  T* out = y.mutable_data_ptr<T>();
+  char* out;
+  const Tensor y = result_like(true, in.x, {s.batch, s.height, s.width, s.channels}, out);
   const int64_t tasks = s.batch * s.num_blocks();
   run<T>(in.x, tasks, y.numel() * s.num_orders / tasks, kernels.scan_forward_scratch(s),
          [&](T* scratch, int64_t begin, int64_t end) { kernels.scan_forward(s, out, scratch, begin, end); });
@@ -133,7 +110,7 @@ Grads backward(const Tensor& grad_y_, const Wanted& wanted, const Args&... args)
   const Shape per_state{s.batch, s.height, s.width, K, N};
   check_shape("grad_y", grad_y_, {s.batch, s.height, s.width, E});
   check(wanted.size() == 8, "vssm::selective_scan: wanted must have 8 flags, got ", wanted.size(), ".");
-  const Tensor grad_y = last_contiguous<T>(grad_y_);
+  const Tensor grad_y = last_contiguous(readable<T>(grad_y_));
 
   // Enough tasks for many threads, few enough parts to add up; by the shape alone.
   constexpr int64_t kTasks = 32;
@@ -142,12 +119,12 @@ Grads backward(const Tensor& grad_y_, const Wanted& wanted, const Args&... args)
   grad.channel_groups = std::min(blocks, (kTasks + grad.image_groups - 1) / grad.image_groups);
   const int64_t cells = s.batch * s.height * s.width * K, G = grad.channel_groups;
   grad.weight = wanted[7] && R;
-  const Tensor dx = gradient<T>(wanted[0], in.x, {s.batch, s.height, s.width, E}, grad.x);
+  const Tensor dx = result_like(wanted[0], in.x, {s.batch, s.height, s.width, E}, grad.x);
   const Tensor ddt = gradient<T>(wanted[1], in.x, {R ? G * cells * R : cells * E}, grad.dt);
   const Tensor dB = gradient<T>(wanted[3], in.x, {G * cells * N}, grad.B);
   const Tensor dC = gradient<T>(wanted[4] && in.C, in.x, {G * cells * N}, grad.C);
   const Tensor params = empty<T>(in.x, {grad.image_groups * blocks * K * grad.params_size(s)});
-  grad.y = map<T>(grad_y);
+  grad.y = raw_map<T>(grad_y);
   grad.params = params.mutable_data_ptr<T>();
   const int64_t tasks = grad.image_groups * G;
   run<T>(in.x, tasks, in.x.numel() * K / tasks, kernels.scan_backward_scratch(s),

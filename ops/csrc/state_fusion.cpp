@@ -18,6 +18,17 @@ Tap tap_at(int tap) {
   return {reach / 2, (row / reach + 1) * 3 + column / reach + 1};
 }
 
+// f(block, tap, dilation, neighbour) for all taps of all blocks of channels, in parallel.
+template <class F>
+void each_tap(int64_t blocks, int64_t lanes, const F& f) {
+  torch::stable::parallel_for(0, blocks, grain(kTaps * lanes), [&](int64_t begin, int64_t end) {
+    for (int tap = 0; tap < kTaps; ++tap) {
+      const auto [dilation, neighbour] = tap_at(tap);
+      for (int64_t block = begin; block < end; ++block) f(block, tap, dilation, neighbour);
+    }
+  });
+}
+
 // The inputs of one call, in the type that it computes in, kept alive while the kernels read them.
 template <class T>
 struct Inputs {
@@ -30,7 +41,7 @@ struct Inputs {
           "vssm::state_fusion: bad arguments; call vssm.ops.state_fusion, which says which.");
     FusionArgs<T>& s = args;
     s.batch = h_.size(0), s.height = h_.size(1), s.width = h_.size(2), s.channels = h_.size(3);
-    s.h = map<T>(h = last_contiguous<T>(h_));
+    s.h = raw_map<T>(h = last_contiguous(readable<T>(h_)));
     s.lanes = kernels.fusion_lanes;
     const int64_t E = s.channels, L = s.lanes;
     const Tensor weight = contiguous<T>(weight_);
@@ -38,15 +49,13 @@ struct Inputs {
     packed = empty<T>(h, {s.num_blocks() * kTaps * L});
     T* out = packed.template mutable_data_ptr<T>();
     s.packed = out;
-    std::fill(out, out + packed.numel(), T(0));
-    for (int tap = 0; tap < kTaps; ++tap) {
-      const auto [dilation, neighbour] = tap_at(tap);
-      for (int64_t e = 0; e < E; ++e) {
-        T sum = w[(dilation * E + e) * 9 + neighbour];
-        if (neighbour == 4) sum += w[(E + e) * 9 + 4] + w[(2 * E + e) * 9 + 4];
-        out[(e / L * kTaps + tap) * L + e % L] = sum;
+    each_tap(s.num_blocks(), L, [&](int64_t block, int tap, int64_t dilation, int64_t neighbour) {
+      T* const to = out + (block * kTaps + tap) * L;
+      for (int64_t l = 0, e = block * L; l < L; ++l, ++e) {
+        to[l] = e < E ? w[(dilation * E + e) * 9 + neighbour] : T(0);
+        if (e < E && neighbour == 4) to[l] += w[(E + e) * 9 + 4] + w[(2 * E + e) * 9 + 4];
       }
-    }
+    });
   }
 };
 
@@ -55,8 +64,8 @@ Tensor forward(const Tensor& h, const Tensor& weight) {
   const auto& kernels = kernels_for<T>();
   const Inputs<T> in(kernels, h, weight);
   const FusionArgs<T>& s = in.args;
-  Tensor y = empty<T>(in.h, {s.batch, s.height, s.width, s.channels});
-  T* out = y.mutable_data_ptr<T>();
+  char* out;
+  const Tensor y = result_like(true, in.h, {s.batch, s.height, s.width, s.channels}, out);
   const int64_t tasks = s.batch * s.num_blocks();
   run<T>(in.h, tasks, y.numel() / tasks, kernels.fusion_forward_scratch(s),
          [&](T* scratch, int64_t begin, int64_t end) { kernels.fusion_forward(s, out, scratch, begin, end); });
@@ -79,30 +88,31 @@ Grads backward(const Tensor& grad_y_, const Tensor& h, const Tensor& weight, con
   check(grad_y_.is_cpu() && has_shape(grad_y_, {s.batch, s.height, s.width, E}),
         "vssm::state_fusion: grad_y has the wrong shape.");
   check(wanted.size() == 2, "vssm::state_fusion: wanted must have 2 flags, got ", wanted.size(), ".");
-  const Tensor grad_y = last_contiguous<T>(grad_y_);
+  const Tensor grad_y = last_contiguous(readable<T>(grad_y_));
 
   // Enough tasks for many threads, few enough parts to add up; by the shape alone.
   constexpr int64_t kTasks = 64;
   FusionGrads<T> grad{};
   grad.image_groups = std::min(s.batch, (kTasks + blocks - 1) / blocks);
   T* out;
-  const Tensor dh = gradient<T>(wanted[0], in.h, {s.batch, s.height, s.width, E}, grad.h);
+  const Tensor dh = result_like(wanted[0], in.h, {s.batch, s.height, s.width, E}, grad.h);
   const Tensor parts = gradient<T>(wanted[1], in.h, {grad.image_groups * blocks * kTaps * L}, grad.weight);
   const Tensor dweight = gradient<T>(wanted[1], in.h, {3, E, 3, 3}, out);
-  grad.y = map<T>(grad_y);
+  grad.y = raw_map<T>(grad_y);
   const int64_t tasks = grad.image_groups * blocks;
   run<T>(in.h, tasks, h.numel() / tasks, kernels.fusion_backward_scratch(s),
          [&](T* scratch, int64_t begin, int64_t end) { kernels.fusion_backward(s, grad, scratch, begin, end); });
 
-  for (int tap = 0; wanted[1] && tap < kTaps; ++tap) {
-    const auto [dilation, neighbour] = tap_at(tap);
-    for (int64_t e = 0; e < E; ++e) {
-      T sum = 0;
-      for (int64_t group = 0; group < grad.image_groups; ++group)
-        sum += grad.weight[((group * blocks + e / L) * kTaps + tap) * L + e % L];
-      out[(dilation * E + e) * 9 + neighbour] = sum;
-      if (neighbour == 4) out[(E + e) * 9 + 4] = out[(2 * E + e) * 9 + 4] = sum;
-    }
+  if (wanted[1]) {
+    each_tap(blocks, L, [&](int64_t block, int tap, int64_t dilation, int64_t neighbour) {
+      for (int64_t l = 0, e = block * L; l < L && e < E; ++l, ++e) {
+        T sum = 0;
+        for (int64_t group = 0; group < grad.image_groups; ++group)
+          sum += grad.weight[((group * blocks + block) * kTaps + tap) * L + l];
+        out[(dilation * E + e) * 9 + neighbour] = sum;
+        if (neighbour == 4) out[(E + e) * 9 + 4] = out[(2 * E + e) * 9 + 4] = sum;
+      }
+    });
   }
   return {dh, dweight};
 }

@@ -16,6 +16,9 @@ from .reference import gated_readout_ref
 __all__ = ['gated_readout', 'gated_readout_fvcore_macs', 'gated_readout_ref']
 
 
+_HALF = (torch.bfloat16, torch.float16)
+
+
 def gated_readout(
     h: Tensor, x: Tensor, C: Tensor, D: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> Tensor:
@@ -58,5 +61,9 @@ def gated_readout(
         with without_autocast(h):
             return gated_readout_ref(h, x, C, D, z, weight, bias, eps)
     check_device('gated_readout', h)
-    dtype = compute_dtype(h)  # the kernel takes one for all
-    return run(*(t.to(dtype) for t in (h, x, C, D, z, weight, bias)), eps).to(h.dtype)
+    # The kernel takes one dtype for all maps, and computes with parameters that are not rounded to half of float32.
+    dtype = compute_dtype(h)
+    map_dtype = h.dtype if h.dtype in _HALF and h.dtype == x.dtype == C.dtype == z.dtype else dtype
+    h_, x, C, z = (t.to(map_dtype) for t in (h, x, C, z))
+    D, weight, bias = (t.to(dtype) for t in (D, weight, bias))
+    return run(h_, x, C, D, z, weight, bias, eps).to(h.dtype)
