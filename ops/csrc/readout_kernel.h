@@ -74,9 +74,9 @@ int64_t readout_scratch(const ReadoutArgs<T>& s) {
   return rows * ReadoutRow<T>::size(s.channels);
 }
 
-// n <- (u - mean(u)) / std(u) with u = C h + D x; returns 1 / std(u).
+// n <- u - mean(u) with u = C h + D x; returns 1 / std(u).
 template <class T>
-VSSM_INLINE T normalise(const ReadoutArgs<T>& s, const T* h, const T* x, T C, T* n) {
+VSSM_INLINE T centre(const ReadoutArgs<T>& s, const T* h, const T* x, T C, T* n) {
   typedef Vec<T> V;
   constexpr int W = kWidth<T>;
   V sums[kGroup] = {};
@@ -103,9 +103,7 @@ VSSM_INLINE T normalise(const ReadoutArgs<T>& s, const T* h, const T* x, T C, T*
     }
   });
   const T variance = sum_lanes<T>((sums[0] + sums[1]) + (sums[2] + sums[3])) / s.channels;
-  const T rate = T(1) / T(__builtin_sqrt(variance + s.eps));
-  for (int64_t e = 0; e < s.channels; e += W) store(n + e, load(n + e) * rate);
-  return rate;
+  return T(1) / T(__builtin_sqrt(variance + s.eps));
 }
 
 template <class T>
@@ -115,7 +113,7 @@ void readout_forward(const ReadoutArgs<T>& s, char* y, T* scratch, int64_t begin
     ReadoutRow<T> r{s.type, s.channels, row, scratch};
     T* const n = r.take();
     const T *h = r.from(s.h, s.channels), *x = r.from(s.x, s.channels), *z = r.from(s.z, s.channels);
-    normalise(s, h, x, *r.from(s.C, 1), n);
+    const T rate = centre(s, h, x, *r.from(s.C, 1), n);
     T* const out = r.to(y);
     each_group<T>(s.channels, [&](auto vectors, int64_t e, int64_t valid) {
       Vec<T> gate[vectors.count];
@@ -125,7 +123,7 @@ void readout_forward(const ReadoutArgs<T>& s, char* y, T* scratch, int64_t begin
       VSSM_UNROLL
       for (int m = 0; m < vectors.count; ++m) {
         const int64_t i = e + m * W;
-        const Vec<T> normed = load(n + i) * load(s.weight + i, valid) + load(s.bias + i, valid);
+        const Vec<T> normed = load(n + i) * rate * load(s.weight + i, valid) + load(s.bias + i, valid);
         store(out + i, normed * gate[m] * load(z + i, valid), valid);
       }
     });
@@ -168,7 +166,8 @@ void readout_backward(const ReadoutArgs<T>& s, const ReadoutGrads<T>& grad, T* s
       const T *h = r.from(s.h, E), *x = r.from(s.x, E), *z = r.from(s.z, E), *dy_row = r.from(grad.y, E);
       const T C = *r.from(s.C, 1);
       T *const dh = r.to(grad.h), *const dx = r.to(grad.x), *const dz = r.to(grad.z);
-      const T rate = normalise(s, h, x, C, n);
+      const T rate = centre(s, h, x, C, n);
+      for (int64_t e = 0; e < E; e += W) store(n + e, load(n + e) * rate);
       V sum_dn[kGroup] = {}, sum_dn_n[kGroup] = {};
       each_group<T>(E, [&](auto vectors, int64_t e, int64_t valid) {
         V gate[vectors.count];  // sigmoid(z)
