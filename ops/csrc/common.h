@@ -18,8 +18,8 @@ struct Float16 {
   uint16_t bits;
 };
 
-// How a tensor lies in memory: in the type T that kernels compute in, or in a half type. That is widened when it is read,
-// and what sums up is rounded to it once, at the end.
+// How a tensor lies in memory: in the type T that kernels compute in, or in a half type. That is widened when it is
+// read, and what sums up is rounded to it once, at the end.
 enum class Type { kWhole, kBfloat16, kFloat16 };
 
 template <class T>

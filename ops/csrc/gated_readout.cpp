@@ -29,8 +29,8 @@ struct Inputs {
            has_shape(weight_, channels) && has_shape(bias_, channels);
     }
     check(ok,
-          "vssm::gated_readout: h, x and z must be (..., E), C (..., 1), and D, weight and bias (E), on the CPU, the maps "
-          "in one type, and the parameters in float64 if that is float64, else in float32.");
+          "vssm::gated_readout: h, x and z must be (..., E), C (..., 1), and D, weight and bias (E), on the CPU, the "
+          "maps in one type, and the parameters in float64 if that is float64, else in float32.");
     using torch::stable::contiguous;
     h = contiguous(h_), x = contiguous(x_), C = contiguous(C_), z = contiguous(z_);
     D = contiguous(D_), weight = contiguous(weight_), bias = contiguous(bias_);

@@ -13,10 +13,9 @@ struct Kernels {
   const char* name;
   // From a half type: `length` rows of `valid` elements, `step` bytes from one to the next, each `lanes` long in T.
   void (*widen)(T* to, int64_t lanes, const char* from, Type type, int64_t step, int64_t length, int64_t valid);
-  // The selective scan: `pack` does the tasks [begin, end) of blocks * orders, `forward` the tasks [begin, end) of batch * blocks, `backward` those of image groups *
+  // The selective scan: `forward` does the tasks [begin, end) of batch * blocks, `backward` those of image groups *
   // channel groups, each with scratch of its own.
   int64_t (*scan_lanes)(int64_t images, int64_t channels);
-  void (*scan_pack)(const ScanArgs<T>&, const ScanParams<T>&, T* packed, int64_t begin, int64_t end);
   int64_t (*scan_forward_scratch)(const ScanArgs<T>&);
   void (*scan_forward)(const ScanArgs<T>&, char* y, T* scratch, int64_t begin, int64_t end);
   int64_t (*scan_backward_scratch)(const ScanArgs<T>&);

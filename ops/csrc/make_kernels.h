@@ -7,7 +7,6 @@
 #include "readout_kernel.h"
 #include "scan_backward.h"
 #include "scan_forward.h"
-#include "scan_pack.h"
 
 namespace vssm {
 namespace {
@@ -17,7 +16,6 @@ constexpr Kernels<T> make_kernels(const char* name) {
   return {name,
           widen<T>,
           scan_lanes<T>,
-          scan_pack<T>,
           scan_forward_scratch<T>,
           scan_forward<T>,
           scan_backward_scratch<T>,

@@ -16,28 +16,11 @@ struct ScanArgs {
   bool softplus;
   RawMap x;
   Map<const T> dt, B, C;
-  // The parameters by channel block and order, zero where a block exceeds the channels or an option is absent:
-  // A (N, lanes), bias (lanes), D summed over the orders (lanes), weight (R, lanes) and, for the backward alone, its
-  // transpose (lanes, rank_padded).
-  const T* packed;
-  bool backward;
-  int64_t lanes;  // channels of a block
+  const T *A, *D, *bias, *weight;  // (K, E, N), (K, E), (K, E), (K, E, R); null where an option is absent
+  int64_t lanes;                   // channels of a block
 
   VSSM_INLINE int64_t positions() const { return height * width; }
   VSSM_INLINE int64_t num_blocks() const { return (channels + lanes - 1) / lanes; }
-  VSSM_INLINE int64_t rank_padded() const { return backward ? (rank + 15) / 16 * 16 : 0; }
-  VSSM_INLINE int64_t packed_size() const { return (states + 2 + rank + rank_padded()) * lanes; }
-  VSSM_INLINE const T* A(int64_t block, int64_t k) const { return packed + (block * num_orders + k) * packed_size(); }
-  VSSM_INLINE const T* bias(int64_t block, int64_t k) const { return A(block, k) + states * lanes; }
-  VSSM_INLINE const T* D(int64_t block, int64_t k) const { return bias(block, k) + lanes; }
-  VSSM_INLINE const T* weight(int64_t block, int64_t k) const { return D(block, k) + lanes; }
-  VSSM_INLINE const T* weight_t(int64_t block, int64_t k) const { return weight(block, k) + rank * lanes; }
-};
-
-// What the parameters are packed from; null where an option is absent.
-template <class T>
-struct ScanParams {
-  const T *A, *D, *bias, *weight;  // (K, E, N), (K, E), (K, E), (K, E, R)
 };
 
 // Gradients, null where they are not wanted. Those of a position's channels are whole; those that sum over channels come as one part a channel group,

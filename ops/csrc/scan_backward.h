@@ -105,6 +105,7 @@ struct BackwardScratch {
   T *carry, *row;      // by state: the one at the previous position, and in 2-D those of the previous line, see Bands
   T* kept;             // states at the start of each band
   T *dB, *dC, *part;   // a chunk of positions each
+  T* packed;           // the block's parameters
   T* dx;               // where x is in a half type, what its gradient is summed in before it is rounded
   int64_t size;
 
@@ -135,7 +136,8 @@ struct BackwardScratch {
     dC = take(kChunk);
     part = take(kChunk);
     dx = take(s.x.type != Type::kWhole && s.num_orders > 1 ? s.positions() : 0);
-    size = next - base;
+    packed = next;
+    size = packed - base + s.num_orders * Block<T>::size_of_order(s, true);
   }
 };
 
@@ -294,8 +296,8 @@ template <class T, int NV, int NDIM>
 class BackwardWalk {
  public:
   BackwardWalk(const ScanArgs<T>& s, const ScanGrads<T>& grad, const BackwardScratch<T>& w, int64_t image,
-               const Block& block, int64_t k, const BackwardSums<T>& sums)
-      : s(s), w(w), block(block), k(k), walk(s, k), bands(s, walk), A(s.A(block.index, k)), dA(sums.params),
+               const Block<T>& block, int64_t k, const BackwardSums<T>& sums)
+      : s(s), w(w), block(block), k(k), walk(s, k), bands(s, walk), A(block.A(k)), dA(sums.params),
         dbias(dA + s.states * L), dD(dbias + L), dweight(dD + L), grad(grad), add(sums.add) {
     x = walk.line<const char>(s.x, image, 0, block.channel * size_of<T>(s.x.type));
     dy = walk.line<const char>(grad.y, image, 0, block.channel * size_of<T>(grad.y.type));
@@ -445,15 +447,15 @@ class BackwardWalk {
     const bool sets_x = k == 0 || !grad.x, half = s.x.type != Type::kWhole;
     const int64_t sums_valid = half ? L : block.valid;
     if (!sets_x) gather(w.part, L, dx_sums.at(at.i, at.j), dx_sums.inner, at.length, sums_valid);
-    finish_chunk<T, NV>(band, at.length, sets_x, s.D(block.index, 0), w.part, dbias, dD);
+    finish_chunk<T, NV>(band, at.length, sets_x, block.D(0), w.part, dbias, dD);
     if (grad.x && half && k < s.num_orders - 1)
       scatter(dx_sums.at(at.i, at.j), dx_sums.inner, w.part, L, L, at.length, L);
     else if (grad.x)
       scatter(dx.at(at.i, at.j), s.x.type, dx.inner, w.part, L, L, at.length, block.valid);
     if (grad.weight) weight_gradient<T, NV>(dweight, draw, dt.rows(at.i, at.j), at.length, s.rank);
     if (grad.dt && s.rank) {
-      const T* const weight_t = s.weight_t(block.index, k);
-      step_gradient<T, L>(ddt.rows(at.i, at.j), add, draw, at.length, block.valid, weight_t, s.rank, s.rank_padded());
+      step_gradient<T, L>(ddt.rows(at.i, at.j), add, draw, at.length, block.valid, block.weight_t(k), s.rank,
+                          block.rank_padded(s));
     } else if (grad.dt) {
       scatter(ddt.at(at.i, at.j), ddt.inner, draw, L, L, at.length, block.valid);
     }
@@ -461,7 +463,7 @@ class BackwardWalk {
 
   const ScanArgs<T>& s;
   const BackwardScratch<T>& w;
-  const Block block;
+  const Block<T>& block;
   const int64_t k;
   const Walk walk;
   const Bands bands;
@@ -478,8 +480,8 @@ class BackwardWalk {
 
 template <class T, int NV, int NDIM>
 void backward_walk(const ScanArgs<T>& s, const ScanGrads<T>& grad, const BackwardScratch<T>& w, int64_t image,
-                   int64_t block, int64_t k, const BackwardSums<T>& sums) {
-  BackwardWalk<T, NV, NDIM>(s, grad, w, image, Block(s, block), k, sums).run();
+                   const Block<T>& block, int64_t k, const BackwardSums<T>& sums) {
+  BackwardWalk<T, NV, NDIM>(s, grad, w, image, block, k, sums).run();
 }
 
 template <class T, int NV>
@@ -492,12 +494,13 @@ void backward_tasks(const ScanArgs<T>& s, const ScanGrads<T>& grad, T* scratch, 
     const int64_t first = group * blocks / grad.channel_groups, last = (group + 1) * blocks / grad.channel_groups;
     const int64_t first_image = images * s.batch / grad.image_groups;
     const int64_t last_image = (images + 1) * s.batch / grad.image_groups;
-    for (int64_t block = first; block < last; ++block) {
-      T* const params = grad.params + (images * blocks + block) * s.num_orders * size;
+    for (int64_t index = first; index < last; ++index) {
+      const Block<T> block(s, index, true, w.packed);
+      T* const params = grad.params + (images * blocks + index) * s.num_orders * size;
       std::memset(params, 0, s.num_orders * size * sizeof(T));
       for (int64_t image = first_image; image < last_image; ++image)
         for (int64_t k = 0; k < s.num_orders; ++k)
-          walk(s, grad, w, image, block, k, {params + k * size, group, block > first});
+          walk(s, grad, w, image, block, k, {params + k * size, group, index > first});
     }
   }
 }

@@ -173,6 +173,7 @@ struct ForwardScratch {
   T *d, *a, *x;       // a chunk of positions each
   T* y;               // what y is summed in before it is rounded: a chunk of it, or where it takes several passes all
   T *carries, *rows;  // by order, as `Chunks` has them, each with all states
+  T* packed;          // the block's parameters
   int64_t size;
 
   ForwardScratch(const ScanArgs<T>& s, T* base) {
@@ -188,7 +189,8 @@ struct ForwardScratch {
     const Chunks chunks(Walk(s, 0, s.ndim == 2), s.ndim);
     carries = take(s.num_orders * s.states * chunks.carries());
     rows = take(s.ndim == 2 ? s.num_orders * s.states * chunks.row() : 0);
-    size = next - base;
+    packed = next;
+    size = packed - base + s.num_orders * Block<T>::size_of_order(s, false);
   }
 };
 
@@ -199,7 +201,8 @@ int64_t scan_forward_scratch(const ScanArgs<T>& s) {
 
 // One image and block of channels, along all orders.
 template <class T, int NV, int NDIM>
-void forward_block(const ScanArgs<T>& s, char* y_data, const ForwardScratch<T>& w, int64_t image, const Block& block) {
+void forward_block(const ScanArgs<T>& s, char* y_data, const ForwardScratch<T>& w, int64_t image,
+                   const Block<T>& block) {
   constexpr int64_t L = NV * kWidth<T>;
   const Type type = s.x.type;
   const int64_t valid = block.valid, bytes = size_of<T>(type), cell = s.channels * bytes;
@@ -245,8 +248,8 @@ void forward_block(const ScanArgs<T>& s, char* y_data, const ForwardScratch<T>& 
         steps<T, NV>(s, block, k, dt, c.length, w.d, nullptr);
         c.B = walk.line(s.B, image, k).rows(i, j);
         c.C = walk.line(s.C, image, k).rows(i, j);
-        c.D = k == 0 ? s.D(block.index, 0) : nullptr;
-        c.A = s.A(block.index, k);
+        c.D = k == 0 ? block.D(0) : nullptr;
+        c.A = block.A(k);
         scan(c);
         c.carry += carry_size, c.row += row_size;
       }
@@ -257,10 +260,20 @@ void forward_block(const ScanArgs<T>& s, char* y_data, const ForwardScratch<T>& 
 
 template <class T, int NV>
 void forward_tasks(const ScanArgs<T>& s, char* y, T* scratch, int64_t begin, int64_t end) {
+  // Blocks inside, images outside, so that what all channels of a position share is read from the cache. Of small maps
+  // a few images fit there: then these are inside, so that the parameters of a block are packed once for all.
+  constexpr int64_t kCacheBytes = 1 << 18;
+  const int64_t shared = s.positions() * s.num_orders * ((s.rank ? s.rank : s.lanes) + 2 * s.states) * sizeof(T);
+  const int64_t together = at_most(s.batch, 1 + kCacheBytes / shared), blocks = s.num_blocks();
   const ForwardScratch<T> w(s, scratch);
-  const int64_t blocks = s.num_blocks();
-  const auto block = s.ndim == 1 ? forward_block<T, NV, 1> : forward_block<T, NV, 2>;
-  for (int64_t task = begin; task < end; ++task) block(s, y, w, task / blocks, Block(s, task % blocks));
+  const auto forward = s.ndim == 1 ? forward_block<T, NV, 1> : forward_block<T, NV, 2>;
+  for (int64_t task = begin, next; task < end; task = next) {
+    const int64_t first = task / (together * blocks) * together, images = at_most(together, s.batch - first);
+    const int64_t within = task - first * blocks;
+    const Block<T> block(s, within / images, false, w.packed);
+    next = at_most(end, task + images - within % images);
+    for (int64_t t = task; t < next; ++t) forward(s, y, w, first + (t - first * blocks) % images, block);
+  }
 }
 
 template <class T>

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "functions.h"
-#include "scan_walk.h"
+#include "scan_block.h"
 
 namespace vssm {
 namespace {
@@ -18,11 +18,11 @@ VSSM_INLINE int64_t whole_tiles(int64_t length) { return (length + kTile - 1) / 
 // Step sizes, d (length, lanes), and the derivative of softplus where `derivative` is given. The last position is
 // repeated up to a whole tile.
 template <class T, int NV>
-void steps(const ScanArgs<T>& s, const Block& block, int64_t k, Rows<const T> dt, int64_t length, T* d, T* derivative) {
+void steps(const ScanArgs<T>& s, const Block<T>& block, int64_t k, Rows<const T> dt, int64_t length, T* d, T* derivative) {
   typedef Vec<T> V;
   constexpr int W = kWidth<T>, L = NV * W;
-  const T* weight = s.weight(block.index, k);
-  const T* bias = s.bias(block.index, k);
+  const T* weight = block.weight(k);
+  const T* bias = block.bias(k);
   const int64_t rank = s.rank;
   for (int64_t t0 = 0; t0 < length; t0 += kTile) {
     const T* low[kTile];

@@ -58,16 +58,6 @@ struct Walk {
   }
 };
 
-// A block of channels. Lanes beyond the valid ones begin as zeros, but may come to hold anything, since B, C and low-rank
-// steps that are not finite meet them too: nothing may read them.
-struct Block {
-  int64_t index, channel, valid;  // `channel` is its first one
-
-  template <class T>
-  Block(const ScanArgs<T>& s, int64_t index)
-      : index(index), channel(index * s.lanes), valid(at_most(s.lanes, s.channels - channel)) {}
-};
-
 // The lanes of a block: two vectors; or one where the channels fill no more or leave half of the last block empty, or
 // where so few blocks would leave a thread idle.
 template <class T>

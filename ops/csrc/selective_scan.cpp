@@ -19,10 +19,9 @@ struct Inputs {
   ScanArgs<T> args{};
   Tensor x, dt, A, B;
   std::optional<Tensor> C, D, dt_bias, dt_weight;
-  Tensor packed;
   const T one = 1;
 
-  Inputs(bool backward, const Kernels<T>& kernels, const Tensor& x_, const Tensor& dt_, const Tensor& A_,
+  Inputs(const Kernels<T>& kernels, const Tensor& x_, const Tensor& dt_, const Tensor& A_,
          const Tensor& B_, const std::optional<Tensor>& C_, const std::optional<Tensor>& D_,
          const std::optional<Tensor>& dt_bias_, const std::optional<Tensor>& dt_weight_, int64_t ndim,
          const Shape& orders, bool softplus) {
@@ -32,7 +31,7 @@ struct Inputs {
     ScanArgs<T>& s = args;
     s.batch = x_.size(0), s.height = x_.size(1), s.width = x_.size(2), s.channels = x_.size(3);
     s.num_orders = orders.size(), s.states = A_.size(2), s.rank = dt_weight_ ? dt_weight_->size(2) : 0;
-    s.ndim = ndim, s.softplus = softplus, s.backward = backward;
+    s.ndim = ndim, s.softplus = softplus;
     for (size_t k = 0; k < orders.size(); ++k) {
       check(orders[k] >= 0 && orders[k] < 4, "vssm::selective_scan: orders must be 0, 1, 2 or 3.");
       s.orders[k] = orders[k];
@@ -59,12 +58,7 @@ struct Inputs {
     if (dt_bias_) dt_bias = contiguous<T>(*dt_bias_);
     if (dt_weight_) dt_weight = contiguous<T>(*dt_weight_);
     s.lanes = kernels.scan_lanes(s.batch, E);
-    packed = empty<T>(x, {s.num_blocks() * s.num_orders * s.packed_size()});
-    T* const to = packed.template mutable_data_ptr<T>();
-    s.packed = to;
-    const ScanParams<T> params{data(A), data(D), data(dt_bias), data(dt_weight)};
-    torch::stable::parallel_for(0, s.num_blocks() * s.num_orders, grain(s.packed_size()),
-                                [&](int64_t begin, int64_t end) { kernels.scan_pack(s, params, to, begin, end); });
+    s.A = data(A), s.D = data(D), s.bias = data(dt_bias), s.weight = data(dt_weight);
   }
   Inputs(const Inputs&) = delete;  // args may point to `one`
 
@@ -77,7 +71,7 @@ struct Inputs {
 template <class T, class... Args>
 Tensor forward(const Args&... args) {
   const auto& kernels = kernels_for<T>();
-  const Inputs<T> in(false, kernels, args...);
+  const Inputs<T> in(kernels, args...);
   const ScanArgs<T>& s = in.args;
   char* out;
   const Tensor y = result_like(true, in.x, {s.batch, s.height, s.width, s.channels}, out);
@@ -104,7 +98,7 @@ using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
 template <class T, class... Args>
 Grads backward(const Tensor& grad_y_, const Wanted& wanted, const Args&... args) {
   const auto& kernels = kernels_for<T>();
-  const Inputs<T> in(true, kernels, args...);
+  const Inputs<T> in(kernels, args...);
   const ScanArgs<T>& s = in.args;
   const int64_t K = s.num_orders, E = s.channels, N = s.states, R = s.rank, L = s.lanes, blocks = s.num_blocks();
   const Shape per_state{s.batch, s.height, s.width, K, N};

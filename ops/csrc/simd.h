@@ -65,7 +65,14 @@ VSSM_INLINE Halves load_bits(const void* p) {
 }
 
 VSSM_INLINE Vec<float> load(const Bfloat16* p) {
-  return (Vec<float>)(__builtin_convertvector(load_bits(p), Bits<float>) << 16);
+#if VSSM_VECTOR_BYTES == 64  // of the conversion GCC makes two halves
+  const Bits<float> bits = (Bits<float>)_mm512_cvtepu16_epi32((__m256i)load_bits(p));
+#elif VSSM_VECTOR_BYTES == 32
+  const Bits<float> bits = (Bits<float>)_mm256_cvtepu16_epi32((__m128i)load_bits(p));
+#else
+  const Bits<float> bits = __builtin_convertvector(load_bits(p), Bits<float>);
+#endif
+  return (Vec<float>)(bits << 16);
 }
 
 // To the nearest, ties to even; any NaN becomes one.
@@ -155,7 +162,6 @@ VSSM_INLINE void store(T* p, Vec<T> v, int64_t valid) {
 
 template <class Half>
 VSSM_INLINE Vec<float> load_half(const Half* p, int64_t valid) {
-  if (valid >= kWidth<float>) return load(p);
   Half part[kWidth<float>] = {};
   for (int64_t l = 0; l < valid; ++l) part[l] = p[l];
   return load(part);
@@ -163,7 +169,6 @@ VSSM_INLINE Vec<float> load_half(const Half* p, int64_t valid) {
 
 template <class Half>
 VSSM_INLINE void store_half(Half* p, Vec<float> v, int64_t valid) {
-  if (valid >= kWidth<float>) return store(p, v);
   Half part[kWidth<float>];
   store(part, v);
   for (int64_t l = 0; l < valid; ++l) p[l] = part[l];
@@ -184,8 +189,11 @@ template <class T>
 __attribute__((noinline)) void widen(T* to, int64_t lanes, const char* from, Type type, int64_t step, int64_t length,
                                      int64_t valid) {
   as_half<T>(type, from, [&](auto* p) {
-    for (int64_t t = 0; t < length; ++t, to += lanes, p += step / int64_t(sizeof *p))
-      for (int64_t l = 0; l < lanes; l += kWidth<T>) store(to + l, load_half(p + l, valid - l), lanes - l);
+    for (int64_t t = 0; t < length; ++t, to += lanes, p += step / int64_t(sizeof *p)) {
+      int64_t l = 0;
+      for (; l + kWidth<T> <= valid; l += kWidth<T>) store(to + l, load(p + l));
+      for (; l < lanes; l += kWidth<T>) store(to + l, load_half(p + l, valid - l), lanes - l);
+    }
   });
 }
 
@@ -193,8 +201,11 @@ template <class T>
 __attribute__((noinline)) void narrow(char* to, Type type, int64_t step, const T* from, int64_t from_step,
                                       int64_t length, int64_t valid) {
   as_half<T>(type, to, [&](auto* p) {
-    for (int64_t t = 0; t < length; ++t, from += from_step, p += step / int64_t(sizeof *p))
-      for (int64_t l = 0; l < valid; l += kWidth<T>) store_half(p + l, load(from + l), valid - l);
+    for (int64_t t = 0; t < length; ++t, from += from_step, p += step / int64_t(sizeof *p)) {
+      int64_t l = 0;
+      for (; l + kWidth<T> <= valid; l += kWidth<T>) store(p + l, load(from + l));
+      if (l < valid) store_half(p + l, load(from + l), valid - l);
+    }
   });
 }
 

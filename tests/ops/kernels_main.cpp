@@ -164,6 +164,84 @@ Map<const T> read_only(const Map<T>& m) {
   return {m.data, m.batch, m.row, m.column, m.order};
 }
 
+// ---- half types -----------------------------------------------------------------------------------------------------
+
+struct Format {
+  int fraction, bias;  // bits of the fraction, and of the exponent
+};
+
+Format format_of(Type type) { return type == Type::kBfloat16 ? Format{7, 127} : Format{10, 15}; }
+
+// What rounding to a type may change of a number.
+double unit_of(Type type) { return type == Type::kWhole ? 0 : std::ldexp(1, -format_of(type).fraction - 1); }
+
+// To the nearest, ties to even.
+uint16_t half_of(double value, Type type) {
+  const auto [fraction, bias] = format_of(type);
+  const int infinity = 0x7fff >> fraction << fraction, sign = std::signbit(value) << 15;
+  if (std::isnan(value)) return 0x7fff;
+  int exponent;
+  std::frexp(value, &exponent);
+  exponent = std::max(exponent - 1, 1 - bias);
+  const double units = std::nearbyint(std::ldexp(std::abs(value), fraction - exponent));
+  return sign | int(std::min<double>(units + (exponent + bias - 1) * (1 << fraction), infinity));
+}
+
+double value_of(uint16_t half, Type type) {
+  const auto [fraction, bias] = format_of(type);
+  const int exponent = (half & 0x7fff) >> fraction, digits = half & ((1 << fraction) - 1);
+  double size = std::ldexp(exponent ? digits + (1 << fraction) : digits, std::max(exponent, 1) - bias - fraction);
+  if (exponent == 0x7fff >> fraction) size = digits ? std::nan("") : INFINITY;
+  return half >> 15 ? -size : size;
+}
+
+// A buffer of exactly the size of a tensor, as it lies in memory; NaN to begin with.
+template <class T>
+class Stored {
+ public:
+  Stored(int64_t size, Type type) : type_(type) {
+    if (type == Type::kWhole) whole_ = poisoned<T>(size);
+    else halves_.assign(size, 0x7fff);
+  }
+  // With the numbers of `values`, which become what they are rounded to.
+  Stored(std::vector<T>& values, Type type) : Stored(values.size(), type) {
+    if (type == Type::kWhole) whole_ = values;
+    for (size_t i = 0; i < halves_.size(); ++i) values[i] = value_of(halves_[i] = half_of(values[i], type), type);
+  }
+
+  char* data() { return type_ == Type::kWhole ? (char*)whole_.data() : (char*)halves_.data(); }
+
+  // As `map` has the elements of `values`.
+  RawMap map(const Map<const T>& map, const std::vector<T>& values) {
+    const int64_t bytes = size_of<T>(type_);
+    return {{data() + (map.data - values.data()) * bytes, map.batch * bytes, map.row * bytes, map.column * bytes, 0},
+            type_};
+  }
+
+  std::vector<T> values() const {
+    std::vector<T> values = whole_;
+    for (const uint16_t half : halves_) values.push_back(value_of(half, type_));
+    return values;
+  }
+
+ private:
+  Type type_;
+  std::vector<T> whole_;
+  std::vector<uint16_t> halves_;
+};
+
+// A gradient as it lies, and the pointer to it that a kernel takes: where it is not wanted, empty and null.
+template <class T>
+Stored<T> gradient(bool wanted, int64_t size, Type type, char*& data) {
+  Stored<T> buffer(wanted ? size : 0, type);
+  data = wanted ? buffer.data() : nullptr;
+  return buffer;
+}
+
+std::string name_of(Type type) {
+  return type == Type::kWhole ? "" : type == Type::kBfloat16 ? ", bfloat16" : ", float16";
+}
+
 // ---- checks ---------------------------------------------------------------------------------------------------------
 
 // A sum and that of its terms' sizes, which tells how much rounding may do to it.
@@ -175,15 +253,15 @@ using Sums = std::vector<Sum>;
 
 int failures = 0;
 
-// Hold actual(i) to expected[i], relative to the largest of a tensor.
+// Hold actual(i) to expected[i], relative to the largest of a tensor, and rounded once to the type in which it lies.
 template <class T, class F>
-void hold(const std::string& what, const Sums& expected, const F& actual) {
+void hold(const std::string& what, const Sums& expected, const F& actual, Type type = Type::kWhole) {
   double scale = 0;
   for (const Sum& sum : expected) scale = std::max(scale, sum.size);
   const double limit = (sizeof(T) == 8 ? 1e-14 : 2e-6) * scale;
   for (size_t i = 0; i < expected.size(); ++i) {
     const double got = actual(i), wanted = expected[i].value;
-    if (std::abs(got - wanted) <= limit) continue;  // not so where it is NaN
+    if (std::abs(got - wanted) <= limit + unit_of(type) * std::abs(wanted)) continue;  // not so where it is NaN
     const char* message = "%s: element %zu is %.9g, expected %.9g to within %.1e\n";
     std::fprintf(stderr, message, what.c_str(), i, got, wanted, limit);
     ++failures;
@@ -311,10 +389,10 @@ struct ScanInputs {
   Size size;
   std::vector<T> x, dt, B, C, grad_y;  // what the maps point to; dt holds B and C too where they are slices of one
   std::vector<T> A, D, bias, weight;   // (K, E, N), (K, E), (K, E), (K, E, R)
-  std::vector<T> packed;
-  Map<const T> dy;
+  Map<const T> x_map, dy_map;
+  std::unique_ptr<Stored<T>> stored_x, stored_dy;  // what the kernels are given of x and the gradient of y
 
-  ScanInputs(const ScanCase& c, int64_t lanes) : size(c.size) {
+  ScanInputs(const ScanCase& c, Type type, int64_t lanes) : size(c.size) {
     const bool strided = c.options & kStrided, plain = c.options & kPlainStep, has_C = !(c.options & kWithoutC);
     const int64_t cells = size.cells(), E = size.channels, K = c.orders.size(), N = c.states, R = c.rank;
     const int64_t steps = R ? R : E, margin = strided ? 3 : 0;
@@ -322,7 +400,7 @@ struct ScanInputs {
     s.batch = size.batch, s.height = size.height, s.width = size.width, s.channels = E;
     s.num_orders = K, s.states = N, s.rank = R, s.ndim = c.ndim, s.softplus = !plain;
     std::copy(c.orders.begin(), c.orders.end(), s.orders);
-    s.lanes = lanes, s.backward = true;
+    s.lanes = lanes;
 
     Random random;
     auto wide = [&](std::vector<T>& buffer) {
@@ -331,7 +409,9 @@ struct ScanInputs {
       random.fill(map, size, 1, E, -2, 2);
       return read_only(map);
     };
-    s.x = wide(x), dy = wide(grad_y);
+    x_map = wide(x), dy_map = wide(grad_y);
+    stored_x = std::make_unique<Stored<T>>(x, type), stored_dy = std::make_unique<Stored<T>>(grad_y, type);
+    s.x = stored_x->map(x_map, x), dy = stored_dy->map(dy_map, grad_y);
 
     const int64_t all = steps + N + (has_C ? N : 0);
     dt = poisoned<T>(cells * K * (strided ? all : steps));
@@ -358,30 +438,10 @@ struct ScanInputs {
     const double unit = 1 / std::sqrt(std::max<int64_t>(R, 1));
     random.fill(bias, plain ? 1e-3 : -5, plain ? 0.1 : -1);
     random.fill(weight, plain ? 0 : -unit, unit);
-    pack();
+    s.A = A.data(), s.D = D.data(), s.bias = bias.data(), s.weight = weight.data();
   }
   ScanInputs(const ScanInputs&) = delete;  // args points into it
-
- private:
-  // By block of channels and order, as ScanArgs has it.
-  void pack() {
-    ScanArgs<T>& s = args;
-    const int64_t K = s.num_orders, E = s.channels, N = s.states, R = s.rank, L = s.lanes;
-    packed.assign(s.num_blocks() * K * s.packed_size(), 0);
-    s.packed = packed.data();
-    for (int64_t k = 0; k < K; ++k)
-      for (int64_t e = 0; e < E; ++e) {
-        const int64_t block = e / L, l = e % L;
-        auto out = [&](const T* row) -> T& { return packed[row - s.packed + l]; };
-        for (int64_t n = 0; n < N; ++n) out(s.A(block, k) + n * L) = A[(k * E + e) * N + n];
-        out(s.bias(block, k)) = bias[k * E + e];
-        for (int64_t q = 0; q < K; ++q) out(s.D(block, k)) += D[q * E + e];
-        for (int64_t r = 0; r < R; ++r) {
-          out(s.weight(block, k) + r * L) = weight[(k * E + e) * R + r];
-          packed[s.weight_t(block, k) - s.packed + l * s.rank_padded() + r] = weight[(k * E + e) * R + r];
-        }
-      }
-  }
+  RawMap dy;
 };
 
 struct ScanSums {
@@ -411,8 +471,8 @@ ScanSums scan_reference(const ScanInputs<T>& in) {
     for (int64_t image = 0; image < z.batch; ++image)
       for (int64_t e = 0; e < E; ++e) {
         const int64_t channel = k * E + e, first = image * positions;
-        auto x = [&](int64_t m) -> double { return at(s.x, z, first + walk[m], 0, e); };
-        auto dy = [&](int64_t m) -> double { return at(in.dy, z, first + walk[m], 0, e); };
+        auto x = [&](int64_t m) -> double { return at(in.x_map, z, first + walk[m], 0, e); };
+        auto dy = [&](int64_t m) -> double { return at(in.dy_map, z, first + walk[m], 0, e); };
         auto dt = [&](int64_t m, int64_t r) -> double { return at(s.dt, z, first + walk[m], k, r); };
         for (int64_t m = 0; m < positions; ++m) {
           double raw = in.bias[channel] + (R ? 0 : dt(m, e));
@@ -466,8 +526,8 @@ ScanSums scan_reference(const ScanInputs<T>& in) {
 }
 
 template <class T>
-void check_scan(const Kernels<T>& kernels, const ScanCase& c, int64_t lanes, Pool& pool) {
-  const ScanInputs<T> in(c, lanes);
+void check_scan(const Kernels<T>& kernels, const ScanCase& c, Type type, int64_t lanes, Pool& pool) {
+  const ScanInputs<T> in(c, type, lanes);
   const ScanArgs<T>& s = in.args;
   const bool few = c.options & kFewGroups;
   const int64_t K = s.num_orders, E = s.channels, N = s.states, R = s.rank, L = s.lanes, blocks = s.num_blocks();
@@ -479,8 +539,8 @@ void check_scan(const Kernels<T>& kernels, const ScanCase& c, int64_t lanes, Poo
   auto results = [&](Pool* pool, unsigned wanted) {
     grad.weight = R && wanted & 16;
     const int64_t size = grad.params_size(s);
-    auto y = poisoned<T>(cells * E), dx = gradient<T>(wanted & 1, cells * E, grad.x),
-         ddt = gradient<T>(wanted & 2, cells * K * (R ? groups * R : E), grad.dt),
+    Stored<T> y(cells * E, type), dx = gradient<T>(wanted & 1, cells * E, type, grad.x);
+    auto ddt = gradient<T>(wanted & 2, cells * K * (R ? groups * R : E), grad.dt),
          dB = gradient<T>(wanted & 4, groups * cells * K * N, grad.B),
          dC = gradient<T>(wanted & 8 && !(c.options & kWithoutC), groups * cells * K * N, grad.C),
          params = poisoned<T>(images * blocks * K * size);
@@ -492,18 +552,18 @@ void check_scan(const Kernels<T>& kernels, const ScanCase& c, int64_t lanes, Poo
       kernels.scan_backward(s, grad, scratch, begin, end);
     });
     if (R && !grad.weight) params.clear();  // which is laid out otherwise then
-    return Results<T>{y, dx, ddt, dB, dC, params};
+    return Results<T>{y.values(), dx.values(), ddt, dB, dC, params};
   };
-  const std::string type = sizeof(T) == 8 ? " double " : " ", width = ", " + std::to_string(L) + " lanes";
-  const std::string name = kernels.name + type + name_of(c) + width;
+  const std::string kind = sizeof(T) == 8 ? " double " : " ", width = ", " + std::to_string(L) + " lanes";
+  const std::string name = kernels.name + kind + name_of(c) + width + name_of(type);
   const auto one = held_results<T>(name, pool, results);
   grad.weight = R;
   const int64_t size = grad.params_size(s);
 
   const ScanSums sum = scan_reference(in);
   const auto &y = one[0], &dx = one[1], &ddt = one[2], &dB = one[3], &dC = one[4], &params = one[5];
-  hold<T>(name + ", y", sum.y, [&](int64_t i) { return y[i]; });
-  hold<T>(name + ", gradient of x", sum.x, [&](int64_t i) { return dx[i]; });
+  hold<T>(name + ", y", sum.y, [&](int64_t i) { return y[i]; }, type);
+  hold<T>(name + ", gradient of x", sum.x, [&](int64_t i) { return dx[i]; }, type);
   hold<T>(name + ", gradient of dt", sum.dt, [&](int64_t i) { return sum_parts(ddt, R ? groups : 1, i); });
   hold<T>(name + ", gradient of B", sum.B, [&](int64_t i) { return sum_parts(dB, groups, i); });
   if (!dC.empty()) hold<T>(name + ", gradient of C", sum.C, [&](int64_t i) { return sum_parts(dC, groups, i); });
@@ -541,7 +601,7 @@ std::string name_of(const FusionCase& c) {
 }
 
 template <class T>
-void check_fusion(const Kernels<T>& kernels, const FusionCase& c, Pool& pool) {
+void check_fusion(const Kernels<T>& kernels, const FusionCase& c, Type type, Pool& pool) {
   const Size& z = c.size;
   const int64_t E = z.channels, L = kernels.fusion_lanes, cells = z.cells(), margin = c.options & kStrided ? 3 : 0;
   Random random;
@@ -553,7 +613,8 @@ void check_fusion(const Kernels<T>& kernels, const FusionCase& c, Pool& pool) {
   random.fill(dy_map, z, 1, E, -2, 2);
   random.fill(weight, -0.5, 0.5);
 
-  FusionArgs<T> s{z.batch, z.height, z.width, E, read_only(h_map), nullptr, L};
+  Stored<T> stored_h(h, type), stored_dy(grad_y, type);
+  FusionArgs<T> s{z.batch, z.height, z.width, E, stored_h.map(read_only(h_map), h), nullptr, L};
   const int64_t blocks = s.num_blocks();
   std::vector<T> packed(blocks * kTaps * L);
   for (int64_t tap = 0; tap < kTaps; ++tap)
@@ -562,18 +623,18 @@ void check_fusion(const Kernels<T>& kernels, const FusionCase& c, Pool& pool) {
   const int64_t images = c.options & kFewGroups ? (z.batch + 1) / 2 : z.batch;
 
   auto results = [&](Pool* pool, unsigned wanted) {
-    FusionGrads<T> grad{read_only(dy_map), nullptr, nullptr, images};
-    auto y = poisoned<T>(cells * E), dh = gradient<T>(wanted & 1, cells * E, grad.h),
-         dweight = gradient<T>(wanted & 2, images * packed.size(), grad.weight);
+    FusionGrads<T> grad{stored_dy.map(read_only(dy_map), grad_y), nullptr, nullptr, images};
+    Stored<T> y(cells * E, type), dh = gradient<T>(wanted & 1, cells * E, type, grad.h);
+    auto dweight = gradient<T>(wanted & 2, images * packed.size(), grad.weight);
     run<T>(pool, z.batch * blocks, kernels.fusion_forward_scratch(s), [&](T* scratch, int64_t begin, int64_t end) {
       kernels.fusion_forward(s, y.data(), scratch, begin, end);
     });
     run<T>(pool, images * blocks, kernels.fusion_backward_scratch(s), [&](T* scratch, int64_t begin, int64_t end) {
       kernels.fusion_backward(s, grad, scratch, begin, end);
     });
-    return Results<T>{y, dh, dweight};
+    return Results<T>{y.values(), dh.values(), dweight};
   };
-  const std::string name = std::string(kernels.name) + (sizeof(T) == 8 ? " double " : " ") + name_of(c);
+  const std::string kind = sizeof(T) == 8 ? " double " : " ", name = kernels.name + kind + name_of(c) + name_of(type);
   const auto one = held_results<T>(name, pool, results);
 
   // The definition: each tap weighs the position that it reaches, or the border where there is none.
@@ -590,8 +651,8 @@ void check_fusion(const Kernels<T>& kernels, const FusionCase& c, Pool& pool) {
         dweight[tap * E + e] += dy * value;
       }
     }
-  hold<T>(name + ", y", y, [&](int64_t i) { return one[0][i]; });
-  hold<T>(name + ", gradient of h", dh, [&](int64_t i) { return one[1][i]; });
+  hold<T>(name + ", y", y, [&](int64_t i) { return one[0][i]; }, type);
+  hold<T>(name + ", gradient of h", dh, [&](int64_t i) { return one[1][i]; }, type);
   hold<T>(name + ", gradient of the weight", dweight, [&](int64_t i) {
     return sum_parts(one[2], images, (i % E / L * kTaps + i / E) * L + i % E % L);
   });
@@ -603,36 +664,38 @@ void check_fusion(const Kernels<T>& kernels, const FusionCase& c, Pool& pool) {
 const std::pair<int64_t, int64_t> kReadoutCases[] = {{1, 2}, {3, 7}, {5, 16}, {70, 33}, {2, 96}, {9, 213}, {130, 20}};
 
 template <class T>
-void check_readout(const Kernels<T>& kernels, int64_t rows, int64_t E, Pool& pool) {
+void check_readout(const Kernels<T>& kernels, int64_t rows, int64_t E, Type type, Pool& pool) {
   Random random;
   auto made = [&](int64_t size, double low, double high) {
     auto buffer = poisoned<T>(size);
     random.fill(buffer, low, high);
     return buffer;
   };
-  const auto h = made(rows * E, -2, 2), x = made(rows * E, -2, 2), z = made(rows * E, -8, 8),
-             grad_y = made(rows * E, -2, 2), C = made(rows, -2, 2), D = made(E, 0.7, 1.3),
-             weight = made(E, 0.5, 1.5), bias = made(E, -1, 1);
-  const ReadoutArgs<T> s{rows,     E,        h.data(),      x.data(),    z.data(),
-                         C.data(), D.data(), weight.data(), bias.data(), T(1e-5)};
+  auto h = made(rows * E, -2, 2), x = made(rows * E, -2, 2), z = made(rows * E, -8, 8), grad_y = made(rows * E, -2, 2),
+       C = made(rows, -2, 2);
+  const auto D = made(E, 0.7, 1.3), weight = made(E, 0.5, 1.5), bias = made(E, -1, 1);
+  Stored<T> stored_h(h, type), stored_x(x, type), stored_z(z, type), stored_dy(grad_y, type), stored_C(C, type);
+  const ReadoutArgs<T> s{rows, E, type, stored_h.data(), stored_x.data(), stored_z.data(), stored_C.data(),
+                         D.data(), weight.data(), bias.data(), T(1e-5)};
   const int64_t tasks = std::min<int64_t>(rows, 6);
 
   auto results = [&](Pool* pool, unsigned wanted) {
     ReadoutGrads<T> grad{};
-    grad.y = grad_y.data(), grad.tasks = tasks;
-    auto y = poisoned<T>(rows * E), dh = gradient<T>(wanted & 1, rows * E, grad.h),
-         dx = gradient<T>(wanted & 2, rows * E, grad.x), dz = gradient<T>(wanted & 4, rows * E, grad.z),
-         dC = gradient<T>(wanted & 8, rows, grad.C), dD = gradient<T>(wanted & 16, tasks * E, grad.D),
+    grad.y = stored_dy.data(), grad.tasks = tasks;
+    Stored<T> y(rows * E, type), dh = gradient<T>(wanted & 1, rows * E, type, grad.h),
+        dx = gradient<T>(wanted & 2, rows * E, type, grad.x), dz = gradient<T>(wanted & 4, rows * E, type, grad.z),
+        dC = gradient<T>(wanted & 8, rows, type, grad.C);
+    auto dD = gradient<T>(wanted & 16, tasks * E, grad.D),
          dweight = gradient<T>(wanted & 32, tasks * E, grad.weight),
          dbias = gradient<T>(wanted & 64, tasks * E, grad.bias);
     run<T>(pool, rows, kernels.readout_scratch(s),
            [&](T* scratch, int64_t begin, int64_t end) { kernels.readout_forward(s, y.data(), scratch, begin, end); });
     run<T>(pool, tasks, kernels.readout_scratch(s),
            [&](T* scratch, int64_t begin, int64_t end) { kernels.readout_backward(s, grad, scratch, begin, end); });
-    return Results<T>{y, dh, dx, dz, dC, dD, dweight, dbias};
+    return Results<T>{y.values(), dh.values(), dx.values(), dz.values(), dC.values(), dD, dweight, dbias};
   };
   const std::string name = std::string(kernels.name) + (sizeof(T) == 8 ? " double" : "") + " readout " +
-                           std::to_string(rows) + "x" + std::to_string(E);
+                           std::to_string(rows) + "x" + std::to_string(E) + name_of(type);
   const auto one = held_results<T>(name, pool, results);
 
   Sums y(rows * E), dh(rows * E), dx(rows * E), dz(rows * E), dC(rows), dD(E), dweight(E), dbias(E);
@@ -664,7 +727,7 @@ void check_readout(const Kernels<T>& kernels, int64_t rows, int64_t E, Pool& poo
   }
   const Sums* const maps[] = {&y, &dh, &dx, &dz, &dC};
   const char* const names[] = {", y", ", gradient of h", ", gradient of x", ", gradient of z", ", gradient of C"};
-  for (int i = 0; i < 5; ++i) hold<T>(name + names[i], *maps[i], [&](int64_t j) { return one[i][j]; });
+  for (int i = 0; i < 5; ++i) hold<T>(name + names[i], *maps[i], [&](int64_t j) { return one[i][j]; }, type);
   const Sums* const parameters[] = {&dD, &dweight, &dbias};
   const char* const kinds[] = {"D", "the weight", "the bias"};
   for (int i = 0; i < 3; ++i)
@@ -677,10 +740,19 @@ void check_readout(const Kernels<T>& kernels, int64_t rows, int64_t E, Pool& poo
 template <class T>
 void check_all(const Kernels<T>& kernels, Pool& pool) {
   const int64_t vector = kernels.fusion_lanes;  // blocks of the scan have one or two
+  int number = 0;
+  // In T, and where that is float every case in one of the half types, in turns.
+  auto each_type = [&](const auto& check) {
+    check(Type::kWhole);
+    if (sizeof(T) == sizeof(float)) check(number++ % 2 ? Type::kBfloat16 : Type::kFloat16);
+  };
   for (const ScanCase& c : kScanCases)
-    for (int64_t lanes : {vector, 2 * vector}) check_scan(kernels, c, lanes, pool);
-  for (const FusionCase& c : kFusionCases) check_fusion(kernels, c, pool);
-  for (const auto& [rows, channels] : kReadoutCases) check_readout(kernels, rows, channels, pool);
+    each_type([&](Type type) {
+      for (int64_t lanes : {vector, 2 * vector}) check_scan(kernels, c, type, lanes, pool);
+    });
+  for (const FusionCase& c : kFusionCases) each_type([&](Type type) { check_fusion(kernels, c, type, pool); });
+  for (const auto& [rows, channels] : kReadoutCases)
+    each_type([&, rows = rows, channels = channels](Type type) { check_readout(kernels, rows, channels, type, pool); });
 }
 
 bool supported(const std::string& path) {
@@ -688,7 +760,7 @@ bool supported(const std::string& path) {
   if (path == "avx512")
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-  if (path == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (path == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #endif
   return path == "portable";
 }
