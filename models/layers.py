@@ -287,6 +287,20 @@ _OF_TOKENS = {LayerScale, Linear, Mlp, nn.Dropout, nn.GELU, nn.Identity, nn.Line
 _OF_IMAGES = {DropPath, nn.BatchNorm2d, nn.Conv2d, nn.LayerNorm, nn.RMSNorm, nn.ReLU, nn.Sigmoid, nn.SiLU}
 
 
+def _reads_out_in_one_dtype(*maps: Tensor, parameters: Sequence[Tensor]) -> bool:
+    """Whether the operations of a readout give the dtype of its maps, with autocast or without: these have one, and the
+    parameters that too, or float32, in which PyTorch's layer norm takes its parameters beside half types."""
+    dtype = maps[0].dtype
+    return (
+        dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and all(t.dtype == dtype for t in maps)
+        and all(
+            p.dtype in (dtype, torch.float32) and p.device.type == 'cpu' and p.layout == torch.strided
+            for p in parameters
+        )
+    )
+
+
 def _read_out(mixer: Any, h: Tensor, x: Tensor, C: Tensor, z: Tensor) -> Tensor | None:
     if not _is_eager_on_cpu(h, x, C, z) or type(mixer._parameters.get('D')) is not nn.Parameter:
         return None
@@ -295,7 +309,9 @@ def _read_out(mixer: Any, h: Tensor, x: Tensor, C: Tensor, z: Tensor) -> Tensor 
         return None
     if type(act) is not nn.SiLU or _is_altered(norm) or _is_altered(act):
         return None
-    if not _is_float32_on_cpu(norm, h, x, C, z, D):
+    if norm._parameters.keys() != {'weight', 'bias'} or norm.weight.dtype != norm.bias.dtype:
+        return None
+    if not _reads_out_in_one_dtype(h, x, C, z, parameters=(D, norm.weight, norm.bias)):
         return None
     return gated_readout(h, x, C, D, z, norm.weight, norm.bias, norm.eps)
 

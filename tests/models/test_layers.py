@@ -301,7 +301,7 @@ def test_a_linear_layer_that_is_more_is_called_for_its_chunks(what, always, monk
 
 
 @pytest.mark.parametrize(
-    'what', ('norm', 'subclass', 'act', 'hook', 'act hook', 'instance', 'no bias', 'float64', 'autocast', 'vmap')
+    'what', ('norm', 'subclass', 'act', 'hook', 'act hook', 'instance', 'no bias', 'float64', 'mixed', 'vmap')
 )
 def test_a_readout_that_is_another_is_computed_step_by_step(what, monkeypatch):
     mixer = spatial_mamba.SpatialMixer(8).eval()
@@ -323,9 +323,11 @@ def test_a_readout_that_is_another_is_computed_step_by_step(what, monkeypatch):
         mixer.norm.forward = lambda y: 3 * y
     elif what == 'no bias':
         mixer.norm = nn.LayerNorm(16, bias=False)
+    elif what == 'mixed':
+        z = z.bfloat16()
     mixer.to(dtype)
     monkeypatch.setattr(layers, 'gated_readout', None)
-    with torch.no_grad(), torch.autocast('cpu', enabled=what == 'autocast'):
+    with torch.no_grad():
         y = torch.vmap(mixer.read_out)(h, x, C, z) if what == 'vmap' else mixer.read_out(h, x, C, z)
         assert torch.equal(y, mixer.norm(torch.addcmul(mixer.D * x, C, h)) * mixer.act(z))
     assert bool(calls) == ('hook' in what)
@@ -343,16 +345,21 @@ def test_a_mixer_under_the_reference_calls_no_kernel(monkeypatch, assert_close):
     assert not calls
 
 
-def test_a_readout_is_one_kernel(monkeypatch, assert_close):
-    mixer = spatial_mamba.SpatialMixer(8).eval()
-    h, x, z = torch.randn(3, 2, 5, 7, 16)
-    C = torch.randn(2, 5, 7, 1)
+@pytest.mark.parametrize('autocast', (False, True), ids=('plain', 'autocast'))
+@pytest.mark.parametrize('parameters', (torch.float32, 'as maps'), ids=str)
+@pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16, torch.float16), ids=str)
+def test_a_readout_is_one_kernel(dtype, parameters, autocast, monkeypatch, assert_close):
+    """In the dtype that the operations of PyTorch give."""
+    mixer = spatial_mamba.SpatialMixer(8).eval().to(dtype if parameters == 'as maps' else parameters)
+    h, x, z = torch.randn(3, 2, 5, 7, 16, dtype=dtype)
+    C = torch.randn(2, 5, 7, 1, dtype=dtype)
     calls = []
     monkeypatch.setattr(layers, 'gated_readout', lambda *args: calls.append(1) or gated_readout(*args))
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast('cpu', enabled=autocast):
         y = mixer.read_out(h, x, C, z)
-        assert_close(y, mixer.norm(torch.addcmul(mixer.D * x, C, h)) * mixer.act(z), 1e-6)
-    assert calls
+        expected = mixer.norm(torch.addcmul(mixer.D.to(dtype) * x, C, h)) * mixer.act(z)
+    assert calls and y.dtype == expected.dtype == dtype
+    assert_close(y, expected, 1e-6 if dtype == torch.float32 else 2e-2)
 
 
 FAULTS = """
