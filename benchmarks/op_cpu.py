@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The selective scan on the CPU beside its plain-PyTorch reference and beside one ExE linear layer on the same map.
 
-Shapes are those of the four stages of 2DVMamba-T at 224x224: four orders, one state, low-rank steps, float32. "batch 1"
-is the throughput with one image over that with a batch. The second table is of one order at E = 384 with 1, 8 and 16
-states, on a map of 14x14 and on sequences and windows of tokens, a map of one row: the shapes of Vim and MambaVision.
+Shapes are those of the four stages of 2DVMamba-T at 224x224: four orders, one state, low-rank steps. Maps and the
+linear layer are in `--dtype`, the scan's parameters in float32. "batch 1" is the throughput with one image over that
+with a batch. The second table is of one order at E = 384 with 1, 8 and 16 states, on a map of 14x14 and on sequences
+and windows of tokens, a map of one row: the shapes of Vim and MambaVision.
 
     python benchmarks/op_cpu.py --batch-size 8 --json benchmarks/results/op_cpu.json
 """
@@ -21,10 +22,10 @@ from vssm.tools._bench import median_seconds
 from vssm.tools._tables import print_table
 
 
-def measure(batch: int, size: int, dim: int, rounds: int, with_reference: bool) -> dict[str, Any]:
-    inputs, one_image = scan_inputs(batch, size, dim), scan_inputs(1, size, dim)
+def measure(batch: int, size: int, dim: int, rounds: int, with_reference: bool, dtype: torch.dtype) -> dict[str, Any]:
+    inputs, one_image = (scan_inputs(images, size, dim, dtype=dtype) for images in (batch, 1))
     grad = torch.randn_like(inputs['x'])
-    linear = nn.Linear(dim, dim)
+    linear = nn.Linear(dim, dim, dtype=dtype)
     row: dict[str, Any] = dict(batch=batch, size=size, dim=dim)
     for what, call in (('forward', forward), ('step', partial(step, grad=grad))):
         calls = {
@@ -44,11 +45,13 @@ def measure(batch: int, size: int, dim: int, rounds: int, with_reference: bool) 
     return row
 
 
-def measure_states(batch: int, height: int, width: int, rounds: int, dim: int = 384) -> dict[str, Any]:
+def measure_states(
+    batch: int, height: int, width: int, rounds: int, dtype: torch.dtype, dim: int = 384
+) -> dict[str, Any]:
     """Times of the 1-D scan in one order with each number of states, and of the linear layer, in turns."""
-    inputs = {N: scan_inputs(batch, (height, width), dim, N, K=1) for N in TOKEN_STATES}
+    inputs = {N: scan_inputs(batch, (height, width), dim, N, dtype, K=1) for N in TOKEN_STATES}
     x = inputs[1]['x']
-    grad, linear = torch.randn_like(x), nn.Linear(dim, dim)
+    grad, linear = torch.randn_like(x), nn.Linear(dim, dim, dtype=dtype)
     row: dict[str, Any] = dict(batch=batch, height=height, width=width, dim=dim)
     for what, call in (('forward', forward), ('step', partial(step, grad=grad))):
         calls = {f'{N}_states': partial(call, selective_scan, inputs[N], ndim=1, orders=(0,)) for N in TOKEN_STATES}
@@ -97,10 +100,12 @@ def main() -> None:
     parser.add_argument(
         '--no-reference', action='store_true', help='leave out the reference, which takes most of the time'
     )
+    parser.add_argument('--dtype', choices=('float32', 'bfloat16', 'float16'), default='float32', help='of the maps')
     args = parse(parser)
-    rows = [measure(args.batch_size, *stage, args.rounds, not args.no_reference) for stage in VMAMBA_STAGES]
-    by_states = [measure_states(args.batch_size, *grid, args.rounds) for grid in TOKEN_MAPS]
-    title = 'selective_scan on the CPU, four orders, N = 1, float32; step = forward + backward'
+    dtype = getattr(torch, args.dtype)
+    rows = [measure(args.batch_size, *stage, args.rounds, not args.no_reference, dtype) for stage in VMAMBA_STAGES]
+    by_states = [measure_states(args.batch_size, *grid, args.rounds, dtype) for grid in TOKEN_MAPS]
+    title = f'selective_scan on the CPU, four orders, N = 1, {args.dtype}; step = forward + backward'
     print_table(list(COLUMNS), [[cell(row) for cell in COLUMNS.values()] for row in rows], title)
     title = 'one order, 1-D, E = 384: with one state in ms, with more over that'
     finish(args, rows + by_states, title, STATE_COLUMNS, [state_cells(row) for row in by_states])
