@@ -49,6 +49,8 @@ ROWS = {  # of the table: the options of each. Compilers choose layouts by thems
     'compiled': '--batch-size 8 --compile --layouts channels_last',
     'compiled-one': '--batch-size 1 --compile --layouts channels_last',
     'compiled-bfloat16': '--batch-size 8 --dtype bfloat16 --compile --layouts channels_last',
+    'kept': '--batch-size 8 --compile --keep-layouts --layouts channels_last',
+    'kept-one': '--batch-size 1 --compile --keep-layouts --layouts channels_last',
     'frozen': '--batch-size 8 --compile --freeze --layouts channels_last',
     'frozen-one': '--batch-size 1 --compile --freeze --layouts channels_last',
 }
@@ -128,7 +130,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def title_of(args: argparse.Namespace) -> str:
     what = 'training step' if args.train else 'inference'
-    how = ', compiled and frozen' if args.freeze else ', compiled' if args.compile else ''
+    how = ', compiled' * args.compile + ', layouts kept' * args.keep_layouts + ', frozen' * args.freeze
     dtype = dict(float32='float32', bfloat16='bfloat16', autocast='bfloat16 autocast')[args.dtype]
     slow = f' ({NO_BFLOAT16})' if args.dtype != 'float32' and not multiplies_bfloat16() else ''
     return f'{what}{how}, batch {args.batch_size}, {args.size}x{args.size}, {dtype}{slow}'
@@ -139,8 +141,8 @@ def ratio_of(row: dict[str, Any]) -> str:
 
 
 def time_models(args: argparse.Namespace) -> None:
-    frozen = torch._inductor.config.patch(freezing=args.freeze)
-    with frozen, fresh_cache() if args.compile else contextlib.nullcontext():
+    options = torch._inductor.config.patch(freezing=args.freeze, layout_optimization=not args.keep_layouts)
+    with options, fresh_cache() if args.compile else contextlib.nullcontext():
         rows = measure(args)
     header = ['model', 'layout', 'images/s', f'x {args.models[0]}', 'products']
     cells = [
@@ -193,9 +195,12 @@ def main() -> None:
     parser.add_argument('--dtype', choices=DTYPES, default='float32', help='of weights and images, or by autocast')
     parser.add_argument('--compile', action='store_true', help='torch.compile the models')
     parser.add_argument('--freeze', action='store_true', help='have the compiler fold and pack weights')
+    parser.add_argument('--keep-layouts', action='store_true', help='have the compiler keep the layouts of maps')
     parser.add_argument('--layouts', nargs='+', choices=LAYOUTS, default=list(LAYOUTS), help='layouts to try')
     parser.add_argument('--table', nargs='*', choices=ROWS, help='make these rows of the table; without names, all')
     args = parse(parser)
+    if args.keep_layouts and not args.compile:
+        parser.error('--keep-layouts is for --compile')
     if args.freeze and (args.train or not args.compile):
         parser.error('--freeze is for inference by --compile')
     torch._dynamo.config.recompile_limit = 64  # the models share code, which is compiled for each of them
