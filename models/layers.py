@@ -31,7 +31,8 @@ from ..ops.backend import is_transformed
 __all__ = ['Blocks', 'Linear', 'Mlp', 'in_chunks', 'in_groups', 'in_one_pass']
 
 _GROUP_BYTES = 5_000_000  # of the widest tensor, for each thread; twice as much in training, which keeps it anyway
-_CONV_ROWS, _CONV_MACS = 512, 2**25  # with fewer, a convolution's preparations cost more than it saves
+_CONV_LEAST = 512, 2**25  # rows and multiply-accumulates; with fewer, a convolution's preparations cost what it saves
+_FUSED_LEAST = 128, 2**22  # as much of oneDNN's own linear layer, which prepares less
 
 Method = TypeVar('Method', bound=Callable[..., Any])
 
@@ -66,19 +67,17 @@ def _file_of(function: Callable) -> str:
     return getattr(function, '__globals__', {}).get('__name__', '')
 
 
-def _is_float32_on_cpu(layer: nn.Module, *tensors: Tensor) -> bool:
-    """Whether a layer with a weight and a bias, and what it takes, are plain float32 on a CPU: its parameters are its
-    own, neither parametrised nor quantised nor elsewhere, and autocast is off."""
-    parameters = layer._parameters
+def _is_plain_on_cpu(layer: nn.Module, dtypes: Sequence[torch.dtype], *tensors: Tensor) -> bool:
+    """Whether a layer with a weight and a bias, and what it takes, are plain tensors of one of these dtypes on a CPU:
+    its parameters are its own, neither parametrised nor quantised nor elsewhere, and autocast is off."""
+    parameters, dtype = layer._parameters, tensors[0].dtype
     return (
-        _is_eager_on_cpu(*tensors)
-        and all(t.dtype == torch.float32 for t in tensors)
+        dtype in dtypes
+        and _is_eager_on_cpu(*tensors)
+        and all(t.dtype == dtype for t in tensors)
         and parameters.keys() == {'weight', 'bias'}
         and all(
-            type(p) is nn.Parameter
-            and p.dtype == torch.float32
-            and p.device.type == 'cpu'
-            and p.layout == torch.strided
+            type(p) is nn.Parameter and p.dtype == dtype and p.device.type == 'cpu' and p.layout == torch.strided
             for p in parameters.values()
             if p is not None
         )
@@ -204,16 +203,16 @@ class Blocks(nn.Sequential):
 
 @register_notrace_module  # a node of an FX graph, as PyTorch's own layers are
 class Linear(nn.Linear):
-    """Linear layer, (..., C) -> (..., C'), in float32 on a CPU computed as the 1x1 convolution that it is.
+    """Linear layer, (..., C) -> (..., C'), on a CPU computed by oneDNN.
 
-    PyTorch hands a linear layer to MKL, after a pass that writes the bias. Convolutions it hands to oneDNN, which adds
-    the bias on the way.
+    PyTorch hands a linear layer in float32 to MKL, after a pass that writes the bias, which oneDNN adds on the way.
     """
 
-    def convolve(self, input: Tensor) -> Tensor | None:
-        return _convolve(self, input, 1)[0] if _may_convolve(self, input) else None
+    def multiply(self, input: Tensor) -> Tensor | None:
+        ys = _multiply(self, input)
+        return None if ys is None else ys[0]
 
-    @shortcut(convolve)
+    @shortcut(multiply)
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():  # TorchScript has no super()
             return F.linear(input, self.weight, self.bias)
@@ -223,42 +222,72 @@ class Linear(nn.Linear):
 def in_chunks(name: str, chunks: int) -> Callable[[Method], Method]:
     """Decorate a method that splits what a linear layer of the module computes of its input into equal chunks.
 
-    As convolutions each chunk is a tensor of its own, as is its gradient, which need not be put together.
+    From oneDNN each chunk is a tensor of its own, as is its gradient, which need not be put together.
 
     Args:
         name: Name of the `Linear` in the module.
         chunks: Number of chunks.
     """
 
-    def convolve(module: nn.Module, x: Tensor) -> tuple[Tensor, ...] | None:
+    def multiply(module: nn.Module, x: Tensor) -> tuple[Tensor, ...] | None:
         layer = getattr(module, name)
-        if type(layer) is not Linear or not _may_convolve(layer, x) or _is_altered(layer):
+        if type(layer) is not Linear or not _is_eager_on_cpu(x) or _is_altered(layer):
             return None
-        return _convolve(layer, x, chunks)
+        return _multiply(layer, x, chunks)
 
-    return shortcut(convolve)
+    return shortcut(multiply)
 
 
-def _may_convolve(layer: nn.Linear, x: Tensor) -> bool:
-    return (
-        _is_float32_on_cpu(layer, x)
-        and x.numel() >= _CONV_ROWS * x.shape[-1]
-        and x.numel() * layer.weight.shape[0] >= _CONV_MACS
-        and _is_own(nn.Linear.forward, nn.Linear)
-        and torch.backends.mkldnn.is_available()
-        and bool(torch.backends.mkldnn.enabled)
-    )
+def _multiply(layer: nn.Linear, x: Tensor, chunks: int = 1, act: str = 'none') -> tuple[Tensor, ...] | None:
+    """What a linear layer computes, in chunks of channels, by oneDNN; None where it may not, or would not be faster.
+
+    Args:
+        layer: Linear layer.
+        x: Its input, (..., C).
+        chunks: Number of chunks.
+        act: Activation that follows, as oneDNN names it, which has no gradient.
+    """
+    if not _is_plain_on_cpu(layer, _FUSED_DTYPES, x) or not _is_own(nn.Linear.forward, nn.Linear):
+        return None
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return None
+    wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *layer.parameters(recurse=False)))
+    is_fused = _HAS_FUSED and not wants_gradient
+    least_rows, least_macs = _FUSED_LEAST if is_fused else _CONV_LEAST
+    if x.numel() < least_rows * x.shape[-1] or x.numel() * layer.weight.shape[0] < least_macs:
+        return None
+    if is_fused:
+        return _fuse(layer, x, chunks, act)
+    return _convolve(layer, x, chunks) if act == 'none' and x.dtype == torch.float32 else None
+
+
+# PyTorch has oneDNN's linear layer, an activation within, for its compiler and without a derivative; for bfloat16 it
+# needs more than AVX2. On other processors than x86 it was not measured.
+_HAS_FUSED = torch.backends.cpu.get_cpu_capability().startswith('AVX') and hasattr(
+    torch.ops.mkldnn, '_linear_pointwise'
+)
+_HAS_HALF = _HAS_FUSED and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+_FUSED_DTYPES = (torch.float32, torch.bfloat16) if _HAS_HALF else (torch.float32,)
+
+
+def _fuse(layer: nn.Linear, x: Tensor, chunks: int, act: str) -> tuple[Tensor, ...]:
+    linear = torch.ops.mkldnn._linear_pointwise
+    return tuple(linear(x, w, b, act, [], 'none') for w, b in _chunks_of(layer.weight, layer.bias, chunks))
 
 
 def _convolve(layer: nn.Linear, x: Tensor, chunks: int) -> tuple[Tensor, ...]:
+    """A linear layer as the 1x1 convolution that it is, which PyTorch hands to oneDNN."""
     x_as_map = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # [..., C] -> [1, C, rows, 1]
-    weight, bias = layer.weight.view(*layer.weight.shape, 1, 1), layer.bias
-    weights: Sequence[Tensor] = (weight,)
-    biases: Sequence[Tensor | None] = (bias,)
-    if chunks > 1:  # a chunk of one would be copied in the backward
-        weights, biases = weight.chunk(chunks), (None,) * chunks if bias is None else bias.chunk(chunks)
-    ys = [F.conv2d(x_as_map, w, b) for w, b in zip(weights, biases, strict=True)]
+    weight = layer.weight.view(*layer.weight.shape, 1, 1)
+    ys = [F.conv2d(x_as_map, w, b) for w, b in _chunks_of(weight, layer.bias, chunks)]
     return tuple(y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1) for y in ys)  # [1, C', rows, 1] -> [..., C']
+
+
+def _chunks_of(weight: Tensor, bias: Tensor | None, chunks: int) -> list[tuple[Tensor, Tensor | None]]:
+    if chunks == 1:  # a chunk of one would be copied in the backward
+        return [(weight, bias)]
+    biases: Sequence[Tensor | None] = (None,) * chunks if bias is None else bias.chunk(chunks)
+    return list(zip(weight.chunk(chunks), biases, strict=True))
 
 
 class Mlp(TimmMlp):
@@ -275,7 +304,18 @@ class Mlp(TimmMlp):
         self.fc1 = Linear(dim, hidden_dim, **dd)
         self.fc2 = Linear(hidden_dim, dim, **dd)
 
+    def activate(self, x: Tensor) -> Tensor | None:
+        """The MLP with the activation within its first layer, if that is a GELU."""
+        fc1, act = self.fc1, self.act
+        if not _is_eager_on_cpu(x) or type(fc1) is not Linear or type(act) is not nn.GELU or act.approximate != 'none':
+            return None
+        if _is_altered(fc1) or _is_altered(act) or not _is_own(TimmMlp.forward, TimmMlp):
+            return None
+        hidden = _multiply(fc1, x, act='gelu')
+        return None if hidden is None else self.drop2(self.fc2(self.norm(self.drop1(hidden[0]))))
+
     @in_groups(tokens=True, while_training=True)
+    @shortcut(activate)
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return self.drop2(self.fc2(self.norm(self.drop1(self.act(self.fc1(x))))))

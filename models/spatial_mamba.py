@@ -113,8 +113,8 @@ class StateFusion(nn.Module):
         self.alpha = nn.Parameter(torch.ones(3, **dd))
 
     def forward(self, h: Tensor) -> Tensor:
-        kernels = torch.cat([self.kernel_3, self.kernel_3_1, self.kernel_3_2], dim=1).transpose(0, 1)  # [3, E, 3, 3]
-        weight = self.alpha.view(3, 1, 1, 1) * kernels
+        kernels = torch.cat([self.kernel_3, self.kernel_3_1, self.kernel_3_2]).unflatten(0, (3, -1))  # [3, E, 1, 3, 3]
+        weight = self.alpha.view(3, 1, 1, 1) * kernels.squeeze(2)
         return ssm.fuse_states(h, weight)
 
 

@@ -42,8 +42,8 @@ def images():
 @pytest.fixture(autouse=True)
 def low_thresholds(monkeypatch, one_thread):
     monkeypatch.setattr(layers, '_GROUP_BYTES', 20_000)
-    monkeypatch.setattr(layers, '_CONV_ROWS', 0)
-    monkeypatch.setattr(layers, '_CONV_MACS', 0)
+    monkeypatch.setattr(layers, '_CONV_LEAST', (0, 0))
+    monkeypatch.setattr(layers, '_FUSED_LEAST', (0, 0))
 
 
 @pytest.fixture

@@ -61,8 +61,8 @@ def _known(monkeypatch):
 def always(monkeypatch):
     """The smallest groups, and a convolution for every linear layer."""
     monkeypatch.setattr(layers, '_GROUP_BYTES', 1e-9)
-    monkeypatch.setattr(layers, '_CONV_ROWS', 0)
-    monkeypatch.setattr(layers, '_CONV_MACS', 0)
+    monkeypatch.setattr(layers, '_CONV_LEAST', (0, 0))
+    monkeypatch.setattr(layers, '_FUSED_LEAST', (0, 0))
 
 
 def results(model, x):
@@ -87,11 +87,10 @@ def test_groups_and_convolutions_change_nothing(name, training, monkeypatch):
     x = torch.randn(3, 3, 32, 48)
     expected = results(exact, x.double())
     monkeypatch.setattr(layers, '_GROUP_BYTES', 1e18)
-    monkeypatch.setattr(layers, '_CONV_ROWS', 1e18)
+    monkeypatch.setattr(layers, '_CONV_LEAST', (1e18, 0))
     plain = results(model, x)
     monkeypatch.setattr(layers, '_GROUP_BYTES', 5_000 / torch.get_num_threads())  # an image, or a few tokens
-    monkeypatch.setattr(layers, '_CONV_ROWS', 0)
-    monkeypatch.setattr(layers, '_CONV_MACS', 0)
+    monkeypatch.setattr(layers, '_CONV_LEAST', (0, 0))
     found = results(other, x)
     assert not all(torch.equal(found[key], plain[key]) for key in plain)  # they did run
     # A norm takes some parameters away again, whose gradients are rounding: small ones are held against the large.
@@ -237,6 +236,63 @@ def test_a_linear_layer_is_a_convolution(shape, bias, chunks, always, assert_clo
     for a, b in zip(found, run(lambda x: linear(x, layer.weight, layer.bias).chunk(chunks, dim=-1)), strict=True):
         assert a.shape == b.shape and a.is_contiguous()
         assert_close(a, b, 1e-5)
+
+
+FUSED = pytest.mark.skipif(not layers._HAS_FUSED, reason='PyTorch has no linear layer of oneDNN here')
+HALF = pytest.param(
+    torch.bfloat16,
+    marks=pytest.mark.skipif(not layers._HAS_HALF, reason='the processor has too few instructions for bfloat16'),
+)
+
+
+@FUSED
+@pytest.mark.parametrize('dtype', (torch.float32, HALF), ids=str)
+@pytest.mark.parametrize('chunks', (1, 2))
+@pytest.mark.parametrize('bias', (False, True))
+def test_a_linear_layer_without_a_gradient_is_fused(bias, chunks, dtype, always, assert_close, monkeypatch):
+    """Whatever the strides of its input and its weight."""
+    module = Projection(bias).to(dtype)
+    layer, calls = module.layer, []
+    fuse = layers._fuse
+    monkeypatch.setattr(layers, '_fuse', lambda *args: calls.append(args) or fuse(*args))
+    for x in (torch.randn(700, 12), torch.randn(2, 5, 7, 24)[..., ::2], torch.randn(12, 1, 3).permute(2, 1, 0)):
+        for weight in (layer.weight, layer.weight.detach().t().contiguous().t()):
+            layer.weight, x = nn.Parameter(weight), x.to(dtype)
+            with torch.no_grad():
+                expected = copy.deepcopy(layer).double()(x.double()).chunk(chunks, dim=-1)
+                found = module(x) if chunks == 2 else (layer(x),)
+            for a, b in zip(found, expected, strict=True):
+                assert a.dtype == dtype and a.is_contiguous()
+                assert_close(a, b, 1e-5 if dtype == torch.float32 else 1e-2)
+    assert len(calls) == 6
+
+
+@FUSED
+@pytest.mark.parametrize('dtype', (torch.float32, HALF), ids=str)
+def test_an_activation_is_within_its_layer(dtype, always, monkeypatch, assert_close):
+    """To as good an error as that of two operations; in bfloat16 it is rounded once."""
+    mlp = layers.Mlp(12, 40).to(dtype).eval()
+    mlp.fc2 = nn.Identity()
+    x = 4 * torch.randn(300, 12).to(dtype)
+    expected = nn.functional.gelu(linear(x.double(), mlp.fc1.weight.double(), mlp.fc1.bias.double()))
+    monkeypatch.setattr(nn.GELU, '__call__', lambda *args: pytest.fail('was not fused'))
+    with torch.no_grad():
+        assert_close(mlp(x), expected, 1e-6 if dtype == torch.float32 else 4e-3)
+
+
+@pytest.mark.parametrize('gradients', ('of the weight', 'of the input', 'within no_grad'))
+def test_a_fused_layer_takes_no_gradient_away(gradients, always):
+    mlp = layers.Mlp(12, 40)
+    x = torch.randn(300, 12)
+    if gradients == 'of the input':
+        mlp.requires_grad_(False)
+        x.requires_grad_()
+    with torch.set_grad_enabled(gradients != 'within no_grad'):
+        y = mlp(x)
+    assert y.requires_grad == (gradients != 'within no_grad')
+    if y.requires_grad:
+        y.square().sum().backward()
+        assert (x.grad if gradients == 'of the input' else mlp.fc1.weight.grad).abs().sum() > 0
 
 
 @pytest.mark.parametrize(

@@ -81,8 +81,8 @@ def called(name):
 @pytest.fixture(autouse=True)
 def _low_thresholds(monkeypatch, one_thread):
     monkeypatch.setattr(layers, '_GROUP_BYTES', None)  # `run` sets it
-    monkeypatch.setattr(layers, '_CONV_ROWS', 0)
-    monkeypatch.setattr(layers, '_CONV_MACS', 0)
+    monkeypatch.setattr(layers, '_CONV_LEAST', (0, 0))
+    monkeypatch.setattr(layers, '_FUSED_LEAST', (0, 0))
 
 
 @contextlib.contextmanager
@@ -168,6 +168,7 @@ def taken(monkeypatch):
 
     note(layers._take_groups, lambda method, module, groups: f'{method.__module__}.{method.__qualname__}')
     note(layers._convolve, lambda layer, x, chunks: f'{chunks} convolutions')
+    note(layers._fuse, lambda layer, x, chunks, act: f'{chunks} {act}')
     note(layers.gated_readout, lambda *args: 'readout')
     return names
 
@@ -639,6 +640,8 @@ def test_an_untouched_model_takes_every_shortcut(name, taken):
     model = make_model(name)
     file = type(model).__module__.rpartition('.')[2]
     always = {'1 convolutions', *({'2 convolutions'} if name == 'test_vanilla_vmamba' else ALWAYS[file])}
+    fused = {name.replace('convolutions', 'none') for name in always}  # without a gradient, where PyTorch has it
+    fused |= {'1 gelu'} if any(type(module) is layers.Mlp for module in model.modules()) else set()
     several = OF_SEVERAL_IMAGES.get(file, set())
     evaluation = several | {'layers.Blocks.forward', *(() if name in WITHOUT_STEM else [f'{file}.Stem.forward'])}
     training = several | ({'groupmamba.ConvMlp.forward'} if file == 'groupmamba' else set())  # else blocks are cut
@@ -646,4 +649,5 @@ def test_an_untouched_model_takes_every_shortcut(name, taken):
         taken.clear()
         compare('untouched', model.train(mode == 'training'), batch, mode, [])
         cut = set() if batch == 1 else training if mode == 'training' else evaluation
-        assert {shortcut.removeprefix('vssm.models.') for shortcut in taken} == always | cut, (batch, mode)
+        expected = cut | (fused if mode == 'evaluation' and layers._HAS_FUSED else always)
+        assert {shortcut.removeprefix('vssm.models.') for shortcut in taken} == expected, (batch, mode)

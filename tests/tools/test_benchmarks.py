@@ -16,6 +16,7 @@ BENCHMARKS = Path(__file__).parents[2] / 'benchmarks'
 slow = pytest.mark.slow  # a process each, which imports everything
 
 TINY = ['test_vit', 'test_vmamba2d', '--size', '160', '--batch-size', '1']
+FROZEN = ['test_vit', '--batch-size', '1', '--compile', '--freeze', '--layouts', 'contiguous']
 
 
 @slow
@@ -27,6 +28,9 @@ TINY = ['test_vit', 'test_vmamba2d', '--size', '160', '--batch-size', '1']
         pytest.param('readout_cpu.py', ['--batch-size', '1'], 4, 'step_operations_ms', id='readout'),
         pytest.param('model_cpu.py', TINY, 2, 'products', id='model'),
         pytest.param('model_cpu.py', [*TINY, '--train'], 2, 'images_per_s', id='model-train'),
+        pytest.param('model_cpu.py', [*TINY, '--dtype', 'bfloat16'], 2, 'ratio', id='model-bfloat16'),
+        pytest.param('model_cpu.py', [*FROZEN, '--size', '160'], 1, 'compile_s', id='model-frozen'),
+        pytest.param('model_cpu.py', [*TINY, '--table', 'float32-one'], 2, 'ratio', id='model-table'),
         pytest.param('size_cpu.py', ['test_vit', 'test_vmamba', '--sizes', '160', '192'], 2, 'per_pixel', id='size'),
         pytest.param('memory.py', ['test_vmamba', '--sizes', '64'], 1, 'train_mb', id='memory'),
         pytest.param('memory.py', ['test_vmamba', '--sizes', '64', '--inference'], 1, 'inference_mb', id='inference'),
@@ -53,6 +57,41 @@ def test_script_writes_its_figures(script, options, rows, key, tmp_path):
     )
     assert list(tmp_path.iterdir()) == [file]
     assert f'processor {written["conditions"]["processor"]}' in result.stdout  # below the table
+
+
+@pytest.fixture
+def model_cpu(monkeypatch, tmp_path):
+    """benchmarks/model_cpu.py, asked for its whole table, of which each row is made up."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    model_cpu = importlib.import_module('model_cpu')
+    monkeypatch.setattr(model_cpu, 'run_alone', lambda *words, **_: leave_rows(words))
+    options = ['--table', '--limit', '100000', '--json', str(tmp_path / 'table.json')]  # from the import on
+    monkeypatch.setattr(sys, 'argv', ['model_cpu.py', 'a', 'b', *options])
+    return model_cpu
+
+
+def leave_rows(words):
+    if '--train' in words:
+        raise subprocess.CalledProcessError(3, words)
+    if '--freeze' in words:
+        raise subprocess.TimeoutExpired(words, 1)
+    row = dict(ratio=1.25, ratio_spread=0.02, products=0.5, images_per_s=8.0)
+    Path(words[words.index('--json') + 1]).write_text(json.dumps(dict(rows=[dict(row, name=name) for name in 'ab'])))
+
+
+@pytest.mark.parametrize('is_native', [False, True])
+def test_the_table_says_what_it_leaves_out(is_native, model_cpu, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(model_cpu, 'multiplies_bfloat16', lambda: is_native)
+    model_cpu.main()
+    written = json.loads((tmp_path / 'table.json').read_text())
+    halves = {'bfloat16', 'autocast', 'compiled-bfloat16'}
+    left_out = {'training', 'training-autocast', 'frozen', 'frozen-one'} | (set() if is_native else halves)
+    assert written['left_out'].keys() == left_out
+    assert [row['row'] for row in written['rows'][::2]] == [name for name in model_cpu.ROWS if name not in left_out]
+    assert written['left_out']['training'] == 'it failed with exit status 3'
+    shown = capsys.readouterr().out
+    assert '1.25 ±0.02, 50%' in shown and 'frozen: not measured, no time was left' in shown
+    assert ('bfloat16: not measured, the processor has neither AVX512-BF16 nor AMX' in shown) != is_native
 
 
 @slow
