@@ -55,7 +55,6 @@ def _load_raw(
     HALVES: tl.constexpr,
     S: tl.constexpr,
     J: tl.constexpr,
-    BLOCK_E: tl.constexpr,
 ):
     """The step sizes of a tile before bias and softplus, [S, J, E]; low-rank ones are a product on the tensor cores.
 
@@ -74,7 +73,7 @@ def _load_raw(
             raw = tl.dot(tl.reshape(tl.join(low, low), (S * J, 2 * RANK)), weight)
         else:
             raw = tl.dot(low.to(tl.float32), weight, input_precision='tf32x3')
-        raw = tl.reshape(raw, (S, J, BLOCK_E))
+        raw = tl.reshape(raw, (S, J, raw.shape[1]))
     return raw
 
 
