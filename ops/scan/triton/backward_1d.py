@@ -17,7 +17,6 @@ from .walk import (
     _parameters,
     _place,
     _program,
-    _wide,
 )
 
 
@@ -67,26 +66,16 @@ def _scan_backward_1d(
     dparams_ptr: Gradients of A, dt_bias and D, by images and bands, (batch, bands, walks, 3, E).
     """
     HALVES: tl.constexpr = dt_ptr.dtype.element_ty == tl.bfloat16
-    image, e, is_channel = _program(channels, EVEN)
-    cells, K = image * height * width, walks // states  # before this image; number of orders
-    grad_ptr += cells * channels
-    x_ptr += cells * channels
-    before_ptr += cells * channels
-    sum_ptr += cells * channels
-    dx_ptr += cells * channels
-    draw_ptr += cells * channels * (1 if RANK > 0 else K)
-    dt_ptr += cells * K * dt_row
-    B_ptr += cells * K * BC_row
-    C_ptr += cells * K * BC_row
-    blocks = tl.cdiv(channels, BLOCK_E)
-    parts_ptr += (tl.program_id(0) % blocks * (tl.num_programs(0) // blocks) * height * width + cells) * 2
-    dparams_ptr += ((image * tl.num_programs(1) + tl.program_id(1)) * walks + walk) * 3 * channels + e
-    products_ptr, other = _edges(edges_ptr, image, e, 1, channels)
-    states_ptr = products_ptr + other
+    image, images, e, is_channel = _program(channels, WIDE, EVEN)
+    K = walks // states  # number of orders
+    edges, other = _edges(image, images, channels, e)
+    states_ptr = edges_ptr + other
     s, j, p = tl.arange(0, S)[:, None], tl.arange(0, J)[None, :], tl.arange(0, S * J)
+    c = tl.arange(0, 16)[None, :]  # B and C, and as many as a product has columns
+    part = images * (tl.program_id(0) % tl.cdiv(channels, BLOCK_E)) * height * width  # of this block of channels
 
     k, n = walk // states, walk % states
-    lines, columns, start, step_line, step_column = _directions(((orders >> (2 * k)) & 3) ^ 2, height, width)
+    lines, columns, start, step_line, step_column = _directions(((orders >> (2 * k)) & 3) ^ 2, image, height, width)
     begin, end = _band(lines * columns)
     A, D, bias, weight = _parameters(parameters_ptr, k, n, e, is_channel, channels, rank, states, RANK, HALVES)
     dA, dbias = tl.zeros([S, BLOCK_E], tl.float32), tl.zeros([S, BLOCK_E], tl.float32)
@@ -94,21 +83,20 @@ def _scan_backward_1d(
 
     carry, product = tl.zeros([BLOCK_E], tl.float32), tl.full([BLOCK_E], 1.0, tl.float32)
     if not SUMMARY:
-        carry = tl.load(states_ptr, is_channel & (begin > 0), 0.0)
+        carry = tl.load(states_ptr + edges, is_channel & (begin > 0), 0.0)
     for strip in range(begin, end, S * J):
         i, i_ = strip + s * J + j, strip + p  # places of the walk, [S, J] and [S J]
         is_place, is_place_ = i < end, i_ < end
-        place_ = _wide(_place(i_, columns, start, step_line, step_column), WIDE)
+        place_ = _place(i_, columns, start, step_line, step_column)
         row = place_ * K + k
         raw = _load_raw(dt_ptr, row * dt_row, weight, is_place_, e, is_channel, rank, RANK, HALVES, S, J)
         B, C = _load_BC(B_ptr + n, C_ptr + n, row * BC_row, BC_row, is_place_, 1, S, J)
         B, C = tl.reshape(B, (S, J)), tl.reshape(C, (S, J))
-        place = _wide(_place(i, columns, start, step_line, step_column), WIDE)
+        place = _place(i, columns, start, step_line, step_column)
         at = (place * channels)[:, :, None] + e[None, None, :]
         mask = is_place[:, :, None] & is_channel[None, None, :]
         dy = tl.load(grad_ptr + at, mask, 0.0).to(tl.float32)
-        step, slope = _steps(raw, bias, dy, SOFTPLUS)
-        step = tl.where(is_place[:, :, None], step, 0.0)
+        step, slope = _steps(raw, bias, is_place, dy, SOFTPLUS)
         a = tl.exp2(step * (A * LOG2E)[None, None, :])
         dh = dy
         if HAS_C:
@@ -119,7 +107,8 @@ def _scan_backward_1d(
         if not SUMMARY:
             x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
             ah = tl.load(before_ptr + at, mask, 0.0)
-            dx = dh * step * B[:, :, None] + D[None, None, :] * dy
+            dhB = dh * B[:, :, None]
+            dx = dhB * step + D[None, None, :] * dy
             if walk > 0:
                 dx += tl.load(sum_ptr + at, mask, 0.0)
             if walk < walks - 1:
@@ -127,7 +116,7 @@ def _scan_backward_1d(
             else:
                 tl.store(dx_ptr + at, dx, mask)
             ada = dh * ah  # a times the gradient of a
-            draw = (ada * A[None, None, :] + dh * B[:, :, None] * x) * slope
+            draw = (ada * A[None, None, :] + dhB * x) * slope
             dA += tl.sum(ada * step, 1)
             dbias += tl.sum(draw, 1)
             dD += tl.sum(dy * x, 1)
@@ -138,14 +127,14 @@ def _scan_backward_1d(
                 draw += tl.load(draw_, mask, 0.0)
             tl.store(draw_, draw, mask)
             h = ah + step * x * B[:, :, None]
-            dBC = _sum_channels(dh * step * x, dy * h, HALVES, S, J, BLOCK_E)
-            c = tl.arange(0, 16)[None, :]
-            tl.store(parts_ptr + place_[:, None] * 2 + c, dBC, is_place_[:, None] & (c < 2))
+            dBC = _sum_channels(dh * (step * x), dy * h, HALVES, S, J, BLOCK_E)
+            tl.store(parts_ptr + (part + place_)[:, None] * 2 + c, dBC, is_place_[:, None] & (c < 2))
 
     if SUMMARY:
-        tl.store(products_ptr, product, is_channel)
-        tl.store(states_ptr, carry, is_channel)
+        tl.store(edges_ptr + edges, product, is_channel)
+        tl.store(states_ptr + edges, carry, is_channel)
     else:
+        dparams_ptr += ((image * tl.num_programs(1) + tl.program_id(1)) * walks + walk) * 3 * channels + e
         tl.store(dparams_ptr, tl.sum(dA, 0), mask=is_channel)
         tl.store(dparams_ptr + channels, tl.sum(dbias, 0), mask=is_channel)
         tl.store(dparams_ptr + 2 * channels, tl.sum(dD, 0), mask=is_channel)

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from .recurrence import _chain_and_before, _last_place, _next_warp, _sum_channels
 from .steps import LOG2E, _load_raw, _steps
-from .walk import _INTEGERS, _POINTERS, BLOCK_E, _band, _directions, _edges, _load_BC, _parameters, _program, _wide
+from .walk import _INTEGERS, _POINTERS, BLOCK_E, _band, _directions, _edges, _load_BC, _parameters, _program
 
 
 @triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_POINTERS)
@@ -57,27 +57,16 @@ def _scan_backward_2d(
     dparams_ptr: Gradients of A, dt_bias and D, by images and bands, (batch, bands, walks, 3, E).
     """
     HALVES: tl.constexpr = dt_ptr.dtype.element_ty == tl.bfloat16
-    image, e, is_channel = _program(channels, EVEN)
-    cells, K = image * height * width, walks // states  # before this image; number of orders
-    grad_ptr += cells * channels
-    x_ptr += cells * channels
-    from_line_ptr += cells * channels
-    from_place_ptr += cells * channels
-    sum_ptr += cells * channels
-    dx_ptr += cells * channels
-    draw_ptr += cells * channels * (1 if RANK > 0 else K)
-    dt_ptr += cells * K * dt_row
-    B_ptr += cells * K * BC_row
-    C_ptr += cells * K * BC_row
-    blocks = tl.cdiv(channels, BLOCK_E)
-    parts_ptr += (tl.program_id(0) % blocks * (tl.num_programs(0) // blocks) * height * width + cells) * 2
-    dparams_ptr += ((image * tl.num_programs(1) + tl.program_id(1)) * walks + walk) * 3 * channels + e
-    left_ptr, other = _edges(edges_ptr, image, e, tl.maximum(height, width), channels)
-    products_ptr, states_ptr = left_ptr + other, left_ptr + 2 * other
+    image, images, e, is_channel = _program(channels, WIDE, EVEN)
+    K = walks // states  # number of orders
+    edges, other = _edges(image, images, tl.maximum(height, width) * channels, e)
+    products_ptr, states_ptr = edges_ptr + other, edges_ptr + 2 * other
     s, j, p = tl.arange(0, S)[:, None], tl.arange(0, J)[None, :], tl.arange(0, S * J)
+    c = tl.arange(0, 16)[None, :]  # B and C, and as many as a product has columns
+    part = images * (tl.program_id(0) % tl.cdiv(channels, BLOCK_E)) * height * width  # of this block of channels
 
     k, n = walk // states, walk % states
-    lines, columns, start, step_line, step_place = _directions(((orders >> (2 * k)) & 3) ^ 2, height, width)
+    lines, columns, start, step_line, step_place = _directions(((orders >> (2 * k)) & 3) ^ 2, image, height, width)
     begin, end = _band(lines)
     A, D, bias, weight = _parameters(parameters_ptr, k, n, e, is_channel, channels, rank, states, RANK, HALVES)
     dA, dbias = tl.zeros([S, BLOCK_E], tl.float32), tl.zeros([S, BLOCK_E], tl.float32)
@@ -86,7 +75,7 @@ def _scan_backward_2d(
     for strip in range(0, columns, S * J):
         column, column_ = strip + s * J + j, strip + p  # [S, J], [S J]
         is_edge = (column < columns)[:, :, None] & is_channel[None, None, :]
-        edge = (column * channels)[:, :, None]
+        edge = (column * channels)[:, :, None] + edges[None, None, :]
         down = tl.zeros([S, J, BLOCK_E], tl.float32)
         product = down + 1.0
         if not SUMMARY:
@@ -97,18 +86,16 @@ def _scan_backward_2d(
             line, line_ = time - s, time - p // J  # [S, 1], [S J]
             is_line = (line >= begin) & (line < end)
             is_place_ = (line_ >= begin) & (line_ < end) & (column_ < columns)
-            place_ = _wide(start + line_ * step_line + column_ * step_place, WIDE)
+            place_ = start + line_ * step_line + column_ * step_place
             row = place_ * K + k
             raw = _load_raw(dt_ptr, row * dt_row, weight, is_place_, e, is_channel, rank, RANK, HALVES, S, J)
             B, C = _load_BC(B_ptr + n, C_ptr + n, row * BC_row, BC_row, is_place_, 1, S, J)
             B, C = tl.reshape(B, (S, J)), tl.reshape(C, (S, J))
-            place = _wide(start + line * step_line + column * step_place, WIDE)
+            place = start + line * step_line + column * step_place
             at = (place * channels)[:, :, None] + e[None, None, :]
             mask = (is_line & (column < columns))[:, :, None] & is_channel[None, None, :]
             dy = tl.load(grad_ptr + at, mask, 0.0).to(tl.float32)
-            step, slope = _steps(raw, bias, dy, SOFTPLUS)
-            if S > 1:  # a line that is not there passes the gradients on
-                step = tl.where(is_line[:, :, None], step, 0.0)
+            step, slope = _steps(raw, bias, is_line, dy, SOFTPLUS)
             a = tl.exp2(step * (A * LOG2E)[None, None, :])
             dh = down
             if HAS_C:
@@ -119,7 +106,7 @@ def _scan_backward_2d(
             if SUMMARY:
                 product *= a
             else:
-                left_ = left_ptr[None, :] + line * channels  # [S, E]
+                left_ = edges_ptr + (line * channels + edges[None, :])  # [S, E]
                 entering = tl.load(left_, is_line & (s == 0) & (strip > 0) & is_channel[None, :], 0.0)
                 entering = _next_warp(entering, last, S, BLOCK_E)
                 right, dg = _chain_and_before(a, down, entering, J)
@@ -131,14 +118,15 @@ def _scan_backward_2d(
                 from_line = tl.load(from_line_ptr + at, mask, 0.0)
                 from_place = tl.load(from_place_ptr + at, mask, 0.0)
                 ada = dh * from_line + dg * from_place  # a times the gradient of a
-                dx = dg * step * B[:, :, None] + D[None, None, :] * dy
+                dgB = dg * B[:, :, None]
+                dx = dgB * step + D[None, None, :] * dy
                 if walk > 0:
                     dx += tl.load(sum_ptr + at, mask, 0.0)
                 if walk < walks - 1:
                     tl.store(sum_ptr + at, dx, mask)
                 else:
                     tl.store(dx_ptr + at, dx, mask)
-                draw = (ada * A[None, None, :] + dg * B[:, :, None] * x) * slope
+                draw = (ada * A[None, None, :] + dgB * x) * slope
                 dA += tl.sum(ada * step, 1)
                 dbias += tl.sum(draw, 1)
                 dD += tl.sum(dy * x, 1)
@@ -149,15 +137,15 @@ def _scan_backward_2d(
                     draw += tl.load(draw_, mask, 0.0)
                 tl.store(draw_, draw, mask)
                 h = from_line + from_place + step * x * B[:, :, None]
-                dBC = _sum_channels(dg * step * x, dy * h, HALVES, S, J, BLOCK_E)
-                c = tl.arange(0, 16)[None, :]
-                tl.store(parts_ptr + place_[:, None] * 2 + c, dBC, is_place_[:, None] & (c < 2))
+                dBC = _sum_channels(dg * (step * x), dy * h, HALVES, S, J, BLOCK_E)
+                tl.store(parts_ptr + (part + place_)[:, None] * 2 + c, dBC, is_place_[:, None] & (c < 2))
         if SUMMARY:
             tl.store(products_ptr + edge, product, is_edge)
             tl.store(states_ptr + edge, down, is_edge)
         tl.debug_barrier()  # what this strip hands on is seen in the next
 
     if not SUMMARY:
+        dparams_ptr += ((image * tl.num_programs(1) + tl.program_id(1)) * walks + walk) * 3 * channels + e
         tl.store(dparams_ptr, tl.sum(dA, 0), mask=is_channel)
         tl.store(dparams_ptr + channels, tl.sum(dbias, 0), mask=is_channel)
         tl.store(dparams_ptr + 2 * channels, tl.sum(dD, 0), mask=is_channel)

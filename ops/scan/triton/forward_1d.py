@@ -17,7 +17,6 @@ from .walk import (
     _parameters,
     _place,
     _program,
-    _wide,
 )
 
 
@@ -58,39 +57,32 @@ def _scan_forward_1d(
     Walk k N + n is order k and state n. With TERMS write a times the state of the place before to y.
     """
     HALVES: tl.constexpr = dt_ptr.dtype.element_ty == tl.bfloat16
-    image, e, is_channel = _program(channels, EVEN)
-    cells, K = image * height * width, walks // states  # before this image; number of orders
-    x_ptr += cells * channels
-    sum_ptr += cells * channels
-    y_ptr += cells * channels
-    dt_ptr += cells * K * dt_row
-    B_ptr += cells * K * BC_row
-    C_ptr += cells * K * BC_row
-    products_ptr, other = _edges(edges_ptr, image, e, 1, channels)
-    states_ptr = products_ptr + other
+    image, images, e, is_channel = _program(channels, WIDE, EVEN)
+    K = walks // states  # number of orders
+    edges, other = _edges(image, images, channels, e)
+    states_ptr = edges_ptr + other
     s, j, p = tl.arange(0, S)[:, None], tl.arange(0, J)[None, :], tl.arange(0, S * J)
 
     for w in range(walk, walk + walks_here):
         k, n = w // states, w % states
-        lines, columns, start, step_line, step_column = _directions((orders >> (2 * k)) & 3, height, width)
+        lines, columns, start, step_line, step_column = _directions((orders >> (2 * k)) & 3, image, height, width)
         begin, end = _band(lines * columns)
         A, D, bias, weight = _parameters(parameters_ptr, k, n, e, is_channel, channels, rank, states, RANK, HALVES)
         carry, product = tl.zeros([BLOCK_E], tl.float32), tl.full([BLOCK_E], 1.0, tl.float32)
         if not SUMMARY:
-            carry = tl.load(states_ptr, is_channel & (begin > 0), 0.0)
+            carry = tl.load(states_ptr + edges, is_channel & (begin > 0), 0.0)
         for strip in range(begin, end, S * J):
             i, i_ = strip + s * J + j, strip + p  # places of the walk, [S, J] and [S J]
             is_place, is_place_ = i < end, i_ < end
-            row = _wide(_place(i_, columns, start, step_line, step_column), WIDE) * K + k
+            row = _place(i_, columns, start, step_line, step_column) * K + k
             raw = _load_raw(dt_ptr, row * dt_row, weight, is_place_, e, is_channel, rank, RANK, HALVES, S, J)
             B, C = _load_BC(B_ptr + n, C_ptr + n, row * BC_row, BC_row, is_place_, 1, S, J)
             B, C = tl.reshape(B, (S, J)), tl.reshape(C, (S, J))
-            at = _wide(_place(i, columns, start, step_line, step_column), WIDE) * channels
+            at = _place(i, columns, start, step_line, step_column) * channels
             at = at[:, :, None] + e[None, None, :]
             mask = is_place[:, :, None] & is_channel[None, None, :]
             x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
-            step, slope = _steps(raw, bias, x, SOFTPLUS)
-            step = tl.where(is_place[:, :, None], step, 0.0)
+            step, slope = _steps(raw, bias, is_place, x, SOFTPLUS)
             a = tl.exp2(step * (A * LOG2E)[None, None, :])
             h, before, carry, decay = _scan_line(a, step * x * B[:, :, None], carry, J, S, BLOCK_E)
             product *= decay
@@ -107,6 +99,6 @@ def _scan_forward_1d(
                 else:
                     tl.store(y_ptr + at, y, mask)
         if SUMMARY:
-            tl.store(products_ptr, product, is_channel)
-            tl.store(states_ptr, carry, is_channel)
+            tl.store(edges_ptr + edges, product, is_channel)
+            tl.store(states_ptr + edges, carry, is_channel)
         tl.debug_barrier()  # what this walk adds is seen in the next

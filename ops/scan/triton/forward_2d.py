@@ -6,7 +6,7 @@ import triton.language as tl
 
 from .recurrence import _chain, _chain_and_before, _last_place, _next_warp
 from .steps import LOG2E, _load_raw, _steps
-from .walk import _INTEGERS, _POINTERS, BLOCK_E, _band, _directions, _edges, _load_BC, _parameters, _program, _wide
+from .walk import _INTEGERS, _POINTERS, BLOCK_E, _band, _directions, _edges, _load_BC, _parameters, _program
 
 
 @triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_POINTERS)
@@ -50,21 +50,15 @@ def _scan_forward_2d(
     """
     ORDERS: tl.constexpr = 2 if PAIR else 1
     HALVES: tl.constexpr = dt_ptr.dtype.element_ty == tl.bfloat16
-    image, e, is_channel = _program(channels, EVEN)
-    cells, K = image * height * width, walks * ORDERS // states  # before this image; number of orders
-    x_ptr += cells * channels
-    sum_ptr += cells * channels
-    y_ptr += cells * channels
-    dt_ptr += cells * K * dt_row
-    B_ptr += cells * K * BC_row
-    C_ptr += cells * K * BC_row
-    left_ptr, other = _edges(edges_ptr, image, e, tl.maximum(height, width), channels)
-    products_ptr, states_ptr = left_ptr + ORDERS * other, left_ptr + 2 * ORDERS * other
+    image, images, e, is_channel = _program(channels, WIDE, EVEN)
+    K = walks * ORDERS // states  # number of orders
+    edges, other = _edges(image, images, tl.maximum(height, width) * channels, e)
+    products_ptr, states_ptr = edges_ptr + ORDERS * other, edges_ptr + 2 * ORDERS * other
     s, j, p = tl.arange(0, S)[:, None], tl.arange(0, J)[None, :], tl.arange(0, S * J)
 
     for w in range(walk, walk + walks_here):
         k, n = w // states * ORDERS, w % states
-        lines, columns, start, step_line, step_place = _directions((orders >> (2 * k)) & 3, height, width)
+        lines, columns, start, step_line, step_place = _directions((orders >> (2 * k)) & 3, image, height, width)
         begin, end = _band(lines)
         A, D, bias, weight = _parameters(parameters_ptr, k, n, e, is_channel, channels, rank, states, RANK, HALVES)
         if PAIR:
@@ -76,7 +70,7 @@ def _scan_forward_2d(
         for strip in range(0, columns, S * J):
             column, column_ = strip + s * J + j, strip + p  # [S, J], [S J]
             is_edge = (column < columns)[:, :, None] & is_channel[None, None, :]
-            edge = (column * channels)[:, :, None]
+            edge = (column * channels)[:, :, None] + edges[None, None, :]
             zero = tl.zeros([S, J, BLOCK_E], tl.float32)
             down, product = zero, zero + 1.0  # the states of the line above, and the product of all a of a column
             down2, product2 = zero, zero + 1.0
@@ -91,24 +85,24 @@ def _scan_forward_2d(
                 line, line_ = time - s, time - p // J  # [S, 1], [S J]
                 is_line = (line >= begin) & (line < end)
                 is_place_ = (line_ >= begin) & (line_ < end) & (column_ < columns)
-                row = _wide(start + line_ * step_line + column_ * step_place, WIDE) * K + k
+                row = (start + line_ * step_line + column_ * step_place) * K + k
                 raw = _load_raw(dt_ptr, row * dt_row, weight, is_place_, e, is_channel, rank, RANK, HALVES, S, J)
                 if PAIR:
                     raw2 = _load_raw(
                         dt_ptr, row * dt_row + dt_row, weight2, is_place_, e, is_channel, rank, RANK, HALVES, S, J
                     )
                 B, C = _load_BC(B_ptr + n, C_ptr + n, row * BC_row, BC_row, is_place_, ORDERS, S, J)
-                place = _wide(start + line * step_line + column * step_place, WIDE)
+                place = start + line * step_line + column * step_place
                 at = (place * channels)[:, :, None] + e[None, None, :]
                 mask = (is_line & (column < columns))[:, :, None] & is_channel[None, None, :]
                 x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
-                left_ = left_ptr[None, :] + line * channels  # [S, E]
+                left_ = edges_ptr + (line * channels + edges[None, :])  # [S, E]
                 is_left = is_line & (s == 0) & (strip > 0) & is_channel[None, :]
                 is_right = is_line & (s == S - 1) & (strip + S * J < columns) & is_channel[None, :]
-                step, slope = _steps(raw, bias, x, SOFTPLUS)
+                step, slope = _steps(raw, bias, is_line, x, SOFTPLUS)
                 entering = tl.load(left_, is_left, 0.0)
                 if PAIR:
-                    step2, slope2 = _steps(raw2, bias2, x, SOFTPLUS)
+                    step2, slope2 = _steps(raw2, bias2, is_line, x, SOFTPLUS)
                     B, B2 = tl.split(B)
                     C, C2 = tl.split(C)
                     entering = tl.join(entering, tl.load(left_ + other, is_left, 0.0))
@@ -117,10 +111,6 @@ def _scan_forward_2d(
                 else:
                     B, C = tl.reshape(B, (S, J)), tl.reshape(C, (S, J))
                     entering = _next_warp(entering, last, S, BLOCK_E)
-                if S > 1:  # a line that is not there passes the states on
-                    step = tl.where(is_line[:, :, None], step, 0.0)
-                    if PAIR:
-                        step2 = tl.where(is_line[:, :, None], step2, 0.0)
 
                 a = tl.exp2(step * (A * LOG2E)[None, None, :])
                 b = step * x * B[:, :, None]
@@ -133,9 +123,6 @@ def _scan_forward_2d(
                 down = a * down + g
                 last = _last_place(g, J)
                 tl.store(left_, last, is_right)
-                y = down
-                if HAS_C:
-                    y = down * C[:, :, None] + D[None, None, :] * x
                 if SUMMARY:
                     product *= a
                 if PAIR:
@@ -144,12 +131,16 @@ def _scan_forward_2d(
                     if SUMMARY:
                         product2 *= a
                     else:
-                        h = _chain(a, down2, entering2, J)
-                        last2 = _last_place(h, J)
+                        along = _chain(a, down2, entering2, J)
+                        last2 = _last_place(along, J)
                         tl.store(left_ + other, last2, is_right)
-                        y += h * C2[:, :, None]
                     last = tl.reshape(tl.join(last, last2), (S, 2 * BLOCK_E))
                 if not SUMMARY and not TERMS:
+                    y = down
+                    if HAS_C:
+                        y = down * C[:, :, None] + D[None, None, :] * x
+                    if PAIR:
+                        y += along * C2[:, :, None]
                     if HAS_C and w > 0:
                         y += tl.load(sum_ptr + at, mask, 0.0)
                     if HAS_C and w < walks - 1:

@@ -75,7 +75,8 @@ class _Scan:
         line = max(height, width) if ndim == 2 else height * width
         kind = kind_of(batch * self.blocks, processors(x.device), line)
         self.tiles = next(tiles for length, tiles in TILES[ndim].items() if line <= length)
-        reach = height * width * max(channels, self.K * self.dt.stride(0), self.K * self.B.stride(0))
+        rows, edges = batch * height * width, 6 * batch * self.bands * self.edge
+        reach = max(channels * max(rows, edges), self.K * rows * max(self.dt.stride(0), self.B.stride(0)))
         self.sizes = dict(
             dt_row=self.dt.stride(0),
             BC_row=self.B.stride(0),

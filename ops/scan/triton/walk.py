@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a program scans: its part of a tensor, the places of a walk in a map, and what lies at them.
 
-A place is a position of the map, counted along its rows. Whatever is stored by places begins a row for each: x one of E
-numbers, and dt, B and C, whose orders follow one another at an equal distance (`dt_row`, `BC_row`), K of them.
+A place is a position of a map, counted along rows and over the images of a batch. At each lie a row of x, of E numbers,
+and K rows of dt, of B and of C, at an equal distance (`dt_row`, `BC_row`).
 """
 
 import triton
@@ -17,38 +17,43 @@ BLOCK_E = tl.constexpr(tiles.BLOCK_E)
 # give a thread several channels side by side, and the places of one warp to several threads.
 _INTEGERS = 'dt_row BC_row height width channels rank states orders walks walk walks_here kind'.split()
 # Nor are addresses, whose alignment changes with the rank of the steps.
-_POINTERS = [
-    f'{name}_ptr'
-    for name in ('x dt B C parameters sum y edges grad before from_line from_place dx draw parts dparams').split()
-]
+_TENSORS = 'x dt B C parameters sum y edges grad before from_line from_place dx draw parts dparams'
+_POINTERS = [f'{name}_ptr' for name in _TENSORS.split()]
 
 
 @triton.jit
-def _program(channels, EVEN: tl.constexpr):
-    """The image of a program, its channels, and which of these there are; grid: batch x blocks of channels, bands."""
-    blocks = tl.cdiv(channels, BLOCK_E)
-    e = tl.program_id(0) % blocks * BLOCK_E + tl.arange(0, BLOCK_E)
-    return (tl.program_id(0) // blocks).to(tl.int64), e, (e < channels) | EVEN
+def _program(channels, WIDE: tl.constexpr, EVEN: tl.constexpr):
+    """The image of a program, of how many, its channels, and which of these there are.
 
-
-@triton.jit
-def _edges(ptr, image, e, edge, channels):
-    """Where a program hands on what leaves strips and bands, (edge, E), and how many numbers that is of all programs.
-
-    ptr: One such block of a program for the states that leave a strip, and where walks are cut into bands, one for the
-        products of a over a band and one for the states that leave it; of two orders two each.
+    Grid: batch x blocks of channels, bands. With WIDE, where a tensor has too many elements for less, what is counted
+    from the image on takes 64 bits.
     """
-    part = image * tl.num_programs(1) + tl.program_id(1)
-    parts = tl.num_programs(0) // tl.cdiv(channels, BLOCK_E) * tl.num_programs(1)
-    return ptr + part * edge * channels + e, parts.to(tl.int64) * edge * channels
+    blocks = tl.cdiv(channels, BLOCK_E)
+    image, images = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
+    if WIDE:
+        image, images = image.to(tl.int64), images.to(tl.int64)
+    e = tl.program_id(0) % blocks * BLOCK_E + tl.arange(0, BLOCK_E)
+    return image, images, e, (e < channels) | EVEN
 
 
 @triton.jit
-def _directions(order, height, width):
+def _edges(image, images, size, e):
+    """Where a program keeps what leaves its strips and its band, and how many numbers all programs keep.
+
+    So many are first the states that leave a strip, in 2-D; then, where walks are cut into bands, the products of a
+    over a band; then the states that leave it. Of two orders each is there twice.
+
+    size: Numbers of a band, for each column and channel one.
+    """
+    return (image * tl.num_programs(1) + tl.program_id(1)) * size + e, images * tl.num_programs(1) * size
+
+
+@triton.jit
+def _directions(order, image, height, width):
     """Lines and columns of a walk, the place where it begins, and how far its next line and its next column are."""
     sign, along_rows = tl.where(order >= 2, -1, 1), order % 2 == 0
     lines, columns = tl.where(along_rows, height, width), tl.where(along_rows, width, height)
-    start = tl.where(order >= 2, height * width - 1, 0)
+    start = image * height * width + tl.where(order >= 2, height * width - 1, 0)
     return lines, columns, start, tl.where(along_rows, width, 1) * sign, tl.where(along_rows, 1, width) * sign
 
 
@@ -64,12 +69,6 @@ def _band(size):
 def _place(i, columns, start, step_line, step_column):
     """The place that number i of a 1-D walk is, which counts through all lines."""
     return start + i // columns * step_line + i % columns * step_column
-
-
-@triton.jit
-def _wide(places, WIDE: tl.constexpr):
-    """Places as what lies at them is counted: in 64 bits where 32 do not reach."""
-    return places.to(tl.int64) if WIDE else places
 
 
 @triton.jit
