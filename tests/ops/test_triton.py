@@ -128,7 +128,7 @@ def test_nothing_is_a_multiple_of_the_map(bands, kernels, monkeypatch, interpret
     monkeypatch.setattr(kernels, 'choose_bands', lambda *args: bands)
     most = []
     for orders, states in (((0,), 1), ((0, 1), 2)):
-        tensors, options = make_case(1, 12, 8, channels=32, rank=1, orders=orders, states=states, dtype=torch.float32)
+        tensors, options = make_case(1, 12, 12, channels=32, rank=1, orders=orders, states=states, dtype=torch.float32)
         tensors = on_device(tensors, interpreted)
         arguments = (*tensors.values(), 2, orders, True)
         with Allocations() as allocations:

@@ -37,10 +37,10 @@ Low-rank step sizes are formed where they are needed, by a product of the tile's
 the tensor cores (`steps`).
 
 A walk is one order, or in 2-D a corner's two, and one state. The walks of a program follow one another and add to the
-same output, so that neither the map nor what is made of it is ever written in several orders (`walk`). Where images and
-channels are too few to fill the device, the walk is cut into bands, of lines in 2-D: one launch finds what every band
-makes of the state that enters it, its summary, `bands` passes the states on, and a second launch scans all bands side
-by side.
+same output, so that neither the map nor what is made of it is ever written in several orders. What is a program's and
+where its walks go is in `walk`. Where images and channels are too few to fill the device, the walk is cut into bands,
+of lines in 2-D: one launch finds what every band makes of the state that enters it, its summary, `bands` passes the
+states on, and a second launch scans all bands side by side.
 
 The backward pass (`backward_1d`, `backward_2d`) takes one walk at a time. The forward kernel writes what each place
 took from its neighbours, a h and a g, and the walk is followed backwards, along the opposite order; the gradient of a

@@ -6,7 +6,18 @@ import triton.language as tl
 
 from .recurrence import _scan_line, _sum_channels
 from .steps import LOG2E, _load_raw, _steps
-from .walk import _INTEGERS, _POINTERS, _bounds, _directions, _offset, _parameters
+from .walk import (
+    _INTEGERS,
+    _POINTERS,
+    BLOCK_E,
+    _band,
+    _directions,
+    _edges,
+    _load_BC,
+    _parameters,
+    _place,
+    _program,
+)
 
 
 @triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_POINTERS)
@@ -14,27 +25,18 @@ def _scan_backward_1d(
     grad_ptr,
     x_ptr,
     dt_ptr,
-    A_ptr,
     B_ptr,
     C_ptr,
-    D_ptr,
-    bias_ptr,
-    weight_ptr,
+    parameters_ptr,
     before_ptr,
     sum_ptr,
     dx_ptr,
     draw_ptr,
     parts_ptr,
     dparams_ptr,
-    carry_ptr,
-    dt_image,
+    edges_ptr,
     dt_row,
-    dt_column,
-    dt_order,
-    BC_image,
     BC_row,
-    BC_column,
-    BC_order,
     height,
     width,
     channels,
@@ -42,89 +44,59 @@ def _scan_backward_1d(
     states,
     orders,
     walks,
-    bands,
-    edge,
-    half,
     kind,  # of launch, by which the autotuner keeps its choices
     walk,
-    draw_orders,
     SOFTPLUS: tl.constexpr,
     RANK: tl.constexpr,
     HAS_C: tl.constexpr,
-    HAS_D: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HALVES: tl.constexpr,
     SUMMARY: tl.constexpr,
-    HAS_CARRY: tl.constexpr,
     WIDE: tl.constexpr,
     EVEN: tl.constexpr,
-    BLOCK_E: tl.constexpr,
     J: tl.constexpr,
     S: tl.constexpr,
 ):
     """Follow one walk backwards: places count along the opposite order.
 
     With dh the gradient of h, a place hands a dh on to the next.
-    Grid: batch x bands x blocks of channels.
 
     before_ptr: a times the state of the place before, what the forward pass writes with TERMS, (batch, H, W, E).
-    draw_ptr: Gradient of the steps before bias and softplus, (batch, H, W, draw_orders, E); it adds up over states.
+    draw_ptr: Gradient of the steps before bias and softplus, which adds up over states, (batch, H, W, K, E); of
+        low-rank ones that of this order alone, (batch, H, W, E).
     parts_ptr: Gradients of B and C, by blocks of channels, (blocks, batch, H, W, 2).
     dparams_ptr: Gradients of A, dt_bias and D, by images and bands, (batch, bands, walks, 3, E).
     """
-    blocks = tl.cdiv(channels, BLOCK_E)
-    block = tl.program_id(0) % blocks
-    part = (tl.program_id(0) // blocks).to(tl.int64)
-    image, band = part // bands, (part % bands).to(tl.int32)
-    batch = tl.num_programs(0) // (blocks * bands)
-    e = block * BLOCK_E + tl.arange(0, BLOCK_E)
-    is_channel = (e < channels) | EVEN
-    map_at = image * height * width * channels
-    grad_ptr += map_at
-    x_ptr += map_at
-    before_ptr += map_at
-    sum_ptr += map_at
-    dx_ptr += map_at
-    draw_ptr += map_at * draw_orders
-    carry_ptr += part * channels + e
-    parts_ptr += (block.to(tl.int64) * batch + image) * height * width * 2
-    dparams_ptr += (part * walks + walk) * 3 * channels + e
+    HALVES: tl.constexpr = dt_ptr.dtype.element_ty == tl.bfloat16
+    image, images, e, is_channel = _program(channels, WIDE, EVEN)
+    K = walks // states  # number of orders
+    edges, other = _edges(image, images, channels, e)
+    states_ptr = edges_ptr + other
     s, j, p = tl.arange(0, S)[:, None], tl.arange(0, J)[None, :], tl.arange(0, S * J)
-    column = tl.arange(0, 16)[None, :]  # of the gradients of B and C
+    c = tl.arange(0, 16)[None, :]  # B and C, and as many as a product has columns
+    part = images * (tl.program_id(0) % tl.cdiv(channels, BLOCK_E)) * height * width  # of this block of channels
 
     k, n = walk // states, walk % states
-    order = ((orders >> (2 * k)) & 3) ^ 2
-    columns, begin_line, end_line, begin, end = _bounds(order, height, width, band, bands, 1)
-    start, step_line, step_place = _directions(order, height, width, width, 1, WIDE)  # in places
-    dt_start, dt_line, dt_place = _directions(order, height, width, dt_row, dt_column, WIDE)
-    BC_start, BC_line, BC_place = _directions(order, height, width, BC_row, BC_column, WIDE)
-    dt_ptr += image * dt_image + k.to(tl.int64) * dt_order
-    is_C = tl.arange(0, 2)[None, :] == 1
-    BC_ = tl.where(is_C, C_ptr, B_ptr) + image * BC_image + k.to(tl.int64) * BC_order + n
-    draw_ptr += (k % draw_orders) * channels
-    A, D, bias, weight = _parameters(
-        A_ptr, D_ptr, bias_ptr, weight_ptr, k, n, e, is_channel, channels, rank, states, HAS_D, HAS_BIAS, RANK, HALVES
-    )
+    lines, columns, start, step_line, step_column = _directions(((orders >> (2 * k)) & 3) ^ 2, image, height, width)
+    begin, end = _band(lines * columns)
+    A, D, bias, weight = _parameters(parameters_ptr, k, n, e, is_channel, channels, rank, states, RANK, HALVES)
     dA, dbias = tl.zeros([S, BLOCK_E], tl.float32), tl.zeros([S, BLOCK_E], tl.float32)
     dD = tl.zeros([S, BLOCK_E], tl.float32)
 
     carry, product = tl.zeros([BLOCK_E], tl.float32), tl.full([BLOCK_E], 1.0, tl.float32)
-    if HAS_CARRY:
-        carry = tl.load(carry_ptr + half, is_channel, 0.0)
+    if not SUMMARY:
+        carry = tl.load(states_ptr + edges, is_channel & (begin > 0), 0.0)
     for strip in range(begin, end, S * J):
-        place, place_ = strip + s * J + j, strip + p  # [S, J], [S J]
-        is_place, is_place_ = place < end, place_ < end
-        dt_at = _offset(dt_start, dt_line, dt_place, place_, columns)
-        raw = _load_raw(dt_ptr, dt_at, weight, is_place_, e, is_channel, rank, RANK, HALVES, S, J, BLOCK_E)
-        BC_at = _offset(BC_start, BC_line, BC_place, place_, columns)
-        BC = tl.load(BC_ + BC_at[:, None], is_place_[:, None], 0.0).to(tl.float32)
-        B, C = tl.split(tl.reshape(BC, (S, J, 2)))
-        place_at = _offset(start, step_line, step_place, place, columns)
-        at = (place_at * channels)[:, :, None] + e[None, None, :]
+        i, i_ = strip + s * J + j, strip + p  # places of the walk, [S, J] and [S J]
+        is_place, is_place_ = i < end, i_ < end
+        place_ = _place(i_, columns, start, step_line, step_column)
+        row = place_ * K + k
+        raw = _load_raw(dt_ptr, row * dt_row, weight, is_place_, e, is_channel, rank, RANK, HALVES, S, J)
+        B, C = _load_BC(B_ptr + n, C_ptr + n, row * BC_row, BC_row, is_place_, 1, S, J)
+        B, C = tl.reshape(B, (S, J)), tl.reshape(C, (S, J))
+        place = _place(i, columns, start, step_line, step_column)
+        at = (place * channels)[:, :, None] + e[None, None, :]
         mask = is_place[:, :, None] & is_channel[None, None, :]
         dy = tl.load(grad_ptr + at, mask, 0.0).to(tl.float32)
-        step, slope = _steps(raw, bias, dy, SOFTPLUS)
-        step = tl.where(is_place[:, :, None], step, 0.0)
+        step, slope = _steps(raw, bias, is_place, dy, SOFTPLUS)
         a = tl.exp2(step * (A * LOG2E)[None, None, :])
         dh = dy
         if HAS_C:
@@ -135,7 +107,8 @@ def _scan_backward_1d(
         if not SUMMARY:
             x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
             ah = tl.load(before_ptr + at, mask, 0.0)
-            dx = dh * step * B[:, :, None] + D[None, None, :] * dy
+            dhB = dh * B[:, :, None]
+            dx = dhB * step + D[None, None, :] * dy
             if walk > 0:
                 dx += tl.load(sum_ptr + at, mask, 0.0)
             if walk < walks - 1:
@@ -143,23 +116,25 @@ def _scan_backward_1d(
             else:
                 tl.store(dx_ptr + at, dx, mask)
             ada = dh * ah  # a times the gradient of a
-            draw = (ada * A[None, None, :] + dh * B[:, :, None] * x) * slope
+            draw = (ada * A[None, None, :] + dhB * x) * slope
             dA += tl.sum(ada * step, 1)
             dbias += tl.sum(draw, 1)
             dD += tl.sum(dy * x, 1)
-            draw_ = draw_ptr + (place_at.to(tl.int64) * draw_orders * channels)[:, :, None] + e[None, None, :]
+            draw_ = draw_ptr + at
+            if RANK == 0:
+                draw_ = draw_ptr + ((place * K + k) * channels)[:, :, None] + e[None, None, :]
             if n > 0:
                 draw += tl.load(draw_, mask, 0.0)
             tl.store(draw_, draw, mask)
             h = ah + step * x * B[:, :, None]
-            dBC = _sum_channels(dh * step * x, dy * h, HALVES, S, J, BLOCK_E)
-            parts_ = parts_ptr + _offset(start, step_line, step_place, place_, columns)[:, None] * 2
-            tl.store(parts_ + column, dBC, is_place_[:, None] & (column < 2))
+            dBC = _sum_channels(dh * (step * x), dy * h, HALVES, S, J, BLOCK_E)
+            tl.store(parts_ptr + (part + place_)[:, None] * 2 + c, dBC, is_place_[:, None] & (c < 2))
 
     if SUMMARY:
-        tl.store(carry_ptr, product, is_channel)
-        tl.store(carry_ptr + half, carry, is_channel)
+        tl.store(edges_ptr + edges, product, is_channel)
+        tl.store(states_ptr + edges, carry, is_channel)
     else:
+        dparams_ptr += ((image * tl.num_programs(1) + tl.program_id(1)) * walks + walk) * 3 * channels + e
         tl.store(dparams_ptr, tl.sum(dA, 0), mask=is_channel)
         tl.store(dparams_ptr + channels, tl.sum(dbias, 0), mask=is_channel)
         tl.store(dparams_ptr + 2 * channels, tl.sum(dD, 0), mask=is_channel)

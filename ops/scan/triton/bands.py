@@ -3,14 +3,14 @@
 
 The summary of a band is the product of its a and the state that leaves it where none enters. One launch finds the
 summaries (SUMMARY), `_stitch` turns them into the states that enter the bands, and a second launch scans the bands from
-there (HAS_CARRY).
+there.
 """
 
 import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=('half', 'bands', 'size'), do_not_specialize_on_alignment=('carry_ptr',))
 def _stitch(carry_ptr, half, bands, size, BLOCK: tl.constexpr):
     """Turn the states that leave the bands into those that enter them, in place.
 

@@ -19,10 +19,25 @@ from .tiles import BLOCK_E, TILES, WIDE_FROM, autotuned, chosen, kind_of, proces
 PAIRS = ((0, 1), (2, 3), (0, 1, 2, 3))  # orders that come two by two from one corner
 
 
+def _rows(t: Tensor) -> Tensor:
+    """A map (batch, H, W, K, R) as rows at an equal distance, (batch H W K, R); a view but for unusual strides."""
+    rows = t.flatten(0, 3)
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def _parameters(A: Tensor, D: Tensor | None, dt_bias: Tensor | None, dt_weight: Tensor | None) -> Tensor:
+    """The parameters of the channels in float32, (K, N + 2 + R, E): A of all states, D, the bias, the weights."""
+    per_channel = (A.new_zeros(A.shape[:2]) if t is None else t for t in (D, dt_bias))
+    rows = [A.transpose(1, 2), *(t[:, None] for t in per_channel)]
+    if dt_weight is not None:
+        rows.append(dt_weight.transpose(1, 2))
+    return torch.cat([t.to(torch.float32) for t in rows], 1)
+
+
 class _Scan:
     """A call of the op: its arguments as the kernels take them, and the launches.
 
-    In place of an absent tensor the kernels are given x, which they do not read.
+    In place of C, where there is none, the kernels are given B, which they then do not use.
     """
 
     def __init__(
@@ -45,57 +60,39 @@ class _Scan:
         self.walks = self.K * self.N
         self.rank = 0 if dt_weight is None else dt_weight.shape[2]
         self.has_C = C is not None
-        self.dt = dt if dt.stride(-1) == 1 or dt.shape[-1] == 1 else dt.contiguous()
-        C = B if C is None else C
-        if B.stride() != C.stride() or (B.stride(-1) != 1 and self.N > 1):
-            B, C = B.contiguous(), C.contiguous()
-        self.B, self.C = B, C
-        D, dt_bias, dt_weight = (
-            None if t is None else t.to(torch.float32).contiguous() for t in (D, dt_bias, dt_weight)
-        )
-        self.dt_weight = dt_weight  # (K, E, R)
-        weight = None if dt_weight is None else dt_weight.transpose(1, 2).contiguous()
-        self.A = A.to(torch.float32).contiguous()
-        self.parameters = [x if t is None else t for t in (D, dt_bias, weight)]
+        self.dt, self.B = _rows(dt), _rows(B)
+        self.C = self.B if C is None else _rows(C)
+        if self.B.stride() != self.C.stride():
+            self.B, self.C = self.B.contiguous(), self.C.contiguous()
+        self.parameters = _parameters(A, D, dt_bias, dt_weight)
 
         self.ndim = ndim
         self.pairs = ndim == 2 and self.has_C and tuple(orders) in PAIRS
         self.blocks = triton.cdiv(channels, BLOCK_E)
         self.bands = choose_bands(batch * self.blocks, height, width, ndim, processors(x.device))
-        self.grid = (batch * self.bands * self.blocks,)
+        self.grid = batch * self.blocks, self.bands
         self.edge = max(height, width) if ndim == 2 else 1  # columns that hand a state on to the next band
         line = max(height, width) if ndim == 2 else height * width
         kind = kind_of(batch * self.blocks, processors(x.device), line)
         self.tiles = next(tiles for length, tiles in TILES[ndim].items() if line <= length)
-        reach = max((t.shape[1] - 1) * t.stride(1) + (t.shape[2] - 1) * t.stride(2) for t in (x, self.dt, B))
+        rows, edges = batch * height * width, 6 * batch * self.bands * self.edge
+        reach = max(channels * max(rows, edges), self.K * rows * max(self.dt.stride(0), self.B.stride(0)))
         self.sizes = dict(
-            dt_image=self.dt.stride(0),
-            dt_row=self.dt.stride(1),
-            dt_column=self.dt.stride(2),
-            dt_order=self.dt.stride(3),
-            BC_image=B.stride(0),
-            BC_row=B.stride(1),
-            BC_column=B.stride(2),
-            BC_order=B.stride(3),
+            dt_row=self.dt.stride(0),
+            BC_row=self.B.stride(0),
             height=height,
             width=width,
             channels=channels,
             rank=self.rank,
             states=self.N,
             orders=sum(order << 2 * k for k, order in enumerate(orders)),
-            bands=self.bands,
-            edge=self.edge,
             kind=kind,
         )
         self.options = dict(
             SOFTPLUS=softplus,
             RANK=max(16, triton.next_power_of_2(self.rank)) if self.rank else 0,  # which tensor cores can take
-            HALVES=self.dt.dtype == torch.bfloat16,
-            HAS_BIAS=dt_bias is not None,
-            HAS_D=D is not None,
-            WIDE=reach + channels >= WIDE_FROM,
+            WIDE=reach >= WIDE_FROM,
             EVEN=channels % BLOCK_E == 0,
-            BLOCK_E=BLOCK_E,
         )
 
     def buffer(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -111,14 +108,13 @@ class _Scan:
             **options: Further arguments of the kernel.
         """
         batch, _, _, channels = self.shape
-        parts = orders * batch * self.bands
-        edges = [self.buffer(parts, self.edge, channels)] if self.ndim == 2 else []
-        edges.append(self.buffer(2, parts, self.edge, channels) if self.bands > 1 else self.A)
-        half = parts * self.edge * channels
+        parts, size = orders * batch, self.bands * self.edge * channels
+        kinds = (self.ndim - 1) + (2 if self.bands > 1 else 0)  # edges of strips, and products and states of bands
+        edges = self.buffer(kinds, parts, size) if kinds else self.parameters
 
-        def once(summary: bool, has_carry: bool) -> None:
-            arguments = (*tensors, *edges)
-            keywords = dict(self.sizes, half=half, **self.options, **options, SUMMARY=summary, HAS_CARRY=has_carry)
+        def once(summary: bool) -> None:
+            arguments = (*tensors, edges)
+            keywords = dict(self.sizes, **self.options, **options, SUMMARY=summary)
             tile = self.tiles[0]
             if self.x.is_cuda and not torch.are_deterministic_algorithms_enabled():
                 flags = (value for name, value in keywords.items() if name.isupper())
@@ -132,16 +128,15 @@ class _Scan:
                 tile = chosen.get(key, tile)
             kernel[self.grid](*arguments, **keywords, J=tile[0], S=tile[1], **resources(tile))
 
-        if self.bands == 1:
-            return once(False, False)
-        once(True, False)
-        size = self.edge * channels
-        _stitch[triton.cdiv(size, 128), orders * batch](edges[-1], half, self.bands, size, BLOCK=128, num_warps=4)
-        once(False, True)
+        if self.bands > 1:
+            once(True)
+            size = self.edge * channels
+            grid = triton.cdiv(size, 128), parts
+            _stitch[grid](edges[-2:], parts * self.bands * size, self.bands, size, BLOCK=128, num_warps=4)
+        once(False)
 
     def inputs(self) -> tuple[Tensor, ...]:
-        D, bias, weight = self.parameters
-        return self.x, self.dt, self.A, self.B, self.C, D, bias, weight
+        return self.x, self.dt, self.B, self.C, self.parameters
 
     def forward(self) -> Tensor:
         """Scan all walks."""
@@ -179,7 +174,7 @@ class _Scan:
         """Follow a walk backwards."""
         kernel = _scan_backward_1d if self.ndim == 1 else _scan_backward_2d
         tensors = (grad_y, *self.inputs(), *self.terms(walk), sums, dx, draw, *parts)
-        self.launch(kernel, tensors, walk=walk, walks=self.walks, draw_orders=draw.shape[3], HAS_C=self.has_C)
+        self.launch(kernel, tensors, walk=walk, walks=self.walks, HAS_C=self.has_C)
 
 
 def selective_scan_triton(
@@ -222,7 +217,7 @@ def selective_scan_triton_backward(
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):  # which would round the products
         scan = _Scan(*inputs, ndim, orders, softplus)
         batch, height, width, channels = scan.shape
-        K, N, rank, weight, cells = scan.K, scan.N, scan.rank, scan.dt_weight, (batch, height, width)
+        K, N, rank, weight, cells = scan.K, scan.N, scan.rank, dt_weight, (batch, height, width)
         grad_y = grad_y.contiguous()
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         sums = dx if x.dtype == torch.float32 or scan.walks == 1 else scan.buffer(*x.shape)
@@ -241,7 +236,7 @@ def selective_scan_triton_backward(
             scan.backward(walk, grad_y, sums, dx, draw, by_block, dparams)
             torch.sum(by_block, 0, out=dBC[..., k, n, :])
             if weight is not None and n == N - 1:
-                flat, low = draw.flatten(0, 3), scan.dt[..., k, :].to(product).flatten(0, 2)  # [B H W, E], [B H W, R]
+                flat, low = draw.flatten(0, 3), dt[..., k, :].to(product).flatten(0, 2)  # [B H W, E], [B H W, R]
                 if wanted[1]:
                     ddt[..., k, :] = (flat @ weight[k].to(product)).unflatten(0, cells)
                 if wanted[7]:

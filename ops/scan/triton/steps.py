@@ -22,7 +22,8 @@ def _softplus(v):
     q = q * u + 0.3331793546676636
     q = q * u - 0.4999943673610687
     q = q * u + 0.9999999403953552
-    return tl.maximum(v, 0.0) + u * q, tl.where(v >= 0, 1.0, u) / (1.0 + u)
+    root = tl.rsqrt(1.0 + u)  # squared it is what a division would take several times as long for
+    return tl.maximum(v, 0.0) + u * q, tl.where(v >= 0, root, u * root) * root
 
 
 @triton.jit
@@ -55,7 +56,6 @@ def _load_raw(
     HALVES: tl.constexpr,
     S: tl.constexpr,
     J: tl.constexpr,
-    BLOCK_E: tl.constexpr,
 ):
     """The step sizes of a tile before bias and softplus, [S, J, E]; low-rank ones are a product on the tensor cores.
 
@@ -74,18 +74,20 @@ def _load_raw(
             raw = tl.dot(tl.reshape(tl.join(low, low), (S * J, 2 * RANK)), weight)
         else:
             raw = tl.dot(low.to(tl.float32), weight, input_precision='tf32x3')
-        raw = tl.reshape(raw, (S, J, BLOCK_E))
+        raw = tl.reshape(raw, (S, J, raw.shape[1]))
     return raw
 
 
 @triton.jit
-def _steps(raw, bias, like, SOFTPLUS: tl.constexpr):
-    """The step sizes of a tile from `raw`, and their derivative, [S, J, E].
+def _steps(raw, bias, is_place, like, SOFTPLUS: tl.constexpr):
+    """The step sizes of a tile from `raw`, and their derivative, [S, J, E]; 0 where there is no place.
 
-    like: A tile as it was loaded. A zero is made of it and added, so that the compiler lays out all that follows as it,
-        and moves nothing but `raw` from where the product has left it.
+    is_place: Whether there are lines, [S, 1], or places, [S, J].
+    like: A tile as it was loaded. It is added 0 times, so that the compiler lays out all that follows as it, and moves
+        nothing but `raw` from where the product has left it.
     """
-    raw = (bias[None, None, :] + tl.minimum(tl.abs(like), 0.0)) + raw
+    bias = tl.where(is_place[:, :, None], bias[None, None, :], float('-inf') if SOFTPLUS else 0.0)
+    raw = (like * 0.0 + raw) + bias
     slope = tl.zeros_like(raw) + 1.0
     if SOFTPLUS:
         raw, slope = _softplus(raw)

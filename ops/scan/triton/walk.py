@@ -1,83 +1,104 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the places of a walk lie in memory, and the parameters of a walk."""
+"""What a program scans: its part of a tensor, the places of a walk in a map, and what lies at them.
+
+A place is a position of a map, counted along rows and over the images of a batch. At each lie a row of x, of E numbers,
+and K rows of dt, of B and of C, at an equal distance (`dt_row`, `BC_row`).
+"""
 
 import triton
 import triton.language as tl
 
+from . import tiles
 from .steps import _load_weight
 
-# Sizes and strides are no reason to compile again. Nor may the compiler use that they are multiples of 16: it would
+BLOCK_E = tl.constexpr(tiles.BLOCK_E)
+
+# Sizes and distances are no reason to compile again. Nor may the compiler use that they are multiples of 16: it would
 # give a thread several channels side by side, and the places of one warp to several threads.
-_INTEGERS = (
-    'dt_image dt_row dt_column dt_order BC_image BC_row BC_column BC_order height width channels rank states orders '
-    'walks walk walks_here bands edge half kind draw_orders'
-).split()
+_INTEGERS = 'dt_row BC_row height width channels rank states orders walks walk walks_here kind'.split()
 # Nor are addresses, whose alignment changes with the rank of the steps.
-_POINTERS = [
-    f'{name}_ptr'
-    for name in (
-        'x dt A B C D bias weight sum y left carry grad before from_line from_place dx draw parts dparams'
-    ).split()
-]
+_TENSORS = 'x dt B C parameters sum y edges grad before from_line from_place dx draw parts dparams'
+_POINTERS = [f'{name}_ptr' for name in _TENSORS.split()]
 
 
 @triton.jit
-def _directions(order, height, width, row, column, WIDE: tl.constexpr):
-    """Where a walk begins in a map of these strides, and how far on its next line and its next column are."""
-    sign = tl.where(order >= 2, -1, 1)
+def _program(channels, WIDE: tl.constexpr, EVEN: tl.constexpr):
+    """The image of a program, of how many, its channels, and which of these there are.
+
+    Grid: batch x blocks of channels, bands. With WIDE, where a tensor has too many elements for less, what is counted
+    from the image on takes 64 bits.
+    """
+    blocks = tl.cdiv(channels, BLOCK_E)
+    image, images = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
     if WIDE:
-        height, width, sign = height.to(tl.int64), width.to(tl.int64), sign.to(tl.int64)
-    start = tl.where(order >= 2, (height - 1) * row + (width - 1) * column, 0)
-    return start, tl.where(order % 2 == 0, row, column) * sign, tl.where(order % 2 == 0, column, row) * sign
+        image, images = image.to(tl.int64), images.to(tl.int64)
+    e = tl.program_id(0) % blocks * BLOCK_E + tl.arange(0, BLOCK_E)
+    return image, images, e, (e < channels) | EVEN
 
 
 @triton.jit
-def _bounds(order, height, width, band, bands, NDIM: tl.constexpr):
-    """The columns of a line, the lines of a band, and the places of a line that it has: in 1-D the walk is one line."""
-    lines = tl.where(order % 2 == 0, height, width)
-    columns = tl.where(order % 2 == 0, width, height)
-    if NDIM == 1:
-        lines *= columns
-    first = band * tl.cdiv(lines, bands)
-    last = tl.minimum(first + tl.cdiv(lines, bands), lines)
-    if NDIM == 1:
-        return columns, 0, 1, first, last
-    return columns, first, last, 0, columns
+def _edges(image, images, size, e):
+    """Where a program keeps what leaves its strips and its band, and how many numbers all programs keep.
+
+    So many are first the states that leave a strip, in 2-D; then, where walks are cut into bands, the products of a
+    over a band; then the states that leave it. Of two orders each is there twice.
+
+    size: Numbers of a band, for each column and channel one.
+    """
+    return (image * tl.num_programs(1) + tl.program_id(1)) * size + e, images * tl.num_programs(1) * size
 
 
 @triton.jit
-def _offset(start, step_line, step_column, place, columns):
-    """Where a place of a 1-D walk lies, which counts through all lines."""
-    return start + place // columns * step_line + place % columns * step_column
+def _directions(order, image, height, width):
+    """Lines and columns of a walk, the place where it begins, and how far its next line and its next column are."""
+    sign, along_rows = tl.where(order >= 2, -1, 1), order % 2 == 0
+    lines, columns = tl.where(along_rows, height, width), tl.where(along_rows, width, height)
+    start = image * height * width + tl.where(order >= 2, height * width - 1, 0)
+    return lines, columns, start, tl.where(along_rows, width, 1) * sign, tl.where(along_rows, 1, width) * sign
 
 
 @triton.jit
-def _parameters(
-    A_ptr,
-    D_ptr,
-    bias_ptr,
-    weight_ptr,
-    k,
-    n,
-    e,
-    is_channel,
-    channels,
-    rank,
-    states,
-    HAS_D: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    RANK: tl.constexpr,
-    HALVES: tl.constexpr,
-):
-    """A, D, which the walk of the first state adds, and the bias and weights of the steps, of order k and state n."""
-    lanes = k * channels + e
-    A = tl.load(A_ptr + lanes * states + n, mask=is_channel, other=0.0)
-    D, bias = tl.zeros_like(A), tl.zeros_like(A)
-    if HAS_D:
-        D = tl.load(D_ptr + lanes, mask=is_channel & (n == 0), other=0.0)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + lanes, mask=is_channel, other=0.0)
+def _band(size):
+    """Begin and end of a program's band of so many lines or places."""
+    length = tl.cdiv(size, tl.num_programs(1))
+    begin = tl.program_id(1) * length
+    return begin, tl.minimum(begin + length, size)
+
+
+@triton.jit
+def _place(i, columns, start, step_line, step_column):
+    """The place that number i of a 1-D walk is, which counts through all lines."""
+    return start + i // columns * step_line + i % columns * step_column
+
+
+@triton.jit
+def _parameters(ptr, k, n, e, is_channel, channels, rank, states, RANK: tl.constexpr, HALVES: tl.constexpr):
+    """A, D, which the walk of the first state adds, and the bias and weights of the steps, of order k and state n.
+
+    ptr: Parameters of the channels, (K, N + 2 + R, E): A of all states, D, bias, weights.
+    """
+    ptr += k * (states + 2 + rank) * channels
+    A = tl.load(ptr + n * channels + e, mask=is_channel, other=0.0)
+    ptr += states * channels
+    D = tl.load(ptr + e, mask=is_channel & (n == 0), other=0.0)
+    bias = tl.load(ptr + channels + e, mask=is_channel, other=0.0)
     weight = 0
     if RANK > 0:
-        weight = _load_weight(weight_ptr + k * rank * channels, e, is_channel, channels, rank, RANK, HALVES)
+        weight = _load_weight(ptr + 2 * channels, e, is_channel, channels, rank, RANK, HALVES)
     return A, D, bias, weight
+
+
+@triton.jit
+def _load_BC(B_ptr, C_ptr, at, BC_row, is_place, ORDERS: tl.constexpr, S: tl.constexpr, J: tl.constexpr):
+    """B and C of a tile's places, [S, J, ORDERS] each.
+
+    at: Where B and C of the places lie, [S J].
+    is_place: Whether there is such a place, [S J].
+    """
+    # Padded, with what is not read, to a number for each thread: of fewer, every lane would load all for itself.
+    PAD: tl.constexpr = max(1, 16 // (J * ORDERS))
+    is_read = is_place[:, None, None, None] & (tl.arange(0, PAD)[None, :, None, None] == 0)
+    order, is_C = tl.arange(0, ORDERS)[None, None, :, None], tl.arange(0, 2)[None, None, None, :] == 1
+    ptr = tl.where(is_C, C_ptr, B_ptr) + order * BC_row + at[:, None, None, None]
+    BC = tl.load(ptr, is_read, 0.0).to(tl.float32)
+    return tl.split(tl.reshape(tl.sum(BC, 1), (S, J, ORDERS, 2)))
