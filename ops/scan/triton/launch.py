@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ...backend import check_precision
+from ...backend import LAUNCH, check_precision
 from .backward_1d import _scan_backward_1d
 from .backward_2d import _scan_backward_2d
 from .bands import _stitch, choose_bands
@@ -119,6 +119,7 @@ class _Scan:
         def once(summary: bool, has_carry: bool) -> None:
             arguments = (*tensors, *edges)
             keywords = dict(self.sizes, half=half, **self.options, **options, SUMMARY=summary, HAS_CARRY=has_carry)
+            keywords |= LAUNCH
             tile = self.tiles[0]
             if self.x.is_cuda and not torch.are_deterministic_algorithms_enabled():
                 flags = (value for name, value in keywords.items() if name.isupper())
@@ -136,7 +137,8 @@ class _Scan:
             return once(False, False)
         once(True, False)
         size = self.edge * channels
-        _stitch[triton.cdiv(size, 128), orders * batch](edges[-1], half, self.bands, size, BLOCK=128, num_warps=4)
+        grid = triton.cdiv(size, 128), orders * batch
+        _stitch[grid](edges[-1], half, self.bands, size, BLOCK=128, num_warps=4, **LAUNCH)
         once(False, True)
 
     def inputs(self) -> tuple[Tensor, ...]:
