@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['half', 'bands', 'size'])
 def _stitch(carry_ptr, half, bands, size, BLOCK: tl.constexpr):
     """Turn the states that leave the bands into those that enter them, in place.
 
