@@ -14,7 +14,7 @@ from .backward_2d import _scan_backward_2d
 from .bands import _stitch, choose_bands
 from .forward_1d import _scan_forward_1d
 from .forward_2d import _scan_forward_2d
-from .tiles import BLOCK_E, TILES, WIDE_FROM, autotuned, chosen, kind_of, processors, resources
+from .tiles import BLOCK_E, TILES, WIDE_FROM, chosen, kind_of, processors, resources, tune
 
 PAIRS = ((0, 1), (2, 3), (0, 1, 2, 3))  # orders that come two by two from one corner
 
@@ -97,6 +97,8 @@ class _Scan:
             EVEN=channels % BLOCK_E == 0,
             BLOCK_E=BLOCK_E,
         )
+        # What a tile is chosen for: all launches of a kernel in a call, whatever each is to write.
+        self.kind = (kind, self.has_C, *self.options.values(), x.dtype, self.dt.dtype, B.dtype)
 
     def buffer(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.x.device)
@@ -122,13 +124,9 @@ class _Scan:
             keywords |= LAUNCH
             tile = self.tiles[0]
             if self.x.is_cuda and not torch.are_deterministic_algorithms_enabled():
-                flags = (value for name, value in keywords.items() if name.isupper())
-                key = (kernel, self.x.device, self.sizes['kind'], *flags, *(t.dtype for t in tensors))
+                key = (kernel, self.x.device, self.kind)
                 if key not in chosen and not torch.cuda.is_current_stream_capturing():
-                    tuner = autotuned(kernel, self.tiles)
-                    tuner[self.grid](*arguments, **keywords)
-                    best = tuner.best_config
-                    chosen[key] = best.kwargs['J'], best.kwargs['S'], best.maxnreg
+                    chosen[key] = tune(kernel, self.tiles, self.kind, self.grid, arguments, keywords)
                     return
                 tile = chosen.get(key, tile)
             kernel[self.grid](*arguments, **keywords, J=tile[0], S=tile[1], **resources(tile))
