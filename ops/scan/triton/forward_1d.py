@@ -6,7 +6,7 @@ import triton.language as tl
 
 from .recurrence import _scan_line
 from .steps import LOG2E, _load_raw, _steps
-from .walk import _INTEGERS, _POINTERS, _bounds, _directions, _offset, _parameters
+from .walk import _INTEGERS, _POINTERS, _bounds, _choose, _directions, _offset, _parameters
 
 
 @triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_POINTERS)
@@ -84,7 +84,7 @@ def _scan_forward_1d(
         dt_start, dt_line, dt_place = _directions(order, height, width, dt_row, dt_column, WIDE)
         BC_start, BC_line, BC_place = _directions(order, height, width, BC_row, BC_column, WIDE)
         dt_ = dt_ptr + image * dt_image + k.to(tl.int64) * dt_order
-        BC_ = tl.where(is_C, C_ptr, B_ptr) + image * BC_image + k.to(tl.int64) * BC_order + n
+        BC_ = _choose(is_C, C_ptr, B_ptr) + image * BC_image + k.to(tl.int64) * BC_order + n
         A, D, bias, weight = _parameters(
             A_ptr, D_ptr, bias_ptr, weight_ptr, k, n, e, is_channel, channels, rank, states,
             HAS_D, HAS_BIAS, RANK, HALVES,

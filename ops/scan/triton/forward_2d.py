@@ -6,7 +6,7 @@ import triton.language as tl
 
 from .recurrence import _chain, _chain_and_before, _last_place, _next_warp
 from .steps import LOG2E, _load_raw, _steps
-from .walk import _INTEGERS, _POINTERS, _bounds, _directions, _parameters
+from .walk import _INTEGERS, _POINTERS, _bounds, _choose, _directions, _parameters
 
 
 @triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_POINTERS)
@@ -91,7 +91,7 @@ def _scan_forward_2d(
         dt_start, dt_line, dt_place = _directions(order, height, width, dt_row, dt_column, WIDE)
         BC_start, BC_line, BC_place = _directions(order, height, width, BC_row, BC_column, WIDE)
         dt_ = dt_ptr + image * dt_image + k.to(tl.int64) * dt_order + dt_start
-        BC_ = tl.where(is_C, C_ptr, B_ptr) + image * BC_image + k.to(tl.int64) * BC_order + BC_start + n
+        BC_ = _choose(is_C, C_ptr, B_ptr) + image * BC_image + k.to(tl.int64) * BC_order + BC_start + n
         BC_ += second * BC_order
         A, D, bias, weight = _parameters(
             A_ptr, D_ptr, bias_ptr, weight_ptr, k, n, e, is_channel, channels, rank, states,

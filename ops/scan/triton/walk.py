@@ -22,6 +22,12 @@ _POINTERS = [
 
 
 @triton.jit
+def _choose(is_first, first_ptr, second_ptr):
+    """Pointers to one of two tensors of one type; as integers, for pointers are what Triton for AMD cannot choose."""
+    return tl.where(is_first, first_ptr.to(tl.int64), second_ptr.to(tl.int64)).to(first_ptr.dtype)
+
+
+@triton.jit
 def _directions(order, height, width, row, column, WIDE: tl.constexpr):
     """Where a walk begins in a map of these strides, and how far on its next line and its next column are."""
     sign = tl.where(order >= 2, -1, 1)
