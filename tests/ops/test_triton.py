@@ -308,6 +308,30 @@ def test_kernels_compile_for_every_card(cards, options, tmp_path):
     assert not any(row['spilled'] > 128 for row in rows if row['default'] and 'scan_forward' in row['kernel'])
 
 
+# Kernels that a training at 224 and a detection with images of twelve sizes compile at most; see count_kernels.py.
+MOST_KERNELS = {
+    'vmamba2d_tiny training default': 9,
+    'vmamba2d_tiny training tuned': 17,
+    'vmamba2d_tiny detection default': 19,
+    'vmamba2d_tiny detection tuned': 27,
+    'spatial_mamba_tiny training default': 13,
+    'spatial_mamba_tiny training tuned': 21,
+    'spatial_mamba_tiny detection default': 19,
+    'spatial_mamba_tiny detection tuned': 27,
+}
+
+
+@pytest.mark.slow
+def test_number_of_kernels():
+    """And each states at its launch whether products and sums are fused."""
+    script = Path(__file__).with_name('count_kernels.py')
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    counts = json.loads(result.stdout)
+    assert counts.keys() == MOST_KERNELS.keys()
+    assert all(counts[what] <= most for what, most in MOST_KERNELS.items()), counts
+
+
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
 
 

@@ -122,8 +122,11 @@ class _Scan:
             arguments = (*tensors, *edges)
             keywords = dict(self.sizes, half=half, **self.options, **options, SUMMARY=summary, HAS_CARRY=has_carry)
             keywords |= LAUNCH
+            if summary and 'TERMS' in options:  # whatever the second launch is to write, this one writes no map
+                arguments = (*self.inputs(), self.x, self.x, *edges)
+                keywords |= dict(TERMS=False, HAS_C=False)
             tile = self.tiles[0]
-            if self.x.is_cuda and not torch.are_deterministic_algorithms_enabled():
+            if not (self.x.is_cpu or torch.are_deterministic_algorithms_enabled()):
                 key = (kernel, self.x.device, self.kind)
                 if key not in chosen and not torch.cuda.is_current_stream_capturing():
                     chosen[key] = tune(kernel, self.tiles, self.kind, self.grid, arguments, keywords)
