@@ -6,6 +6,7 @@
     python benchmarks/compile_cuda.py --options models     # those options alone that the pyramids of maps use
     python benchmarks/compile_cuda.py --options tokens     # sequences and windows of tokens, with many states
     python benchmarks/compile_cuda.py --capability 9.0 --json kernels.json
+    python benchmarks/compile_cuda.py --capability gfx942  # an AMD card
 
 Exits with 1 where a kernel does not compile, or where one spills more than a little with its default tile. The backward
 kernels spill some: on an H200 they were fastest so, since with more registers a processor has fewer warps at a time.
@@ -23,13 +24,18 @@ from io import StringIO
 from typing import Any
 
 CAPABILITIES = ('7.5', '8.0', '8.6', '8.9', '9.0', '10.0', '12.0')
+AMD = ('gfx942',)  # the MI300's
 DTYPES = ('float32', 'float16', 'bfloat16')
 
 
 class Card:
-    """A stand-in for Triton's driver that names the card to compile for, and runs nothing."""
+    """A stand-in for Triton's driver that names the card to compile for, and runs nothing.
 
-    def __init__(self, capability: int) -> None:
+    Args:
+        capability: Compute capability times ten, or the architecture of an AMD card.
+    """
+
+    def __init__(self, capability: int | str) -> None:
         self.capability = capability
 
     def get_current_device(self) -> int:
@@ -41,7 +47,8 @@ class Card:
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget('cuda', self.capability, 32)
+        is_amd = isinstance(self.capability, str)
+        return GPUTarget('hip', self.capability, 64) if is_amd else GPUTarget('cuda', self.capability, 32)
 
 
 def calls(dtype: str, all_tiles: bool, which: str) -> Iterator[tuple[bool, str]]:
@@ -107,30 +114,31 @@ def compile_all(capability: str, dtype: str, all_tiles: bool, options: str) -> l
     """Compile all kernels for a card and a type, in a process of its own, and return a row for each."""
     os.environ.pop('TRITON_INTERPRET', None)
     os.environ['TRITON_CACHE_DIR'] = tempfile.mkdtemp()
+    import torch
     import triton
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    driver.set_active(Card(int(capability.replace('.', ''))))
+    is_amd = capability in AMD
+    if is_amd:
+        torch.version.hip = capability  # by which the kernels know whose they are
+    driver.set_active(Card(capability if is_amd else int(capability.replace('.', ''))))
     triton.knobs.nvidia.dump_ptxas_log = True
     rows: list[dict[str, Any]] = []
+    compiled: set[str] = set()
     run = JITFunction.run
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         log = StringIO()
         with redirect_stdout(log):
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        found = {key: re.search(pattern, log.getvalue()) for key, pattern in PATTERNS.items()}
-        if all(found.values()):  # else it was compiled before
-            numbers = {key: int(match[1]) for key, match in found.items()}
-            rows.append(
-                dict(
-                    kernel=self.__name__.lstrip('_'),
-                    warps=kwargs['num_warps'],
-                    **numbers,
-                    shared=kernel.metadata.shared,
-                )
-            )
+        if kernel.hash not in compiled:
+            compiled.add(kernel.hash)
+            text = kernel.asm['amdgcn'] if is_amd else log.getvalue()
+            patterns = OF_AMD if is_amd else PATTERNS
+            numbers = {key: int(re.search(pattern, text)[1]) for key, pattern in patterns.items()}
+            names = dict(kernel=self.__name__.lstrip('_'), warps=kwargs['num_warps'])
+            rows.append(dict(**names, **numbers, shared=kernel.metadata.shared))
         return kernel
 
     JITFunction.run = compile_only
@@ -144,7 +152,7 @@ def compile_all(capability: str, dtype: str, all_tiles: bool, options: str) -> l
 
 MOST_SPILLED = 1024  # bytes of a thread
 PATTERNS = dict(registers=r'Used (\d+) registers', spilled=r'(\d+) bytes spill stores')
-
+OF_AMD = dict(registers=r'\.vgpr_count:\s+(\d+)', spilled=r'\.private_segment_fixed_size:\s+(\d+)')
 
 COLUMNS = {
     'capability': 'card',
@@ -163,7 +171,7 @@ def main() -> int:
     from _run import finish, make_parser, parse
 
     parser = make_parser(__doc__)
-    parser.add_argument('--capability', nargs='*', default=CAPABILITIES, choices=CAPABILITIES, metavar='X.Y')
+    parser.add_argument('--capability', nargs='*', default=CAPABILITIES, choices=(*CAPABILITIES, *AMD), metavar='X.Y')
     parser.add_argument('--dtype', nargs='*', default=DTYPES, choices=DTYPES)
     parser.add_argument('--all-tiles', action='store_true')
     parser.add_argument('--options', choices=('all', 'models', 'tokens'), default='all')

@@ -27,9 +27,8 @@ ALLOWED = {
     'configs': {'vssm.configs'},  # which are data
 }
 ALSO = {  # what single files may besides
-    **{
-        f'ops/scan/triton/{name}.py': {'triton'} for name in ('bands', 'launch', 'recurrence', 'steps', 'tiles', 'walk')
-    },
+    **{f'ops/scan/triton/{name}.py': {'triton'} for name in ('bands', 'launch', 'recurrence', 'steps', 'walk')},
+    'ops/scan/triton/tiles.py': {'filelock', 'triton'},
     **{f'ops/scan/triton/{way}_{n}d.py': {'triton'} for way in ('forward', 'backward') for n in (1, 2)},
     'ops/fusion/triton.py': {'triton'},
     'models/weights/convert.py': {'safetensors', 'vssm.version'},

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import check_precision
+from ..backend import LAUNCH, check_precision
 
 # Sizes are no reason to compile again, unless channels are a multiple of 16: then a lane takes several at once.
 _INTEGERS = ('height', 'width', 'positions', 'rows', 'groups')
@@ -195,10 +195,10 @@ def _fusion_backward_weight(
 
 
 def _tile(channels: int, width: int = 64) -> dict[str, int]:
-    """The channels and positions of a program, and its warps."""
+    """The channels and positions of a program, its warps, and how it is launched."""
     block = min(64, max(32, triton.next_power_of_2(channels)))
     P = min(64, max(8, triton.next_power_of_2(width)))
-    return dict(P=P, BLOCK_E=block, EVEN=channels % block == 0, num_warps=4)
+    return dict(P=P, BLOCK_E=block, EVEN=channels % block == 0, num_warps=4, **LAUNCH)
 
 
 def _weight(weight: Tensor) -> Tensor:
@@ -232,7 +232,7 @@ def state_fusion_triton_backward(
         tile = _tile(channels, width)
         blocks = triton.cdiv(channels, tile['BLOCK_E'])
         edges = dict(width=width, channels=channels, rows=rows, EVEN=tile['EVEN'], BLOCK_E=tile['BLOCK_E'])
-        _edge_sums[(rows * blocks,)](grad_y, sums, **edges, num_warps=1)
+        _edge_sums[(rows * blocks,)](grad_y, sums, **edges, num_warps=1, **LAUNCH)
         grid = (rows * triton.cdiv(width, tile['P']) * blocks,)
         _fusion_backward[grid](grad_y, sums, _weight(weight), dh, **sizes, rows=rows, **tile)
         tile = _tile(channels)

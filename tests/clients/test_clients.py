@@ -21,6 +21,7 @@ ROOT = HERE.parent.parent
 FORKS = dict(mmcv='onedl-mmcv==2.3.6', mmdet='onedl-mmdetection==3.5.1', mmseg='onedl-mmsegmentation==1.4.2')
 CLIENTS = sorted(path.stem.removeprefix('with_') for path in HERE.glob('with_*.py'))
 PAGE = (ROOT / 'docs' / 'libraries.md').read_text()
+TRITONS = ('3.7.0', '3.7.1', '3.8.0', '3.9.0')  # of PyTorch 2.12 to 2.15; that of 2.10 and 2.11 is tested by itself
 BLOCKS = re.findall(r'^```python\n(.*?)^```', PAGE, flags=re.DOTALL | re.MULTILINE)
 
 pytestmark = pytest.mark.clients
@@ -132,3 +133,18 @@ def test_timms_own_scripts(timm_scripts, image_folder, tmp_path):
     run('benchmark.py', '--model', 'test_vmamba', *small, '--bench', 'inference', '--num-bench-iter', 2)
     run('onnx_export.py', 'model.onnx', *network, '--img-size', 32, '--checkpoint', checkpoint, VSSM_REFERENCE='1')
     assert (tmp_path / 'model.onnx').stat().st_size > 100_000
+
+
+@pytest.mark.parametrize('version', TRITONS)
+def test_cuda_kernels_compile_with_the_triton_of_other_pytorchs(version, kept_once):
+    def fetch(folder):
+        pip('install', '--no-deps', '--no-compile', '--target', folder, f'triton=={version}')
+
+    folder = kept_once(f'triton-{version}', fetch)
+    env = {**os.environ, 'PYTHONPATH': f'{folder}{os.pathsep}{os.environ.get("PYTHONPATH", "")}'}
+    script = 'import compile_cuda, sys, triton; print(triton.__version__); sys.exit(compile_cuda.main())'
+    options = ('--capability', '9.0', '--dtype', 'bfloat16', '--options', 'models')
+    command = [sys.executable, '-c', script, *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / 'benchmarks', env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith(version) and 'fusion_backward' in done.stdout

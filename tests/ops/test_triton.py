@@ -5,9 +5,14 @@ Values and gradients are held to the reference in test_ops.py, test_selective_sc
 those of the CPU.
 """
 
+import importlib.util
 import json
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -148,6 +153,87 @@ def test_backward_inside_autocast_is_as_precise(kernels, interpreted):
     assert all(map(torch.equal, actual, expected))
 
 
+# ---- tiles for several processes -------------------------------------------------------------------------------------
+
+
+def tune_in_processes(tiles, folder, number, trial):
+    """The tiles that processes take which need one at once, None of one that died; `trial(process)` times a tile.
+
+    No kernel is compiled or run.
+    """
+    import triton
+    from compile_cuda import Card
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    def kernel(kind, J: triton.language.constexpr, S: triton.language.constexpr):
+        pass
+
+    def process(i):
+        os.environ.update(TRITON_INTERPRET='0', TRITON_CACHE_DIR=str(folder))
+        card = Card(90)
+        card.get_benchmarker = lambda: lambda *_, **__: trial(i)
+        driver.set_active(card)
+        JITFunction.run = lambda *_, **__: None
+        triton.runtime.autotuner.triton_key = lambda: ''  # which would read all of Triton
+        choices = ((8, 1, 168), (4, 2, 128), (16, 4, 168))
+        together.wait()
+        tile = tiles.tune(JITFunction(kernel), choices, ('kind',), (1,), (), dict(kind=3))
+        (folder / f'tile{i}').write_text(json.dumps(tile))
+
+    folder.mkdir()
+    fork = multiprocessing.get_context('fork')
+    together = fork.Barrier(number)
+    processes = [fork.Process(target=process, args=(i,)) for i in range(number)]
+    for p in processes:
+        p.start()
+    for p in processes:
+        p.join(60)
+        assert p.exitcode is not None
+    files = [folder / f'tile{i}' for i in range(number)]
+    return [tuple(json.loads(file.read_text())) if file.exists() else None for file in files]
+
+
+def test_one_process_tunes_for_all(kernels, tmp_path):
+    from vssm.ops.scan.triton import tiles
+
+    trials = tmp_path / 'trials'
+
+    def trial(process):  # each would choose another tile
+        with open(trials, 'a') as file:
+            file.write(f'{process} ')
+        time.sleep(0.1)
+        return [(len(trials.read_text().split()) + process) % 3 + 1.0]
+
+    chosen = tune_in_processes(tiles, tmp_path / 'cache', 3, trial)
+    assert len(set(trials.read_text().split())) == 1 and len(trials.read_text().split()) == 3
+    assert len(set(chosen)) == 1 and chosen[0] in ((8, 1, 168), (4, 2, 128), (16, 4, 168))
+
+
+@pytest.mark.parametrize('holder', ('dies', 'waits'))
+def test_who_holds_up_the_others_does_so_for_a_while(holder, kernels, monkeypatch, tmp_path):
+    """A process that is killed while it tunes, or that waits for one that waits for it."""
+    from vssm.ops.scan.triton import tiles
+
+    monkeypatch.setattr(tiles, 'LONGEST_WAIT', 60 if holder == 'dies' else 0.2)
+    held, done = tmp_path / 'held', tmp_path / 'done'
+
+    def trial(process):
+        try:
+            held.touch(exist_ok=False)
+        except FileExistsError:
+            done.touch()
+            return [1.0]
+        if holder == 'dies':
+            os.kill(os.getpid(), signal.SIGKILL)
+        while not done.exists():
+            time.sleep(0.01)
+        return [1.0]
+
+    chosen = tune_in_processes(tiles, tmp_path / 'cache', 2, trial)
+    assert sorted(chosen, key=str) == [(8, 1, 168), None if holder == 'dies' else (8, 1, 168)]
+
+
 # ---- what they need --------------------------------------------------------------------------------------------------
 
 
@@ -199,6 +285,7 @@ COMPILED = {
     'models-bfloat16': (('8.0', '10.0'), ['--dtype', 'bfloat16', '--options', 'models']),
     'tokens': (('9.0',), ['--dtype', 'bfloat16', '--options', 'tokens']),
     'models-float16': (('8.6', '8.9'), ['--dtype', 'float16', '--options', 'models']),
+    'models-amd': (('gfx942',), ['--dtype', 'float32', '--options', 'models']),
 }
 
 
@@ -206,6 +293,8 @@ COMPILED = {
 @pytest.mark.parametrize(('cards', 'options'), COMPILED.values(), ids=COMPILED)
 def test_kernels_compile_for_every_card(cards, options, tmp_path):
     """And none spills more than a little with its default tile, which the script's exit status says."""
+    if 'gfx942' in cards and not importlib.util.find_spec('triton.backends.amd'):
+        pytest.skip('this Triton cannot compile for AMD')
     file = tmp_path / 'kernels.json'
     command = [sys.executable, str(ROOT / 'benchmarks' / 'compile_cuda.py'), '--json', str(file), *options]
     result = subprocess.run([*command, '--capability', *cards], capture_output=True, text=True)
@@ -217,6 +306,30 @@ def test_kernels_compile_for_every_card(cards, options, tmp_path):
     expected = {'scan_forward_1d', 'scan_backward_1d'} | (set() if 'tokens' in options else of_maps)
     assert {row['kernel'] for row in rows} >= expected
     assert not any(row['spilled'] > 128 for row in rows if row['default'] and 'scan_forward' in row['kernel'])
+
+
+# Kernels that a training at 224 and a detection with images of twelve sizes compile at most; see count_kernels.py.
+MOST_KERNELS = {
+    'vmamba2d_tiny training default': 9,
+    'vmamba2d_tiny training tuned': 17,
+    'vmamba2d_tiny detection default': 19,
+    'vmamba2d_tiny detection tuned': 27,
+    'spatial_mamba_tiny training default': 13,
+    'spatial_mamba_tiny training tuned': 21,
+    'spatial_mamba_tiny detection default': 19,
+    'spatial_mamba_tiny detection tuned': 27,
+}
+
+
+@pytest.mark.slow
+def test_number_of_kernels():
+    """And each states at its launch whether products and sums are fused."""
+    script = Path(__file__).with_name('count_kernels.py')
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    counts = json.loads(result.stdout)
+    assert counts.keys() == MOST_KERNELS.keys()
+    assert all(counts[what] <= most for what, most in MOST_KERNELS.items()), counts
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------

@@ -8,13 +8,13 @@ import torch
 import triton
 from torch import Tensor
 
-from ...backend import check_precision
+from ...backend import LAUNCH, check_precision
 from .backward_1d import _scan_backward_1d
 from .backward_2d import _scan_backward_2d
 from .bands import _stitch, choose_bands
 from .forward_1d import _scan_forward_1d
 from .forward_2d import _scan_forward_2d
-from .tiles import BLOCK_E, TILES, WIDE_FROM, autotuned, chosen, kind_of, processors, resources
+from .tiles import BLOCK_E, TILES, WIDE_FROM, chosen, kind_of, processors, resources, tune
 
 PAIRS = ((0, 1), (2, 3), (0, 1, 2, 3))  # orders that come two by two from one corner
 
@@ -94,6 +94,8 @@ class _Scan:
             WIDE=reach >= WIDE_FROM,
             EVEN=channels % BLOCK_E == 0,
         )
+        # What a tile is chosen for: all launches of a kernel in a call, whatever each is to write.
+        self.kind = (kind, self.has_C, *self.options.values(), x.dtype, self.dt.dtype, B.dtype)
 
     def buffer(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.x.device)
@@ -114,16 +116,15 @@ class _Scan:
 
         def once(summary: bool) -> None:
             arguments = (*tensors, edges)
-            keywords = dict(self.sizes, **self.options, **options, SUMMARY=summary)
+            keywords = dict(self.sizes, **self.options, **options, SUMMARY=summary, **LAUNCH)
+            if summary and 'TERMS' in options:  # whatever the second launch is to write, this one writes no map
+                arguments = (*self.inputs(), self.x, self.x, edges)
+                keywords |= dict(TERMS=False, HAS_C=False)
             tile = self.tiles[0]
-            if self.x.is_cuda and not torch.are_deterministic_algorithms_enabled():
-                flags = (value for name, value in keywords.items() if name.isupper())
-                key = (kernel, self.x.device, self.sizes['kind'], *flags, *(t.dtype for t in tensors))
+            if not (self.x.is_cpu or torch.are_deterministic_algorithms_enabled()):
+                key = (kernel, self.x.device, self.kind)
                 if key not in chosen and not torch.cuda.is_current_stream_capturing():
-                    tuner = autotuned(kernel, self.tiles)
-                    tuner[self.grid](*arguments, **keywords)
-                    best = tuner.best_config
-                    chosen[key] = best.kwargs['J'], best.kwargs['S'], best.maxnreg
+                    chosen[key] = tune(kernel, self.tiles, self.kind, self.grid, arguments, keywords)
                     return
                 tile = chosen.get(key, tile)
             kernel[self.grid](*arguments, **keywords, J=tile[0], S=tile[1], **resources(tile))
@@ -132,7 +133,7 @@ class _Scan:
             once(True)
             size = self.edge * channels
             grid = triton.cdiv(size, 128), parts
-            _stitch[grid](edges[-2:], parts * self.bands * size, self.bands, size, BLOCK=128, num_warps=4)
+            _stitch[grid](edges[-2:], parts * self.bands * size, self.bands, size, BLOCK=128, num_warps=4, **LAUNCH)
         once(False)
 
     def inputs(self) -> tuple[Tensor, ...]:

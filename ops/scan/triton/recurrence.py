@@ -4,6 +4,8 @@
 import triton
 import triton.language as tl
 
+from .steps import FLOAT32
+
 
 @triton.jit
 def _compose(a1, b1, a2, b2):
@@ -88,4 +90,4 @@ def _sum_channels(first, second, HALVES: tl.constexpr, S: tl.constexpr, J: tl.co
     ones = tl.where(tl.arange(0, 2 * BLOCK_E)[:, None] % 2 == tl.arange(0, 16)[None, :], 1.0, 0.0)
     if HALVES:
         return tl.dot(both.to(tl.bfloat16), ones.to(tl.bfloat16))
-    return tl.dot(both, ones, input_precision='tf32x3')
+    return tl.dot(both, ones, input_precision=FLOAT32)

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The step sizes of a tile."""
 
+import torch
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# What a product on the tensor cores takes for float32: three of tf32, or on AMD, whose cores have it, float32 itself.
+FLOAT32 = tl.constexpr('ieee' if torch.version.hip else 'tf32x3')
 
 
 @triton.jit
@@ -73,7 +76,7 @@ def _load_raw(
         if HALVES:
             raw = tl.dot(tl.reshape(tl.join(low, low), (S * J, 2 * RANK)), weight)
         else:
-            raw = tl.dot(low.to(tl.float32), weight, input_precision='tf32x3')
+            raw = tl.dot(low.to(tl.float32), weight, input_precision=FLOAT32)
         raw = tl.reshape(raw, (S, J, raw.shape[1]))
     return raw
 

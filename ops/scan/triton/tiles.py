@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tiles of a program, and which one a launch takes."""
 
-import functools
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from filelock import FileLock, Timeout
 
 WIDE_FROM = 1 << 31  # elements of a map that need offsets of 64 bits
 BLOCK_E = 32  # a warp's lanes: with more channels a thread runs out of registers
@@ -34,17 +38,56 @@ def resources(tile: Tile) -> dict[str, int]:
 
 
 chosen: dict[tuple, Tile] = {}  # the tile of every kind of launch that was tuned
+LONGEST_WAIT = 120.0  # seconds: several times what it takes to compile and time the tiles of a kernel
 
 
-@functools.cache
-def autotuned(kernel: triton.JITFunction, tiles: tuple[Tile, ...]) -> Any:
-    """The kernel, which tries some tiles and takes the fastest; the choice is kept on disk.
+def tune(
+    kernel: triton.JITFunction,
+    tiles: Sequence[Tile],
+    kind: tuple,
+    grid: tuple[int, ...],
+    arguments: Sequence[Any],
+    keywords: dict[str, Any],
+) -> Tile:
+    """Launch a kernel with the fastest of some tiles, and return that; the choice is kept on disk.
 
+    Of several processes that need one at once, a single one tries the tiles; the others wait, and read what it chose.
     Trials do no harm: the first launch of a call adds to nothing, so that a trial writes what the launch then writes.
+
+    Args:
+        kernel: Kernel to launch.
+        tiles: Tiles to choose among.
+        kind: What the choice is for, the same in all processes.
+        grid: Programs of the launch.
+        arguments: Arguments of the kernel.
+        keywords: Its arguments by name, and how it is launched, but for what a tile brings.
     """
     configs = [triton.Config(dict(J=tile[0], S=tile[1]), **resources(tile)) for tile in tiles]
     key = [name for name in kernel.arg_names if name.isupper() and name not in ('J', 'S')]
-    return triton.autotune(configs, [*key, 'kind'], cache_results=True)(kernel)
+    tuner = triton.autotune(configs, [*key, 'kind'], cache_results=True)(kernel)
+    with _alone(f'{kernel.__name__} {kind}'):
+        tuner[grid](*arguments, **keywords)
+    best = tuner.best_config
+    return best.kwargs['J'], best.kwargs['S'], best.maxnreg
+
+
+@contextmanager
+def _alone(what: str) -> Iterator[None]:
+    """Be the only process that does something, or, after `LONGEST_WAIT`, one of those that no longer wait.
+
+    Every `what` has a lock of its own, and the wait ends: who holds a lock waits for the device, which may wait for
+    another process to join a collective operation, and that process for this lock. The system frees the lock of a
+    process that ends, whatever ends it. Where files cannot be locked, nobody waits.
+    """
+    folder = Path(triton.knobs.cache.dir) / 'vssm'
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / f'{hashlib.sha256(what.encode()).hexdigest()}.lock', timeout=LONGEST_WAIT)
+    with suppress(Timeout, NotImplementedError):
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def kind_of(programs: int, processors: int, line: int) -> int:

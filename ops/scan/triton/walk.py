@@ -89,6 +89,12 @@ def _parameters(ptr, k, n, e, is_channel, channels, rank, states, RANK: tl.const
 
 
 @triton.jit
+def _choose(is_first, first_ptr, second_ptr):
+    """Pointers to one of two tensors of one type; as integers, for pointers are what Triton for AMD cannot choose."""
+    return tl.where(is_first, first_ptr.to(tl.int64), second_ptr.to(tl.int64)).to(first_ptr.dtype)
+
+
+@triton.jit
 def _load_BC(B_ptr, C_ptr, at, BC_row, is_place, ORDERS: tl.constexpr, S: tl.constexpr, J: tl.constexpr):
     """B and C of a tile's places, [S, J, ORDERS] each.
 
@@ -99,6 +105,6 @@ def _load_BC(B_ptr, C_ptr, at, BC_row, is_place, ORDERS: tl.constexpr, S: tl.con
     PAD: tl.constexpr = max(1, 16 // (J * ORDERS))
     is_read = is_place[:, None, None, None] & (tl.arange(0, PAD)[None, :, None, None] == 0)
     order, is_C = tl.arange(0, ORDERS)[None, None, :, None], tl.arange(0, 2)[None, None, None, :] == 1
-    ptr = tl.where(is_C, C_ptr, B_ptr) + order * BC_row + at[:, None, None, None]
+    ptr = _choose(is_C, C_ptr, B_ptr) + order * BC_row + at[:, None, None, None]
     BC = tl.load(ptr, is_read, 0.0).to(tl.float32)
     return tl.split(tl.reshape(tl.sum(BC, 1), (S, J, ORDERS, 2)))
