@@ -26,9 +26,6 @@ except OSError as error:  # empty, of another platform, or built for a newer PyT
         'then install a wheel of vssm again, or run `pip install --no-build-isolation -e .` in a clone.'
     ) from error
 
-# How every CUDA kernel is launched: a product and a sum become one instruction, whatever a Triton does by itself.
-LAUNCH = dict(enable_fp_fusion=True)
-
 _use_reference = os.environ.get('VSSM_REFERENCE', '0') == '1'
 
 

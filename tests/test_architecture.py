@@ -30,7 +30,7 @@ ALSO = {  # what single files may besides
     **{f'ops/scan/triton/{name}.py': {'triton'} for name in ('bands', 'launch', 'recurrence', 'steps', 'walk')},
     'ops/scan/triton/tiles.py': {'filelock', 'triton'},
     **{f'ops/scan/triton/{way}_{n}d.py': {'triton'} for way in ('forward', 'backward') for n in (1, 2)},
-    'ops/fusion/triton.py': {'triton'},
+    **dict.fromkeys(('ops/_triton.py', 'ops/fusion/triton.py'), {'triton'}),
     'models/weights/convert.py': {'safetensors', 'vssm.version'},
     'models/weights/checksum.py': {'safetensors'},
     'models/weights/pretrained.py': {'huggingface_hub', 'safetensors'},

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The state fusion on CUDA, as Triton kernels. Imported when the first CUDA tensor arrives.
 
-A program owns BLOCK_E channels of P positions. A thread takes several channels of a position at once, so that what it
-finds out of the position is shared among them.
+A program owns R rows of P columns and BLOCK_E channels and keeps the sums of all R rows in registers: a row of the map
+that is loaded serves every row of sums that looks there. So the rows of a program, and what of them is beyond the map,
+are the same for all its threads, which take several channels of a place each.
 
-A position of the border also stands for all that lies beyond it, and so collects the gradients of all positions that
-look there. Along a row that is the sum of the first, or last, d + 1 columns for a tap at distance d: `_edge_sums` finds
-it once for each row, and the border reads it in place of a column. Between rows the sum is a loop, which takes one step
-in all rows but the first and the last. There are no atomics: the same input gives the same bits.
+In the backward pass a place of the border also stands for all that lies beyond it, and so collects the gradients of all
+positions that look there. Along a row that is the sum of the first, or last, d + 1 columns for a tap at distance d:
+`_edge_sums` finds it once for each row, in the type of the map, and the border reads it in place of a column. Between
+rows it is a sum that the programs at the top and at the bottom add. There are no atomics: the same input gives the same
+bits.
 """
 
 from collections.abc import Sequence
@@ -17,27 +19,79 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import LAUNCH, check_precision
+from .._triton import LAUNCH, _choose, at_most
+from ..backend import check_precision
 
 # Sizes are no reason to compile again, unless channels are a multiple of 16: then a lane takes several at once.
-_INTEGERS = ('height', 'width', 'positions', 'rows', 'groups')
+_INTEGERS = ('height', 'width', 'rows', 'pieces', 'groups')
+
+_OPTIONS = dict(**LAUNCH, **at_most(168))  # with more registers too few warps would fit
 
 
 @triton.jit
-def _tap(row, column, weight, e, is_channel, channels):
-    """What a tap adds: a weight, [1, E] or [P, E], times what every position sees of the map, [P, E].
+def _widen(value):
+    """As float32, whose upper half a bfloat16 is: that takes one instruction, where `to` takes one or two."""
+    if value.dtype == tl.bfloat16:
+        return (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return value.to(tl.float32)
 
-    row: Pointers to the row that each position looks at, [P, 1].
-    column: Column there, [P].
+
+@triton.jit
+def _channels(channels, BLOCK_E: tl.constexpr, EVEN: tl.constexpr):
+    """Channels of a program, whether they are there, [1, BLOCK_E], and its number among those that have the same."""
+    blocks = tl.cdiv(channels, BLOCK_E)
+    e = tl.program_id(0) % blocks * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
+    return e, (e < channels) | EVEN, tl.program_id(0) // blocks
+
+
+@triton.jit
+def _piece(piece, height, width, R: tl.constexpr, P: tl.constexpr):
+    """A piece of R rows and P columns: its first row, how many of its rows another has, columns, [P, 1], and image.
+
+    All R rows are on the map: the last piece begins so much earlier.
     """
-    value = tl.load(row + (column * channels)[:, None] + e[None, :], is_channel[None, :])
-    return weight * value.to(tl.float32)
+    chunks, bands = tl.cdiv(width, P), tl.cdiv(height, R)
+    column = piece % chunks * P + tl.arange(0, P)[:, None]
+    band = piece // chunks % bands
+    row = tl.minimum(band * R, height - R)
+    return row, band * R - row, column, (piece // chunks // bands).to(tl.int64)
 
 
 @triton.jit
-def _load_weight(ptr, d, u, v, e, is_channel, channels):
-    """The weights of a tap, [1, E]; ptr (3, 3, 3, E): dilation, row, column, channel."""
-    return tl.load(ptr + (9 * d + 3 * u + v) * channels + e, is_channel, 0.0)[None, :]
+def _load_rows(ptr, stride, row, height, mask, D: tl.constexpr, R: tl.constexpr, CLAMP: tl.constexpr):
+    """Rows `row` - D to `row` + R + D - 1: a tuple of [P, BLOCK_E]; those beyond the map are the nearest, or zeros.
+
+    ptr: Pointers to the places of row `row`, [P, BLOCK_E].
+    stride: Elements from a row to the next.
+    """
+    values = ()
+    ptr -= (tl.minimum(D, row) if CLAMP else D) * stride
+    for i in tl.static_range(-D, R + D):
+        if CLAMP or (i >= 0 and i < R):
+            values += (tl.load(ptr, mask, 0.0),)  # type: ignore[assignment]
+        else:
+            values += (tl.load(ptr, mask & (row + i >= 0 if i < 0 else row + i < height), 0.0),)  # type: ignore[assignment]
+        if not CLAMP or (i >= 0 and i < R - 1):
+            ptr += stride
+        else:
+            ptr += tl.where(row + i >= 0 if i < 0 else row + i < height - 1, stride, 0)
+    return values
+
+
+@triton.jit
+def _add(sums, weight, value, TO: tl.constexpr):
+    """sums[TO] += weight value, if there is such a row."""
+    if TO >= 0 and TO < len(sums):
+        return sums[:TO] + (sums[TO] + weight * value,) + sums[TO + 1 :]
+    return sums
+
+
+@triton.jit
+def _load_weights(ptr, d, v, e, is_channel, channels):
+    """The three taps of a column, each [1, BLOCK_E]; ptr (3, 3, 3, E): dilation, row, column, channel."""
+    ptr += (9 * d + v) * channels + e
+    first, second = tl.load(ptr, is_channel, 0.0), tl.load(ptr + 3 * channels, is_channel, 0.0)
+    return first, second, tl.load(ptr + 6 * channels, is_channel, 0.0)
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
@@ -48,55 +102,59 @@ def _fusion_forward(
     height,
     width,
     channels,
-    positions,
     EVEN: tl.constexpr,
+    R: tl.constexpr,
     P: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """y[p] = sum of weight[tap] h[p + tap, moved onto the map]. Grid: blocks of P positions x blocks of channels."""
-    blocks = tl.cdiv(channels, BLOCK_E)
-    e = tl.program_id(0) % blocks * BLOCK_E + tl.arange(0, BLOCK_E)
-    is_channel = (e < channels) | EVEN
-    position = tl.program_id(0).to(tl.int64) // blocks * P + tl.arange(0, P)
-    is_position = position < positions
-    line = tl.minimum(position, positions - 1) // width
-    row, column = (line % height).to(tl.int32), (tl.minimum(position, positions - 1) - line * width).to(tl.int32)
-    image_ = h_ptr + ((line - row) * width * channels)[:, None]
-    # The tap in the middle is the same place at every dilation.
-    middle = _load_weight(weight_ptr, 0, 1, 1, e, is_channel, channels)
-    middle += _load_weight(weight_ptr, 1, 1, 1, e, is_channel, channels)
-    middle += _load_weight(weight_ptr, 2, 1, 1, e, is_channel, channels)
-    y = _tap(image_ + (row * width * channels)[:, None], column, middle, e, is_channel, channels)
+    """y[p] = sum of weight[tap] h[p + tap, moved onto the map]. Grid: pieces of all images x blocks of channels."""
+    e, is_channel, piece = _channels(channels, BLOCK_E, EVEN)
+    row, shared, column, image = _piece(piece, height, width, R, P)
+    begin, stride = (image * height + row) * width * channels, width * channels
+    y = (tl.zeros([P, BLOCK_E], tl.float32),) * R
     for d in tl.static_range(3):
-        left, right = tl.maximum(column - 2 * d - 1, 0), tl.minimum(column + 2 * d + 1, width - 1)
-        for u in tl.static_range(3):
-            source = tl.minimum(tl.maximum(row + (u - 1) * (2 * d + 1), 0), height - 1)
-            row_ = image_ + (source * width * channels)[:, None]
-            y += _tap(row_, left, _load_weight(weight_ptr, d, u, 0, e, is_channel, channels), e, is_channel, channels)
-            if u != 1:
-                weight = _load_weight(weight_ptr, d, u, 1, e, is_channel, channels)
-                y += _tap(row_, column, weight, e, is_channel, channels)
-            y += _tap(row_, right, _load_weight(weight_ptr, d, u, 2, e, is_channel, channels), e, is_channel, channels)
-    tl.store(y_ptr + (position * channels)[:, None] + e[None, :], y, is_position[:, None] & is_channel[None, :])
+        for v in range(3):  # one after another, for the sake of registers and of code
+            w = _load_weights(weight_ptr, d, v, e, is_channel, channels)
+            source = tl.minimum(tl.maximum(column + (v - 1) * (2 * d + 1), 0), width - 1)
+            h_ = h_ptr + begin + (source * channels + e)
+            values = _load_rows(h_, stride, row, height, is_channel, 2 * d + 1, R, True)
+            for i in tl.static_range(len(values)):
+                value = _widen(values[i])
+                for u in tl.static_range(3):
+                    y = _add(y, w[u], value, i - u * (2 * d + 1))
+    mask = is_channel & (column < width)
+    for i in tl.static_range(R):
+        tl.store(y_ptr + begin + ((i * width + column) * channels + e), y[i], mask & (i >= shared))
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
-def _edge_sums(grad_ptr, sums_ptr, width, channels, rows, EVEN: tl.constexpr, BLOCK_E: tl.constexpr):
-    """The sums over the first and over the last d + 1 columns of every row, d = 1, 3, 5: (3, 2, rows, E)."""
-    blocks = tl.cdiv(channels, BLOCK_E)
-    e = tl.program_id(0) % blocks * BLOCK_E + tl.arange(0, BLOCK_E)
-    line = (tl.program_id(0) // blocks).to(tl.int64)
-    is_channel = (e < channels) | EVEN
+def _edge_sums(grad_ptr, sums_ptr, width, channels, rows, EVEN: tl.constexpr, P: tl.constexpr, BLOCK_E: tl.constexpr):
+    """The sums over the first and over the last d + 1 columns of every row, d = 1, 3, 5: (3, 2, rows, E).
+
+    Grid: blocks of P rows x blocks of channels.
+    """
+    e, is_channel, block = _channels(channels, BLOCK_E, EVEN)
+    line = block.to(tl.int64) * P + tl.arange(0, P)[:, None]
+    mask = is_channel & (line < rows)
     grad_ptr += line * width * channels + e
-    first, last = tl.zeros([BLOCK_E], tl.float32), tl.zeros([BLOCK_E], tl.float32)
+    sums_ptr += line * channels + e
+    size = rows.to(tl.int64) * channels
+    first, last = tl.zeros([P, BLOCK_E], tl.float32), tl.zeros([P, BLOCK_E], tl.float32)
     for i in tl.static_range(6):
-        inside = is_channel & (i < width)
-        first += tl.load(grad_ptr + i * channels, mask=inside, other=0.0).to(tl.float32)
-        last += tl.load(grad_ptr + (width - 1 - i) * channels, mask=inside, other=0.0).to(tl.float32)
+        first += _widen(tl.load(grad_ptr + i * channels, mask & (i < width), 0.0))
+        last += _widen(tl.load(grad_ptr + (width - 1 - i) * channels, mask & (i < width), 0.0))
         if i % 2 == 1:
-            sums_ = sums_ptr + (i // 2 * 2 * rows.to(tl.int64) + line) * channels + e
-            tl.store(sums_, first, mask=is_channel)
-            tl.store(sums_ + rows.to(tl.int64) * channels, last, mask=is_channel)
+            tl.store(sums_ptr + (i - 1) * size, first, mask)
+            tl.store(sums_ptr + i * size, last, mask)
+
+
+@triton.jit
+def _add_beyond(sums, ptr, stride, weight, mask, height, D: tl.constexpr, TO: tl.constexpr):
+    """sums[TO] += weight times the sum of D rows from ptr on."""
+    beyond = _widen(tl.load(ptr, mask, 0.0))
+    for i in tl.static_range(1, D):
+        beyond += _widen(tl.load(ptr + i * stride, mask & (i < height), 0.0))
+    return _add(sums, weight, beyond, TO)
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
@@ -110,43 +168,40 @@ def _fusion_backward(
     channels,
     rows,
     EVEN: tl.constexpr,
+    R: tl.constexpr,
     P: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     """dh[q] = sum over taps of weight[tap] times the sum of dy[p] over all p whose p + tap, moved onto the map, is q.
 
-    A program owns P neighbouring columns of one row. Grid: rows of all images x chunks of columns x blocks of channels.
-
-    sums_ptr: The sums that `_edge_sums` has written, (3, 2, rows, E).
+    sums_ptr: What `_edge_sums` has written. Grid: pieces of all images x blocks of channels.
     """
-    blocks, chunks = tl.cdiv(channels, BLOCK_E), tl.cdiv(width, P)
-    e = tl.program_id(0) % blocks * BLOCK_E + tl.arange(0, BLOCK_E)
-    is_channel = (e < channels) | EVEN
-    line = (tl.program_id(0) // blocks // chunks).to(tl.int64)
-    row, column = (line % height).to(tl.int32), tl.program_id(0) // blocks % chunks * P + tl.arange(0, P)
-    first_line = line - row  # of the image
-    dh = tl.zeros([P, BLOCK_E], tl.float32)
+    e, is_channel, piece = _channels(channels, BLOCK_E, EVEN)
+    row, shared, column, image = _piece(piece, height, width, R, P)
+    line = image * height + row
+    dh = (tl.zeros([P, BLOCK_E], tl.float32),) * R
     for d in tl.static_range(3):
-        for u in tl.static_range(3):
-            distance = (u - 1) * (2 * d + 1)
-            lowest = tl.maximum(tl.where(row == 0, 0, row - distance), 0)
-            highest = tl.minimum(tl.where(row == height - 1, height - 1, row - distance), height - 1)
-            for source in range(lowest, highest + 1):
-                grad_ = grad_ptr + (first_line + source) * width * channels
-                sums_ = sums_ptr + (2 * d * rows.to(tl.int64) + first_line + source) * channels
-                for v in tl.static_range(3):
-                    from_column = column - (v - 1) * (2 * d + 1)
-                    inside = (from_column >= 0) & (from_column < width)
-                    ptr = grad_ + (from_column * channels)[:, None] + e[None, :]
-                    value = tl.load(ptr, inside[:, None] & is_channel[None, :], 0.0).to(tl.float32)
-                    if v != 1:  # at the border the sum of columns, which holds the one at this distance too
-                        is_border = column == (0 if v == 0 else width - 1)
-                        ptr = sums_ + (0 if v == 0 else rows.to(tl.int64) * channels) + e
-                        edge = tl.load(ptr, is_channel, 0.0)
-                        value = tl.where(is_border[:, None], edge[None, :], value)
-                    dh += _load_weight(weight_ptr, d, u, v, e, is_channel, channels) * value
-    at = (column * channels)[:, None] + e[None, :]
-    tl.store(dh_ptr + line * width * channels + at, dh, (column < width)[:, None] & is_channel[None, :])
+        for v in range(3):
+            w = _load_weights(weight_ptr, d, v, e, is_channel, channels)
+            source = column - (v - 1) * (2 * d + 1)
+            is_edge = ((v == 0) & (column == 0)) | ((v == 2) & (column == width - 1))
+            edge = ((2 * d + v // 2) * rows.to(tl.int64) + line) * channels + e
+            grad_ = _choose(is_edge, sums_ptr + edge, grad_ptr + (line * width + source) * channels + e)
+            stride = tl.where(is_edge, channels, width * channels)
+            mask = is_channel & (is_edge | (source >= 0) & (source < width))
+            values = _load_rows(grad_, stride, row, height, mask, 2 * d + 1, R, False)
+            for i in tl.static_range(len(values)):
+                value = _widen(values[i])
+                for u in tl.static_range(3):
+                    dh = _add(dh, w[u], value, i + (u - 2) * (2 * d + 1))
+            if row == 0:
+                dh = _add_beyond(dh, grad_, stride, w[0], mask, height, 2 * d + 1, 0)
+            if row == height - R:
+                dh = _add_beyond(dh, grad_ + (R - 1) * stride, -stride, w[2], mask, height, 2 * d + 1, R - 1)
+    mask = is_channel & (column < width)
+    for i in tl.static_range(R):
+        dh_ = dh_ptr + line * width * channels + ((i * width + column) * channels + e)
+        tl.store(dh_, dh[i], mask & (i >= shared))
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
@@ -157,48 +212,50 @@ def _fusion_backward_weight(
     height,
     width,
     channels,
-    positions,
+    pieces,
     groups,
     EVEN: tl.constexpr,
+    R: tl.constexpr,
     P: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Three taps side by side, for one group of positions: dweight (groups, 9, 3, E).
+    """Nine taps, those of a column of each dilation, of the pieces of one group: dweight (groups, 3, 3, 3, E).
 
-    Grid: groups x 9 x blocks of channels.
+    Grid: groups x 3 columns of taps x blocks of channels.
     """
-    blocks = tl.cdiv(channels, BLOCK_E)
-    e = tl.program_id(0) % blocks * BLOCK_E + tl.arange(0, BLOCK_E)
-    is_channel = (e < channels) | EVEN
-    tap = tl.program_id(0) // blocks % 9  # dilation and row
-    group = tl.program_id(0) // blocks // 9
-    distance = tap // 3 * 2 + 1
-    left, middle = tl.zeros([P, BLOCK_E], tl.float32), tl.zeros([P, BLOCK_E], tl.float32)
-    right = tl.zeros([P, BLOCK_E], tl.float32)
-    for chunk in range(group, tl.cdiv(positions, P), groups):
-        position = chunk * P + tl.arange(0, P).to(tl.int64)
-        is_position = position < positions
-        position = tl.minimum(position, positions - 1)
-        line = position // width
-        row, column = (line % height).to(tl.int32), (position - line * width).to(tl.int32)
-        mask = is_position[:, None] & is_channel[None, :]
-        grad = tl.load(grad_ptr + (position * channels)[:, None] + e[None, :], mask, 0.0).to(tl.float32)
-        source = tl.minimum(tl.maximum(row + (tap % 3 - 1) * distance, 0), height - 1)
-        row_ = h_ptr + ((line - row + source) * width * channels)[:, None]
-        left += _tap(row_, tl.maximum(column - distance, 0), grad, e, is_channel, channels)
-        middle += _tap(row_, column, grad, e, is_channel, channels)
-        right += _tap(row_, tl.minimum(column + distance, width - 1), grad, e, is_channel, channels)
-    dweight_ = dweight_ptr + (group.to(tl.int64) * 9 + tap) * 3 * channels + e
-    tl.store(dweight_, tl.sum(left, 0), mask=is_channel)
-    tl.store(dweight_ + channels, tl.sum(middle, 0), mask=is_channel)
-    tl.store(dweight_ + 2 * channels, tl.sum(right, 0), mask=is_channel)
+    e, is_channel, group = _channels(channels, BLOCK_E, EVEN)
+    v, group = group % 3, group // 3
+    dweight = (tl.zeros([P, BLOCK_E], tl.float32),) * 9
+    for piece in range(group, pieces, groups):
+        row, shared, column, image = _piece(piece, height, width, R, P)
+        begin, stride = (image * height + row) * width * channels, width * channels
+        mask = is_channel & (column < width)
+        grads = ()
+        for i in tl.static_range(R):
+            grad_ = grad_ptr + begin + ((i * width + column) * channels + e)
+            grads += (_widen(tl.load(grad_, mask & (i >= shared), 0.0)),)  # type: ignore[assignment]
+        for d in tl.static_range(3):
+            source = tl.minimum(tl.maximum(column + (v - 1) * (2 * d + 1), 0), width - 1)
+            h_ = h_ptr + begin + (source * channels + e)
+            values = _load_rows(h_, stride, row, height, is_channel, 2 * d + 1, R, True)
+            for i in tl.static_range(R):
+                for u in tl.static_range(3):
+                    dweight = _add(dweight, grads[i], _widen(values[i + u * (2 * d + 1)]), 3 * d + u)
+    dweight_ptr += (group.to(tl.int64) * 27 + v) * channels + e
+    for tap in tl.static_range(9):
+        tl.store(dweight_ptr + 3 * tap * channels, tl.sum(dweight[tap], 0, keep_dims=True), is_channel)
 
 
-def _tile(channels: int, width: int = 64) -> dict[str, int]:
-    """The channels and positions of a program, its warps, and how it is launched."""
+def _tile(channels: int, height: int, width: int) -> dict[str, int]:
+    """The channels, rows and columns of a program, and its warps."""
     block = min(64, max(32, triton.next_power_of_2(channels)))
-    P = min(64, max(8, triton.next_power_of_2(width)))
-    return dict(P=P, BLOCK_E=block, EVEN=channels % block == 0, num_warps=4, **LAUNCH)
+    P = 8 if width <= 8 else 16
+    return dict(R=min(7, height), P=P, BLOCK_E=block, EVEN=channels % block == 0, num_warps=P * block // 256)
+
+
+def _pieces(h: Tensor, tile: dict[str, int]) -> int:
+    """Pieces of a map, (batch, H, W, E), that programs own."""
+    return h.shape[0] * triton.cdiv(h.shape[1], tile['R']) * triton.cdiv(h.shape[2], tile['P'])
 
 
 def _weight(weight: Tensor) -> Tensor:
@@ -208,13 +265,12 @@ def _weight(weight: Tensor) -> Tensor:
 def state_fusion_triton(h: Tensor, weight: Tensor) -> Tensor:
     """The operator `vssm::state_fusion` on CUDA, with the same arguments; float64 is left to the reference."""
     check_precision('state_fusion', h)
-    batch, height, width, channels = h.shape
+    _, height, width, channels = h.shape
     y = torch.empty(h.shape, dtype=h.dtype, device=h.device)
-    positions = batch * height * width
     with torch.cuda.device_of(h):
-        tile = _tile(channels)
-        grid = (triton.cdiv(positions, tile['P']) * triton.cdiv(channels, tile['BLOCK_E']),)
-        _fusion_forward[grid](h.contiguous(), _weight(weight), y, height, width, channels, positions, **tile)
+        tile = _tile(channels, height, width)
+        grid = (_pieces(h, tile) * triton.cdiv(channels, tile['BLOCK_E']),)
+        _fusion_forward[grid](h.contiguous(), _weight(weight), y, height, width, channels, **tile, **_OPTIONS)
     return y
 
 
@@ -224,22 +280,25 @@ def state_fusion_triton_backward(
     """The operator `vssm::state_fusion_backward` on CUDA, with the same arguments; float64 is the reference's."""
     check_precision('state_fusion', h)
     batch, height, width, channels = h.shape
-    rows, positions = batch * height, batch * height * width
-    grad_y, h_, dh = grad_y.contiguous(), h.contiguous(), torch.empty(h.shape, dtype=h.dtype, device=h.device)
-    sums = torch.empty(3, 2, rows, channels, dtype=torch.float32, device=h.device)
+    grad_y, h_, weight_ = grad_y.contiguous(), h.contiguous(), _weight(weight)
+    dh = dweight = grad_y.new_empty(0)
     sizes = dict(height=height, width=width, channels=channels)
+    tile = _tile(channels, height, width)
+    blocks, pieces = triton.cdiv(channels, tile['BLOCK_E']), _pieces(h, tile)
     with torch.cuda.device_of(h):
-        tile = _tile(channels, width)
-        blocks = triton.cdiv(channels, tile['BLOCK_E'])
-        edges = dict(width=width, channels=channels, rows=rows, EVEN=tile['EVEN'], BLOCK_E=tile['BLOCK_E'])
-        _edge_sums[(rows * blocks,)](grad_y, sums, **edges, num_warps=1, **LAUNCH)
-        grid = (rows * triton.cdiv(width, tile['P']) * blocks,)
-        _fusion_backward[grid](grad_y, sums, _weight(weight), dh, **sizes, rows=rows, **tile)
-        tile = _tile(channels)
-        groups = min(triton.cdiv(positions, tile['P']), 256 // blocks)
-        parts = torch.empty(groups, 3, 3, 3, channels, dtype=torch.float32, device=h.device)
-        grid = (groups * 9 * blocks,)
-        _fusion_backward_weight[grid](grad_y, h_, parts, **sizes, positions=positions, groups=groups, **tile)
-        dweight = parts.sum(0).permute(0, 3, 1, 2)  # [3, 3, 3, E] -> [3, E, 3, 3]
-    nothing = grad_y.new_empty(0)
-    return dh if wanted[0] else nothing, dweight.to(weight.dtype).contiguous() if wanted[1] else nothing
+        if wanted[0]:
+            rows, P = batch * height, tile['P']
+            sums = grad_y.new_empty(3, 2, rows, channels)
+            edges = dict(width=width, channels=channels, rows=rows, EVEN=tile['EVEN'], P=P, BLOCK_E=tile['BLOCK_E'])
+            _edge_sums[(triton.cdiv(rows, P) * blocks,)](grad_y, sums, **edges, num_warps=tile['num_warps'], **LAUNCH)
+            dh = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+            grid = (pieces * blocks,)
+            _fusion_backward[grid](grad_y, sums, weight_, dh, **sizes, rows=rows, **tile, **_OPTIONS)
+        if wanted[1]:
+            groups = min(pieces, max(1, 1024 // (3 * blocks)))
+            tile['num_warps'] *= h.element_size() // 2  # fewer channels a thread where each takes a register
+            parts = torch.empty(groups, 3, 3, 3, channels, dtype=torch.float32, device=h.device)
+            grid, sizes = (groups * 3 * blocks,), dict(**sizes, pieces=pieces, groups=groups)
+            _fusion_backward_weight[grid](grad_y, h_, parts, **sizes, **tile, **_OPTIONS)
+            dweight = parts.sum(0).permute(0, 3, 1, 2).to(weight.dtype).contiguous()  # [3, 3, 3, E] -> [3, E, 3, 3]
+    return dh, dweight

@@ -8,7 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ...backend import LAUNCH, check_precision
+from ..._triton import LAUNCH
+from ...backend import check_precision
 from .backward_1d import _scan_backward_1d
 from .backward_2d import _scan_backward_2d
 from .bands import _stitch, choose_bands

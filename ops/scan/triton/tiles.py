@@ -11,6 +11,8 @@ import torch
 import triton
 from filelock import FileLock, Timeout
 
+from ..._triton import at_most
+
 WIDE_FROM = 1 << 31  # elements of a map that need offsets of 64 bits
 BLOCK_E = 32  # a warp's lanes: with more channels a thread runs out of registers
 
@@ -33,8 +35,7 @@ def resources(tile: Tile) -> dict[str, int]:
 
     The compiler's own choice of registers would leave a processor too few warps, and elsewhere spill.
     """
-    nvidia = {} if torch.version.hip else dict(maxnreg=tile[2])  # which other cards' compilers do not know
-    return dict(num_warps=tile[1], num_stages=1, **nvidia)
+    return dict(num_warps=tile[1], num_stages=1, **at_most(tile[2]))
 
 
 chosen: dict[tuple, Tile] = {}  # the tile of every kind of launch that was tuned

@@ -8,6 +8,7 @@ and K rows of dt, of B and of C, at an equal distance (`dt_row`, `BC_row`).
 import triton
 import triton.language as tl
 
+from ..._triton import _choose
 from . import tiles
 from .steps import _load_weight
 
@@ -86,12 +87,6 @@ def _parameters(ptr, k, n, e, is_channel, channels, rank, states, RANK: tl.const
     if RANK > 0:
         weight = _load_weight(ptr + 2 * channels, e, is_channel, channels, rank, RANK, HALVES)
     return A, D, bias, weight
-
-
-@triton.jit
-def _choose(is_first, first_ptr, second_ptr):
-    """Pointers to one of two tensors of one type; as integers, for pointers are what Triton for AMD cannot choose."""
-    return tl.where(is_first, first_ptr.to(tl.int64), second_ptr.to(tl.int64)).to(first_ptr.dtype)
 
 
 @triton.jit
