@@ -8,7 +8,7 @@ tests' own process.
 import functools
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,13 @@ BASE = 0x7F0000000000  # of global memory
 GAP = 4096  # bytes between tensors, so that an address that leaves one enters no other
 
 
+Execute = Callable[[Any, dict[str, Any], tuple[int, int, int]], None]  # of a compiled kernel, its arguments, its grid
+
 current: list[Launch] = []  # what ran since `emulation` began
 
 
-def install() -> None:
-    """Compile kernels for sm_90 in this process, and let the emulator run them."""
+def install(execute: Execute | None = None) -> None:
+    """Compile kernels for sm_90 in this process, and let the emulator run them, or hand them to `execute`."""
     os.environ.pop('TRITON_INTERPRET', None)
     os.environ.setdefault('TRITON_CACHE_DIR', tempfile.mkdtemp())
     from compile_cuda import Card
@@ -40,14 +42,14 @@ def install() -> None:
     driver.set_active(Card(CAPABILITY))
     if getattr(JITFunction.run, 'emulates', False):
         return
-    compile_and_bind = JITFunction.run
+    compile_and_bind, execute = JITFunction.run, execute or emulate
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         compiled = compile_and_bind(self, *args, grid=grid, warmup=True, **kwargs)
         values = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
         grid = tuple(grid(values) if callable(grid) else grid)
         if not warmup:
-            emulate(compiled, values, (*grid, 1, 1)[:3])
+            execute(compiled, values, (*grid, 1, 1)[:3])
         return compiled
 
     run.emulates = True
@@ -93,25 +95,35 @@ def kernel_of(compiled: Any) -> Kernel:
 
 def emulate(compiled: Any, values: dict[str, Any], grid: tuple[int, int, int]) -> None:
     """Run a compiled kernel over a grid, and write what it wrote into its tensors."""
-    kernel, warps = kernel_of(compiled), compiled.metadata.num_warps
-    signature = compiled.src.signature
-    names = [name for name, type_ in signature.items() if type_ != 'constexpr']
-    tensors = {name: values[name] for name in names if isinstance(values[name], torch.Tensor)}
+    tensors = {name: value for name, value in parameters(compiled, values).items() if isinstance(value, torch.Tensor)}
     arena = Arena(tensors)
-    numbers = [arena.address(values[n]) if n in tensors else number(values[n], signature[n]) for n in names]
-    numbers += [0] * (len(kernel.parameters) - len(numbers))  # scratch memory, which no kernel has
-    launch = Launch(
-        kernel,
-        grid,
-        warps,
-        compiled.metadata.shared,
-        arena.memory,
-        BASE,
-        constants(kernel, numbers, grid, warps),
-    )
+    launch = prepare(compiled, values, grid, arena.address, arena.memory)
     launch.run()
     arena.write_back()
     current.append(launch)
+
+
+def parameters(compiled: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """Those arguments that a compiled kernel takes when it runs, by name."""
+    return {name: values[name] for name, type_ in compiled.src.signature.items() if type_ != 'constexpr'}
+
+
+def prepare(
+    compiled: Any,
+    values: dict[str, Any],
+    grid: tuple[int, int, int],
+    address: Callable[[torch.Tensor], int],
+    memory: Memory,
+) -> Launch:
+    """A launch that can be run, where `address` says where in global memory, which begins at BASE, a tensor lies."""
+    kernel, warps, signature = kernel_of(compiled), compiled.metadata.num_warps, compiled.src.signature
+    numbers = [
+        address(value) if isinstance(value, torch.Tensor) else number(value, signature[name])
+        for name, value in parameters(compiled, values).items()
+    ]
+    numbers += [0] * (len(kernel.parameters) - len(numbers))  # scratch memory, which no kernel has
+    bank = constants(kernel, numbers, grid, warps)
+    return Launch(kernel, grid, warps, compiled.metadata.shared, memory, BASE, bank)
 
 
 def number(value: Any, type_: str) -> int:

@@ -9,7 +9,7 @@ instead run one after another, each as far as the next barrier: what is then com
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -158,7 +158,13 @@ def decode_kernel(kernel: Kernel) -> list[Step]:
 
 
 class Warps:
-    """The warps of some programs: their registers, and where each thread is."""
+    """The warps of some programs: their registers, and where each thread is.
+
+    `observe`, if there is one, is told of every instruction before it is executed: its index, the threads that come to
+    it, (warps, 32), and the lanes that take part, if not all.
+    """
+
+    observe: Callable[[int, np.ndarray, Mask], None] | None = None
 
     def __init__(self, launch: Launch, programs: np.ndarray) -> None:
         count, warps = len(programs), launch.warps
@@ -322,7 +328,7 @@ class Warps:
 
     def advance(self, rank: int, index: int, threads: np.ndarray) -> None:
         """Run threads from an instruction on, up to where they part, wait, or come to others of their rank."""
-        steps, issued = self.launch.steps, self.launch.issued
+        steps, issued, observe = self.launch.steps, self.launch.issued, self.observe
         others = min((i for r, i in self.groups if r == rank), default=len(steps))
         whole = threads.all()
         warps = int(threads.any(1).sum())
@@ -333,6 +339,8 @@ class Warps:
             if step.guard is not None:
                 guard = step.guard(self)
                 mask = guard if whole else guard & threads
+            if observe is not None:
+                observe(index, threads, mask)
             if (mask is None or mask.any()) and index != self.launch.skipped:
                 if step.execute is None:
                     getattr(self, f'_{step.control.lower()}')(step, index, threads, self.lanes(mask))
