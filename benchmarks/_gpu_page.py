@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page of what `gpu.py` measured, made from its figures alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vssm.tools._tables import markdown_table
@@ -41,6 +41,7 @@ def page(figures: Figures) -> str:
         listed('Tests that failed', dict.fromkeys(steps.get('tests', {}).get('failures', ()), '')),
         models(steps),
         scan(steps.get('op', {}).get('rows', ())),
+        beside_model(figures),
     ]
     return '\n'.join(['# On a GPU\n', *filter(None, parts)])
 
@@ -109,4 +110,34 @@ def scan(rows: Sequence[Figures]) -> str:
             line.append(cell(row, f'{what}_2d_ms', '.2f', row[f'{what}_1d_ms']))
         cells.append(line)
     title = f'## The scan\n\nFour orders; a copy moves {rows[0]["copy_gb_per_s"]:.0f} GB/s, read and written.'
+    return f'{title}\n\n{markdown_table(header, cells, align_right=True)}'
+
+
+def measured(steps: Figures) -> Iterator[tuple[str, str, float]]:
+    """What the model of a card may have an answer for: its key there, in words, and milliseconds."""
+    for part, how in PARTS.items():
+        for row in steps.get(part, {}).get('rows', ()):
+            for what in STEPS:
+                if (speed := row.get(f'{what}_images_per_s')) is not None:
+                    key = f'{row["name"]} {row["batch_size"]}x{row["size"]} {what}'
+                    yield key, f'`{row["name"]}`, {what}, {how}', 1e3 * row['batch_size'] / speed
+    for row in steps.get('op', {}).get('rows', ()):
+        for what in PASSES:
+            if f'{what}_2d_ms' in row:
+                key = f'scan {row["batch"]}x{row["size"]}x{row["size"]}x{row["dim"]} {row["dtype"]} {what}'
+                yield key, key.replace(' ', ', '), row[f'{what}_2d_ms']
+
+
+def beside_model(figures: Figures) -> str:
+    """What was measured, beside what the model said before."""
+    modelled = figures.get('modelled', {})
+    cells = [
+        [words, f'{ms:.2f}', f'{modelled[key]:.2f}', f'{ms / modelled[key]:.2f}']
+        for key, words, ms in measured(figures['steps'])
+        if key in modelled
+    ]
+    if not cells:
+        return ''
+    header = ['', 'measured ms', 'modelled ms', 'measured / modelled']
+    title = '## Beside the model\n\nModelled for an H100 without a card, by `python benchmarks/gpu_model.py`.'
     return f'{title}\n\n{markdown_table(header, cells, align_right=True)}'

@@ -34,6 +34,7 @@ from vssm.tools._common import write_file, write_json
 
 BENCHMARKS = Path(__file__).parent
 TESTS = BENCHMARKS.parent / 'tests'
+MODELLED = BENCHMARKS / 'results' / 'gpu_model.json'
 # The first is what the others are held to; compilation has time for three. On an H200 all of them were faster on
 # channels-last input.
 MODELS = (
@@ -151,6 +152,19 @@ def machine(device: str) -> dict[str, Any]:
     return dict(found, commit=says('git', '-C', str(BENCHMARKS), 'describe', '--always', '--dirty'))
 
 
+def modelled(file: Path = MODELLED) -> dict[str, float]:
+    """Milliseconds that `gpu_model.py` has said, as kept: of networks, and of scans in two dimensions."""
+    rows, found = json.loads(file.read_text())['rows'], {}
+    for row in rows['networks']:
+        step = 'train' if row['train'] else 'inference'
+        found[f'{row["name"]} {row["batch_size"]}x{row["size"]} {step}'] = row['modelled_ms']
+    for row in rows['launches']:
+        if row['op'] == 'scan' and row['kernel'].endswith('2d'):
+            key = f'scan {"x".join(map(str, row["shape"]))} {row["dtype"]} {row["passes"]}'
+            found[key] = found.get(key, 0.0) + row['call_ms']
+    return found
+
+
 def says(*command: str) -> str | None:
     """The first line that a command prints; None where there is no such command, or it fails."""
     try:
@@ -174,6 +188,7 @@ def main() -> int:
         dry_run=args.dry_run,
         minutes=args.minutes,
         conditions=machine(args.device),
+        modelled=modelled(),
         steps={},
     )
     for i, step in enumerate(args.steps):

@@ -134,6 +134,17 @@ LINES = (
     '- tests, 1 tests skipped: no second card',
     '- a.py::breaks',
 )
+MODELLED = {
+    'networks': [dict(name='swin', batch_size=128, size=224, train=False, modelled_ms=20.0)],
+    'launches': [
+        dict(op='scan', passes='backward', kernel=kernel, shape=[128, 56, 56, 96], dtype='bfloat16', call_ms=ms)
+        for kernel, ms in (('scan_forward_2d', 0.5), ('scan_backward_2d', 2.0), ('scan_backward_1d', 9.0))
+    ],
+}
+BESIDE_MODEL = (
+    '| `swin`, inference, eager | 32.00 | 20.00 | 1.60 |',
+    '| scan, 128x56x56x96, bfloat16, backward | 4.00 | 2.50 | 1.60 |',
+)
 ENDS = {  # how a step that has left its figures ends
     'well': ('', 'done'),
     'failing': ('print("the last words"); sys.exit(3)', 'failed with exit status 3'),
@@ -150,6 +161,19 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, 'machine', lambda device: dict(processor='a card', driver='580.1', triton=None))
     monkeypatch.setattr(sys, 'argv', ['benchmarks/gpu.py', '--dry-run', '--out', str(tmp_path)])
     return gpu
+
+
+def test_what_was_modelled_stands_beside_what_was_measured(gpu, tmp_path):
+    file = tmp_path / 'model.json'
+    file.write_text(json.dumps(dict(rows=MODELLED)))
+    figures = dict(command='', date='', dry_run=False, conditions={}, modelled=gpu.modelled(file))
+    text = gpu.page(
+        figures | dict(steps={name: dict(found, status='done', seconds=1) for name, found in FOUND.items()})
+    )
+    lines = text.partition('## Beside the model')[2].splitlines()
+    assert set(BESIDE_MODEL) < set(lines)
+    assert len([line for line in lines if line.startswith('|')]) == 2 + len(BESIDE_MODEL)  # no other was modelled
+    assert 'Beside the model' not in gpu.page(figures | dict(steps={}))
 
 
 @pytest.mark.parametrize(('step', 'end'), [('op', 'well'), ('op', 'late'), *((step, 'failing') for step in FOUND)])
