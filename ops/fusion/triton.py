@@ -287,10 +287,10 @@ def state_fusion_triton_backward(
     blocks, pieces = triton.cdiv(channels, tile['BLOCK_E']), _pieces(h, tile)
     with torch.cuda.device_of(h):
         if wanted[0]:
-            rows, P = batch * height, tile['P']
+            rows = batch * height
             sums = grad_y.new_empty(3, 2, rows, channels)
-            edges = dict(width=width, channels=channels, rows=rows, EVEN=tile['EVEN'], P=P, BLOCK_E=tile['BLOCK_E'])
-            _edge_sums[(triton.cdiv(rows, P) * blocks,)](grad_y, sums, **edges, num_warps=tile['num_warps'], **LAUNCH)
+            edges = dict(width=width, channels=channels, rows=rows, EVEN=tile['EVEN'], P=16, BLOCK_E=tile['BLOCK_E'])
+            _edge_sums[(triton.cdiv(rows, 16) * blocks,)](grad_y, sums, **edges, num_warps=4, **LAUNCH)
             dh = torch.empty(h.shape, dtype=h.dtype, device=h.device)
             grid = (pieces * blocks,)
             _fusion_backward[grid](grad_y, sums, weight_, dh, **sizes, rows=rows, **tile, **_OPTIONS)

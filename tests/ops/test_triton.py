@@ -316,8 +316,8 @@ MOST_KERNELS = {
     'vmamba2d_tiny detection tuned': 27,
     'spatial_mamba_tiny training default': 13,
     'spatial_mamba_tiny training tuned': 21,
-    'spatial_mamba_tiny detection default': 19,
-    'spatial_mamba_tiny detection tuned': 27,
+    'spatial_mamba_tiny detection default': 15,
+    'spatial_mamba_tiny detection tuned': 23,
 }
 
 
