@@ -31,7 +31,10 @@ from ..ops.backend import is_transformed
 __all__ = ['Blocks', 'Linear', 'Mlp', 'in_chunks', 'in_groups', 'in_one_pass']
 
 _GROUP_BYTES = 5_000_000  # of the widest tensor, for each thread; twice as much in training, which keeps it anyway
-_CONV_LEAST = 512, 2**25  # rows and multiply-accumulates; with fewer, a convolution's preparations cost what it saves
+_CAPABILITY = torch.backends.cpu.get_cpu_capability()
+# Rows and multiply-accumulates of a layer; with fewer, a convolution's preparations cost what it saves. With AVX2 alone
+# it is not taken at all: a training step of vmamba2d_tiny took 1.35 times as long, for the gradients of convolutions.
+_CONV_LEAST: tuple[float, float] = (math.inf, math.inf) if _CAPABILITY == 'AVX2' else (512, 2**25)
 _FUSED_LEAST = 128, 2**22  # as much of oneDNN's own linear layer, which prepares less
 
 Method = TypeVar('Method', bound=Callable[..., Any])
@@ -263,9 +266,7 @@ def _multiply(layer: nn.Linear, x: Tensor, chunks: int = 1, act: str = 'none') -
 
 # PyTorch has oneDNN's linear layer, an activation within, for its compiler and without a derivative; for bfloat16 it
 # needs more than AVX2. On other processors than x86 it was not measured.
-_HAS_FUSED = torch.backends.cpu.get_cpu_capability().startswith('AVX') and hasattr(
-    torch.ops.mkldnn, '_linear_pointwise'
-)
+_HAS_FUSED = _CAPABILITY.startswith('AVX') and hasattr(torch.ops.mkldnn, '_linear_pointwise')
 _HAS_HALF = _HAS_FUSED and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 _FUSED_DTYPES = (torch.float32, torch.bfloat16) if _HAS_HALF else (torch.float32,)
 
