@@ -26,6 +26,8 @@ from ..backend import check_precision
 _INTEGERS = ('height', 'width', 'rows', 'pieces', 'groups')
 
 _OPTIONS = dict(**LAUNCH, **at_most(168))  # with more registers too few warps would fit
+# Rows of a program. With two the compiler for AMD takes minutes over one kernel.
+_ROWS = 1 if torch.version.hip else 7
 
 
 @triton.jit
@@ -250,7 +252,7 @@ def _tile(channels: int, height: int, width: int) -> dict[str, int]:
     """The channels, rows and columns of a program, and its warps."""
     block = min(64, max(32, triton.next_power_of_2(channels)))
     P = 8 if width <= 8 else 16
-    return dict(R=min(7, height), P=P, BLOCK_E=block, EVEN=channels % block == 0, num_warps=P * block // 256)
+    return dict(R=min(_ROWS, height), P=P, BLOCK_E=block, EVEN=channels % block == 0, num_warps=P * block // 256)
 
 
 def _pieces(h: Tensor, tile: dict[str, int]) -> int:
