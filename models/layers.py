@@ -75,8 +75,8 @@ def _is_plain_on_cpu(layer: nn.Module, dtypes: Sequence[torch.dtype], *tensors: 
     its parameters are its own, neither parametrised nor quantised nor elsewhere, and autocast is off."""
     parameters, dtype = layer._parameters, tensors[0].dtype
     return (
-        dtype in dtypes
-        and _is_eager_on_cpu(*tensors)
+        _is_eager_on_cpu(*tensors)  # first, for a tracer's tensors can be asked for nothing else
+        and dtype in dtypes
         and all(t.dtype == dtype for t in tensors)
         and parameters.keys() == {'weight', 'bias'}
         and all(

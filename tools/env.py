@@ -25,6 +25,7 @@ PACKAGES = {
     'PIL': ('pillow', 'pillow-simd'),
     'safetensors': ('safetensors',),
     'fvcore': ('fvcore',),
+    'filelock': ('filelock',),
     'rich': ('rich',),
     'mmengine': ('mmengine', 'mmengine-lite', 'onedl-mmengine'),
     'mmcv': ('mmcv-lite', 'mmcv', 'onedl-mmcv'),
