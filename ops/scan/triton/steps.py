@@ -86,11 +86,11 @@ def _steps(raw, bias, is_place, like, SOFTPLUS: tl.constexpr):
     """The step sizes of a tile from `raw`, and their derivative, [S, J, E]; 0 where there is no place.
 
     is_place: Whether there are lines, [S, 1], or places, [S, J].
-    like: A tile as it was loaded. It is added 0 times, so that the compiler lays out all that follows as it, and moves
-        nothing but `raw` from where the product has left it.
+    like: A tile as it was loaded. A zero is made of it, whatever it holds, and added, so that the compiler lays out all
+        that follows as it, and moves nothing but `raw` from where the product has left it.
     """
     bias = tl.where(is_place[:, :, None], bias[None, None, :], float('-inf') if SOFTPLUS else 0.0)
-    raw = (like * 0.0 + raw) + bias
+    raw = (tl.minimum(tl.abs(like), 0.0) + raw) + bias
     slope = tl.zeros_like(raw) + 1.0
     if SOFTPLUS:
         raw, slope = _softplus(raw)
