@@ -153,6 +153,18 @@ def test_backward_inside_autocast_is_as_precise(kernels, interpreted):
     assert all(map(torch.equal, actual, expected))
 
 
+def test_an_infinite_input_is_infinite_and_no_more(kernels, interpreted):
+    """It lays out the tile of the step sizes, and is no part of them."""
+    tensors, options = make_case(batch=1, height=4, width=6, channels=32, states=1, rank=2, orders=(0,))
+    tensors = convert(tensors, torch.float32)
+    tensors['x'][0, 1, 2, 3] = float('inf')
+    tensors = on_device(tensors, interpreted)
+    y = kernels.selective_scan_triton(*tensors.values(), *options.values())
+    expected = selective_scan_ref(**tensors, **options)
+    assert expected.isinf().any() and torch.equal(y.isinf(), expected.isinf())
+    assert torch.equal(y.isnan(), expected.isnan())
+
+
 # ---- tiles for several processes -------------------------------------------------------------------------------------
 
 
