@@ -12,7 +12,8 @@ Feature maps are channels-last, (batch, height, width, channels).
 import functools
 import math
 from collections.abc import Callable, Sequence
-from types import BuiltinFunctionType
+from operator import is_
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -49,9 +50,8 @@ def _is_eager_on_cpu(*tensors: Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or (torch._C._is_torch_function_mode_enabled() and _mode_looks_on())
         or _has_any_global_hook()
-        or not _are_torchs(nn.Module.__call__, F.conv2d, F.linear, F.batch_norm, F.layer_norm, F.rms_norm)
-        or not _are_torchs(F.dropout, F.gelu, F.relu, F.scaled_dot_product_attention, F.silu)
-    ) and all(type(t) is Tensor and t.device.type == 'cpu' for t in tensors)
+        or not all(map(is_, _functions(), _TORCHS))
+    ) and all(type(t) is Tensor and t.is_cpu and t.layout == torch.strided and not t.is_nested for t in tensors)
 
 
 def _mode_looks_on() -> bool:
@@ -59,15 +59,32 @@ def _mode_looks_on() -> bool:
     return any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
 
 
-@functools.lru_cache(maxsize=16)
-def _are_torchs(*functions: Callable) -> bool:
-    """Whether functions of `torch.nn` are compiled or stand in its files, so that none was put in their place."""
-    return all(isinstance(f, BuiltinFunctionType) or _file_of(f).startswith('torch.nn.') for f in functions)
+def _functions() -> tuple[Callable, ...]:
+    """What calls a layer, and what layers call."""
+    return (
+        *(nn.Module.__call__, nn.Module._call_impl, F.conv2d, F.linear, F.batch_norm, F.layer_norm, F.rms_norm),
+        *(F.dropout, F.gelu, F.relu, F.scaled_dot_product_attention, F.silu),
+    )
 
 
 def _file_of(function: Callable) -> str:
     """Name of the Python module whose code a function is, which `functools.wraps` does not change."""
     return getattr(function, '__globals__', {}).get('__name__', '')
+
+
+def _is_function(function: Callable) -> bool:
+    """Whether a function is one, and no object that says so of itself, as those of wrapt do."""
+    return type(function) in (BuiltinFunctionType, FunctionType)
+
+
+def _is_torchs(function: Callable) -> bool:
+    """Whether a function is compiled or stands in a file of `torch.nn`."""
+    is_compiled = isinstance(function, BuiltinFunctionType)
+    return _is_function(function) and (is_compiled or _file_of(function).startswith('torch.nn.'))
+
+
+# None for what stood in the place of one of PyTorch's when this was imported.
+_TORCHS = tuple(function if _is_torchs(function) else None for function in _functions())
 
 
 def _is_plain_on_cpu(layer: nn.Module, dtypes: Sequence[torch.dtype], *tensors: Tensor) -> bool:
@@ -80,7 +97,7 @@ def _is_plain_on_cpu(layer: nn.Module, dtypes: Sequence[torch.dtype], *tensors: 
         and all(t.dtype == dtype for t in tensors)
         and parameters.keys() == {'weight', 'bias'}
         and all(
-            type(p) is nn.Parameter and p.dtype == dtype and p.device.type == 'cpu' and p.layout == torch.strided
+            type(p) is nn.Parameter and p.dtype == dtype and p.is_cpu and p.layout == torch.strided
             for p in parameters.values()
             if p is not None
         )
@@ -90,18 +107,24 @@ def _is_plain_on_cpu(layer: nn.Module, dtypes: Sequence[torch.dtype], *tensors: 
 
 def _is_altered(module: nn.Module) -> bool:
     """Whether calling a module does more, or else, than its class says: hooks, a `forward` that was replaced on the
-    object or on the class, parameters that are more than tensors."""
+    object or on the class, or compiled in its place, parameters that are more than tensors."""
     return (
         bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+        or module._compiled_call_impl is not None
+        or type(module).__call__ is not nn.Module.__call__
         or 'forward' in vars(module)
         or any(type(p) is not nn.Parameter for p in module._parameters.values() if p is not None)
         or not all(_is_own(vars(c)['forward'], c) for c in type(module).__mro__[:-2] if 'forward' in vars(c))
     )
 
 
-@functools.lru_cache(maxsize=256)
-def _is_own(forward: Callable, kind: type[nn.Module]) -> bool:
+def _is_own(forward: Callable, kind: type) -> bool:
     """Whether a `forward` of a class is the one in the file of the class, perhaps with a decorator of this file."""
+    return _is_function(forward) and _stands_in_file(forward, kind)
+
+
+@functools.lru_cache(maxsize=256)
+def _stands_in_file(forward: Callable, kind: type) -> bool:
     name = f'{kind.__qualname__}.forward'
     return getattr(forward, '__qualname__', '') == name and _file_of(forward) in (kind.__module__, __name__)
 
@@ -150,15 +173,15 @@ def in_groups(
             if not _is_eager_on_cpu(x) or (module.training and not while_training):
                 return None
             _keep_freed_memory()
-            entries = x.flatten(0, -2) if tokens else x
+            entries = math.prod(x.shape[:-1]) if tokens else len(x)
             budget = _GROUP_BYTES * torch.get_num_threads() * (2 if module.training else 1)
-            groups = min(len(entries), math.ceil(x.nbytes * growth / budget))
+            groups = min(entries, math.ceil(x.nbytes * growth / budget))
             if groups <= 1:
                 return None
             used = [getattr(module, name) for name in parts] or [module]
             if not all(_maps_alike(m, tokens) and not _is_altered(m) for part in used for m in part.modules()):
                 return None
-            y = _take_groups(method, module, entries.tensor_split(groups))
+            y = _take_groups(method, module, (x.flatten(0, -2) if tokens else x).tensor_split(groups))
             return y.unflatten(0, x.shape[:-1]) if tokens else y
 
         return shortcut(grouped)(method)
@@ -254,10 +277,15 @@ def _multiply(layer: nn.Linear, x: Tensor, chunks: int = 1, act: str = 'none') -
         return None
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return None
+    weight, bias = layer.weight, layer.bias
+    if x.shape[-1:] != weight.shape[1:]:
+        return None  # PyTorch says so
+    if bias is not None and not (bias.shape == weight.shape[:1] and bias.is_contiguous()):
+        return None  # PyTorch expands a bias and heeds its strides; oneDNN reads as many numbers from its first on
     wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *layer.parameters(recurse=False)))
     is_fused = _HAS_FUSED and not wants_gradient
     least_rows, least_macs = _FUSED_LEAST if is_fused else _CONV_LEAST
-    if x.numel() < least_rows * x.shape[-1] or x.numel() * layer.weight.shape[0] < least_macs:
+    if x.numel() < least_rows * x.shape[-1] or x.numel() * weight.shape[0] < least_macs:
         return None
     if is_fused:
         return _fuse(layer, x, chunks, act)
@@ -335,10 +363,7 @@ def _reads_out_in_one_dtype(*maps: Tensor, parameters: Sequence[Tensor]) -> bool
     return (
         dtype in (torch.float32, torch.bfloat16, torch.float16)
         and all(t.dtype == dtype for t in maps)
-        and all(
-            p.dtype in (dtype, torch.float32) and p.device.type == 'cpu' and p.layout == torch.strided
-            for p in parameters
-        )
+        and all(p.dtype in (dtype, torch.float32) and p.is_cpu and p.layout == torch.strided for p in parameters)
     )
 
 

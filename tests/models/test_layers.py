@@ -127,6 +127,35 @@ def foreign_forward(self, x):
     return 2 * x
 
 
+class Proxy:
+    """A function in the place of another, that says of itself to be that one, as those of wrapt do."""
+
+    __class__ = property(lambda self: type(self.function))
+
+    def __init__(self, function):
+        self.function = function
+        self.__qualname__ = function.__qualname__
+
+    def __getattr__(self, name):
+        return getattr(self.function, name)
+
+    def __call__(self, *args, **kwargs):
+        return self.function(*args, **kwargs)
+
+    def __get__(self, instance, owner=None):
+        return self if instance is None else types.MethodType(self, instance)
+
+    def __eq__(self, other):
+        return self.function == other
+
+    def __hash__(self):
+        return hash(self.function)
+
+
+class Unhashable(Proxy):
+    __hash__ = None
+
+
 def change(module, who, monkeypatch):
     """What would notice groups comes to a part of the module."""
     part = module.part
@@ -136,6 +165,16 @@ def change(module, who, monkeypatch):
         part.forward = types.MethodType(foreign_forward, part)
     elif who == 'class':
         monkeypatch.setattr(Recorder, 'forward', foreign_forward)
+    elif who == 'call of the class':
+        monkeypatch.setattr(Recorder, '__call__', foreign_forward)
+    elif who == 'proxy of the class':
+        monkeypatch.setattr(Recorder, 'forward', Proxy(Recorder.forward))
+    elif who == 'proxy':
+        monkeypatch.setattr(layers.F, 'gelu', Proxy(layers.F.gelu))
+    elif who == 'no hash':
+        monkeypatch.setattr(layers.F, 'gelu', Unhashable(layers.F.gelu))
+    elif who == 'part compiled':
+        part.compile(backend='eager')
     elif who == 'statistics':
         part.norm = nn.BatchNorm2d(2)  # in training mode, whatever the module's
 
@@ -143,8 +182,8 @@ def change(module, who, monkeypatch):
 @pytest.mark.parametrize(
     'who',
     (
-        *('hook', 'global hook', 'instance', 'class', 'statistics', 'training', 'mode'),
-        *('vmap', 'grad', 'trace', 'compile', 'meta'),
+        *('hook', 'global hook', 'instance', 'class', 'call of the class', 'statistics', 'training', 'mode'),
+        *('proxy', 'proxy of the class', 'no hash', 'vmap', 'grad', 'trace', 'compile', 'part compiled', 'meta'),
     ),
 )
 @pytest.mark.filterwarnings('ignore:.*torch.jit.*:DeprecationWarning')
@@ -273,17 +312,73 @@ def test_an_activation_is_within_its_layer(dtype, always, monkeypatch, assert_cl
     """To as good an error as that of two operations; in bfloat16 it is rounded once."""
     mlp = layers.Mlp(12, 40).to(dtype).eval()
     mlp.fc2 = nn.Identity()
-    x = 4 * torch.randn(300, 12).to(dtype)
+    x = 4 * torch.randn(30, 12).to(dtype)
     expected = nn.functional.gelu(linear(x.double(), mlp.fc1.weight.double(), mlp.fc1.bias.double()))
-    monkeypatch.setattr(nn.GELU, '__call__', lambda *args: pytest.fail('was not fused'))
+    fuse, acts = layers._fuse, set()
+    monkeypatch.setattr(layers, '_fuse', lambda *args: acts.add(args[-1]) or fuse(*args))
     with torch.no_grad():
         assert_close(mlp(x), expected, 1e-6 if dtype == torch.float32 else 4e-3)
+    assert acts == {'gelu'}
+
+
+@pytest.mark.parametrize('what', ('another', 'hook', 'instance', 'proxy of the class', 'compiled'))
+def test_an_activation_that_is_more_is_called(what, always, monkeypatch, assert_close):
+    mlp = layers.Mlp(12, 40).eval()
+    fuse, acts = layers._fuse, set()
+    monkeypatch.setattr(layers, '_fuse', lambda *args: acts.add(args[-1]) or fuse(*args))
+    if what == 'another':
+        mlp.act = nn.GELU('tanh')
+    elif what == 'hook':
+        mlp.act.register_forward_hook(lambda module, args, y: 2 * y)
+    elif what == 'instance':
+        mlp.act.forward = torch.tanh
+    elif what == 'proxy of the class':
+        monkeypatch.setattr(nn.GELU, 'forward', Proxy(nn.GELU.forward))
+    elif what == 'compiled':
+        mlp.act.compile(backend='eager')
+    x = torch.randn(30, 12)
+    with torch.no_grad():
+        expected = mlp.act(linear(x, mlp.fc1.weight, mlp.fc1.bias))
+        assert_close(mlp(x), linear(expected, mlp.fc2.weight, mlp.fc2.bias), 1e-5)
+    assert 'gelu' not in acts
+
+
+@pytest.mark.parametrize(
+    'what', ('bias with strides', 'bias of one number', 'sparse', 'nested', 'one token', 'no tokens', 'too wide')
+)
+@pytest.mark.filterwarnings('ignore:The PyTorch API of nested tensors')
+def test_what_onednn_would_take_otherwise_is_left_to_pytorch(what, always, assert_close):
+    mlp = layers.Mlp(12, 40).eval()
+    x = torch.randn(5, 12)
+    if what == 'bias with strides':
+        mlp.fc1.bias = nn.Parameter(torch.randn(80)[::2])
+    elif what == 'bias of one number':
+        mlp.fc1.bias = nn.Parameter(torch.tensor(1.0))
+    elif what == 'sparse':
+        x = x.relu().to_sparse()
+    elif what == 'nested':
+        x = torch.nested.nested_tensor([x, x[:2]])
+    elif what == 'one token':
+        x = x[0]
+    elif what == 'no tokens':
+        x = x[:0]
+    elif what == 'too wide':
+        x = torch.randn(6, 20)  # as many numbers as 10 tokens
+    with torch.no_grad():
+        if what == 'too wide':
+            with pytest.raises(RuntimeError, match='mat1 and mat2 shapes cannot be multiplied'):
+                mlp(x)
+            return
+        expected = linear(mlp.act(linear(x, mlp.fc1.weight, mlp.fc1.bias)), mlp.fc2.weight, mlp.fc2.bias)
+        pairs = zip(mlp(x), expected, strict=True) if what == 'nested' else ((mlp(x), expected),)
+        for y, wanted in pairs:
+            assert_close(y, wanted, 1e-5)
 
 
 @pytest.mark.parametrize('gradients', ('of the weight', 'of the input', 'within no_grad'))
 def test_a_fused_layer_takes_no_gradient_away(gradients, always):
     mlp = layers.Mlp(12, 40)
-    x = torch.randn(300, 12)
+    x = torch.randn(30, 12)
     if gradients == 'of the input':
         mlp.requires_grad_(False)
         x.requires_grad_()
