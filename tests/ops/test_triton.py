@@ -9,6 +9,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,7 +194,7 @@ def tune_in_processes(tiles, folder, number, trial):
         tile = tiles.tune(JITFunction(kernel), choices, ('kind',), (1,), (), dict(kind=3))
         (folder / f'tile{i}').write_text(json.dumps(tile))
 
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     fork = multiprocessing.get_context('fork')
     together = fork.Barrier(number)
     processes = [fork.Process(target=process, args=(i,)) for i in range(number)]
@@ -244,6 +245,18 @@ def test_who_holds_up_the_others_does_so_for_a_while(holder, kernels, monkeypatc
 
     chosen = tune_in_processes(tiles, tmp_path / 'cache', 2, trial)
     assert sorted(chosen, key=str) == [(8, 1, 168), None if holder == 'dies' else (8, 1, 168)]
+
+
+def test_a_cache_that_cannot_be_written_is_read(kernels, tmp_path):
+    """Triton finds there what it has compiled and timed; a file in the way refuses even who may write anywhere."""
+    from vssm.ops.scan.triton import tiles
+
+    cache = tmp_path / 'cache'
+    tuned = tune_in_processes(tiles, cache, 1, lambda process: [1.0])
+    (cache / 'tile0').unlink()
+    shutil.rmtree(cache / 'vssm')
+    (cache / 'vssm').touch()
+    assert tune_in_processes(tiles, cache, 1, lambda process: os._exit(1)) == tuned != [None]
 
 
 # ---- what they need --------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import triton
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from ..._triton import at_most
 
@@ -78,12 +78,13 @@ def _alone(what: str) -> Iterator[None]:
 
     Every `what` has a lock of its own, and the wait ends: who holds a lock waits for the device, which may wait for
     another process to join a collective operation, and that process for this lock. The system frees the lock of a
-    process that ends, whatever ends it. Where files cannot be locked, nobody waits.
+    process that ends, whatever ends it. Where files cannot be locked or written, as in a cache that is part of an image
+    of a container, nobody waits.
     """
     folder = Path(triton.knobs.cache.dir) / 'vssm'
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / f'{hashlib.sha256(what.encode()).hexdigest()}.lock', timeout=LONGEST_WAIT)
-    with suppress(Timeout, NotImplementedError):
+    with suppress(OSError, NotImplementedError):  # a timeout is the former
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     try:
         yield
