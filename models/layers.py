@@ -371,15 +371,16 @@ def _read_out(mixer: Any, h: Tensor, x: Tensor, C: Tensor, z: Tensor) -> Tensor 
     if not _is_eager_on_cpu(h, x, C, z) or type(mixer._parameters.get('D')) is not nn.Parameter:
         return None
     norm, act, D = mixer.norm, mixer.act, mixer.D.squeeze(0)
-    if type(norm) is not nn.LayerNorm or norm.bias is None or norm.normalized_shape != h.shape[-1:]:
+    if type(norm) is not nn.LayerNorm or norm.normalized_shape != h.shape[-1:]:
         return None
     if type(act) is not nn.SiLU or _is_altered(norm) or _is_altered(act):
         return None
-    if norm._parameters.keys() != {'weight', 'bias'} or norm.weight.dtype != norm.bias.dtype:
+    weight, bias = norm._parameters.get('weight'), norm._parameters.get('bias')
+    if weight is None or bias is None or weight.dtype != bias.dtype:
         return None
-    if not _reads_out_in_one_dtype(h, x, C, z, parameters=(D, norm.weight, norm.bias)):
+    if not _reads_out_in_one_dtype(h, x, C, z, parameters=(D, weight, bias)):
         return None
-    return gated_readout(h, x, C, D, z, norm.weight, norm.bias, norm.eps)
+    return gated_readout(h, x, C, D, z, weight, bias, norm.eps)
 
 
 in_one_pass = shortcut(_read_out)

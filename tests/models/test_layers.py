@@ -452,7 +452,8 @@ def test_a_linear_layer_that_is_more_is_called_for_its_chunks(what, always, monk
 
 
 @pytest.mark.parametrize(
-    'what', ('norm', 'subclass', 'act', 'hook', 'act hook', 'instance', 'no bias', 'float64', 'mixed', 'vmap')
+    'what',
+    ('norm', 'subclass', 'act', 'hook', 'act hook', 'instance', 'no bias', 'no weight', 'float64', 'mixed', 'vmap'),
 )
 def test_a_readout_that_is_another_is_computed_step_by_step(what, monkeypatch):
     mixer = spatial_mamba.SpatialMixer(8).eval()
@@ -474,6 +475,8 @@ def test_a_readout_that_is_another_is_computed_step_by_step(what, monkeypatch):
         mixer.norm.forward = lambda y: 3 * y
     elif what == 'no bias':
         mixer.norm = nn.LayerNorm(16, bias=False)
+    elif what == 'no weight':
+        mixer.norm.weight = None
     elif what == 'mixed':
         z = z.bfloat16()
     mixer.to(dtype)
