@@ -22,8 +22,9 @@ struct FusionArgs {
   VSSM_INLINE const T* weight(int64_t block) const { return packed + block * kTaps * lanes; }
 };
 
-// Gradients, null where they are not wanted. The weights' come as one part an image group; groups depend on the shape alone, never on the number of
-// threads, and parts are added up in a fixed order: the result is the same for any number of threads.
+// Gradients, null where they are not wanted. The weights' come as one part an image group; groups depend on the shape
+// alone, never on the number of threads, and parts are added up in a fixed order: the result is the same for any number
+// of threads.
 template <class T>
 struct FusionGrads {
   RawMap y;

@@ -105,7 +105,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vssm, m) {
       "-> Tensor");
   m.def(
       "gated_readout_backward(Tensor grad_y, Tensor h, Tensor x, Tensor C, Tensor D, Tensor z, Tensor weight, "
-      "Tensor bias, float eps, bool[] wanted) -> (Tensor h, Tensor x, Tensor C, Tensor D, Tensor z, Tensor weight, Tensor bias)");
+      "Tensor bias, float eps, bool[] wanted) -> "
+      "(Tensor h, Tensor x, Tensor C, Tensor D, Tensor z, Tensor weight, Tensor bias)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vssm, CPU, m) {

@@ -23,9 +23,10 @@ struct ScanArgs {
   VSSM_INLINE int64_t num_blocks() const { return (channels + lanes - 1) / lanes; }
 };
 
-// Gradients, null where they are not wanted. Those of a position's channels are whole; those that sum over channels come as one part a channel group,
-// those that sum over positions as one part an image group. Groups depend on the shape alone, never on the number of
-// threads, and parts are added up in a fixed order: the result is the same for any number of threads.
+// Gradients, null where they are not wanted. Those of a position's channels are whole; those that sum over channels
+// come as one part a channel group, those that sum over positions as one part an image group. Groups depend on the
+// shape alone, never on the number of threads, and parts are added up in a fixed order: the result is the same for any
+// number of threads.
 template <class T>
 struct ScanGrads {
   RawMap y;
