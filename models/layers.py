@@ -107,7 +107,7 @@ def _is_plain_on_cpu(layer: nn.Module, dtypes: Sequence[torch.dtype], *tensors: 
 
 def _is_altered(module: nn.Module) -> bool:
     """Whether calling a module does more, or else, than its class says: hooks, a `forward` that was replaced on the
-    object or on the class, or compiled in its place, parameters that are more than tensors."""
+    object or on the class, a call that was compiled or is the class's own, parameters that are more than tensors."""
     return (
         bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
         or module._compiled_call_impl is not None
@@ -279,7 +279,7 @@ def _multiply(layer: nn.Linear, x: Tensor, chunks: int = 1, act: str = 'none') -
         return None
     weight, bias = layer.weight, layer.bias
     if x.shape[-1:] != weight.shape[1:]:
-        return None  # PyTorch says so
+        return None  # PyTorch says what does not fit
     if bias is not None and not (bias.shape == weight.shape[:1] and bias.is_contiguous()):
         return None  # PyTorch expands a bias and heeds its strides; oneDNN reads as many numbers from its first on
     wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *layer.parameters(recurse=False)))
