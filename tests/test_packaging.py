@@ -156,11 +156,11 @@ def test_wheel_runs_in_clean_environment(wheel, requirements, tmp_path):
     shutil.rmtree(tmp_path / 'venv')
 
 
-def test_a_clone_of_that_name_does_not_hide_the_package(tmp_path):
+def test_a_clone_of_that_name_does_not_hide_the_package(run_fresh, tmp_path):
     """Python takes a folder in the working directory for a namespace package unless it finds a real one on its path."""
     (tmp_path / 'vssm' / 'models').mkdir(parents=True)
     script = 'import timm, vssm; print(vssm.__version__, timm.is_model("test_vmamba2d"))'
-    assert run(sys.executable, '-c', script, cwd=tmp_path).stdout.split() == [vssm.__version__, 'True']
+    assert run_fresh(script, cwd=tmp_path).stdout.split() == [vssm.__version__, 'True']
 
 
 def test_missing_library_says_how_to_build_it(source, tmp_path):

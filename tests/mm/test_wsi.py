@@ -1519,10 +1519,10 @@ def test_training_goes_on_from_published_weights(classification, tmp_path, golde
     assert weights['head.weight'].shape == (2, 24)  # of other classes: the network's own
 
 
-def test_the_missing_extra_of_slides_is_named(classification):
+def test_the_missing_extra_of_slides_is_named(run_fresh, classification):
     argv = ['train', 'wsi/classification']  # which meets it in the middle of building its data
     code = f'import sys; sys.modules["h5py"] = None; from vssm.tools.main import main; sys.exit(main({argv}))'
-    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=classification)
+    result = run_fresh(code, cwd=classification)
     assert (
         result.returncode == 2 and 'needs the package h5py' in result.stderr and 'pip install ".[wsi]"' in result.stderr
     )

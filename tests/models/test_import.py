@@ -2,8 +2,6 @@
 """What importing the package does to the process besides registering models and operators."""
 
 import json
-import subprocess
-import sys
 
 SCRIPT = """
 import atexit, gc, json, locale, logging, os, random, signal, sys, threading, warnings
@@ -72,9 +70,9 @@ print(json.dumps([before, text(state()), sorted(vssm.models.backbone.ALIASES)]))
 """
 
 
-def test_importing_the_package_leaves_the_process_as_it_was():
+def test_importing_the_package_leaves_the_process_as_it_was(run_fresh):
     """But for a class that timm's `checkpoint_path=` needs and the warnings that timm has for aliases."""
-    result = subprocess.run([sys.executable, '-c', SCRIPT], capture_output=True, text=True)
+    result = run_fresh(SCRIPT)
     assert result.returncode == 0, result.stderr
     assert not result.stderr
     before, after, aliases = json.loads(result.stdout)

@@ -7,8 +7,6 @@ What is particular to an op is in test_selective_scan.py, test_state_fusion.py a
 import doctest
 import itertools
 import math
-import os
-import subprocess
 import sys
 
 import pytest
@@ -628,16 +626,9 @@ def test_use_reference_holds_while_tracing(op, counted_reference):
     assert counter.calls == 1
 
 
-def test_environment_variable_selects_the_reference_of_every_op():
+def test_environment_variable_selects_the_reference_of_every_op(run_fresh):
     script = 'import sys, torch, vssm.ops; print(sys.modules["vssm.ops.backend"].uses_reference(torch.empty(1)))'
-    result = subprocess.run(
-        [sys.executable, '-c', script],
-        env={**os.environ, 'VSSM_REFERENCE': '1'},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert result.stdout.strip() == 'True'
+    assert run_fresh(script, VSSM_REFERENCE='1').stdout.strip() == 'True'
 
 
 @pytest.mark.parametrize('device', ('mps', 'xpu'))

@@ -280,13 +280,12 @@ def test_an_operator_finds_its_kernels_on_cuda(op):
         assert [kernel.__name__ for kernel in kernels] == [f'{op.name}_triton', f'{op.name}_triton_backward']
 
 
-def test_kernels_are_not_imported_before_a_cuda_tensor_arrives():
+def test_kernels_are_not_imported_before_a_cuda_tensor_arrives(run_fresh):
     script = (
         'import sys, torch, vssm, timm; timm.create_model("test_vmamba2d")(torch.zeros(1, 3, 64, 64)).sum().backward();'
         'print([name for name in sys.modules if name.startswith("vssm") and "triton" in name])'
     )
-    result = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == '[]'
+    assert run_fresh(script).stdout.strip() == '[]'
 
 
 def test_the_operators_refuse_float64(kernels):

@@ -43,10 +43,9 @@ FROZEN = ['test_vit', '--batch-size', '1', '--compile', '--freeze', '--layouts',
         ),
     ],
 )
-def test_script_writes_its_figures(script, options, rows, key, tmp_path):
+def test_script_writes_its_figures(script, options, rows, key, run_script, tmp_path):
     file = tmp_path / 'figures.json'
-    command = [sys.executable, BENCHMARKS / script, '--rounds', '1', '--json', file, *options]
-    result = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    result = run_script(BENCHMARKS / script, '--rounds', '1', '--json', file, *options)
     assert result.returncode == 0, result.stderr
     written = json.loads(file.read_text())
     assert len(written['rows']) == rows
@@ -99,9 +98,8 @@ def test_the_table_says_what_it_leaves_out(is_native, model_cpu, monkeypatch, tm
 @pytest.mark.parametrize(
     ('script', 'options'), [('op_cuda.py', []), ('model_cuda.py', ['test_vit', 'test_vmamba2d', '--size', '160'])]
 )
-def test_cuda_script_without_a_gpu(script, options):
-    command = [sys.executable, str(BENCHMARKS / script), *options]
-    result = subprocess.run(command, capture_output=True, text=True)
+def test_cuda_script_without_a_gpu(script, options, run_script):
+    result = run_script(BENCHMARKS / script, *options)
     assert result.returncode == 2 and 'needs a CUDA GPU' in result.stderr
 
 

@@ -4,8 +4,6 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,11 +16,14 @@ TOP = ('README.md', 'DESIGN.md', 'CONTRIBUTING.md', 'MODEL_ZOO.md')
 PAGES = (*(ROOT / name for name in TOP), *sorted((ROOT / 'docs').glob('*.md')))
 
 # What PyTorch, torchao and OpenMMLab say of themselves.
-IGNORED = (
-    'ignore:`torch.jit.:DeprecationWarning',  # the beginning of what PyTorch says to libraries that script
-    'ignore::FutureWarning',
-    'ignore::UserWarning',
-)
+WARNINGS = """
+import warnings
+warnings.simplefilter('error')
+warnings.filterwarnings('ignore', '`torch.jit.', DeprecationWarning)  # how PyTorch speaks to libraries that script
+warnings.simplefilter('ignore', FutureWarning)
+warnings.simplefilter('ignore', UserWarning)
+del warnings
+"""
 
 
 def python_blocks():
@@ -40,20 +41,19 @@ BLOCKS = list(python_blocks())
 
 
 @pytest.mark.parametrize('code', BLOCKS)
-def test_python_block_runs_alone(code, tmp_path):
-    warnings = ['-W', 'error', *(f'-W{ignored}' for ignored in IGNORED)]
-    result = subprocess.run([sys.executable, *warnings, '-c', code], cwd=tmp_path, capture_output=True, text=True)
+def test_python_block_runs_alone(code, run_fresh, tmp_path):
+    result = run_fresh(WARNINGS + code, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path):
+def test_the_notebook_runs_from_its_first_cell_to_its_last(run_fresh, tmp_path):
     pytest.importorskip('pytorch_grad_cam', reason="grad-cam is not installed: pip install '.[plot]'")
     cells = json.loads((ROOT / 'examples' / 'predict.ipynb').read_text())['cells']
     code = '\n'.join(''.join(cell['source']) for cell in cells if cell['cell_type'] == 'code')
     assert not any(cell.get('outputs') for cell in cells)
     script = f'{code}\nassert heat.shape == (224, 224) and embedding.shape == (1, 768)'
-    result = subprocess.run([sys.executable, '-c', script], cwd=tmp_path, capture_output=True, text=True)
+    result = run_fresh(script, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert len(re.findall(r'^ +\d+\.\d%  \w', result.stdout, flags=re.MULTILINE)) == 3
 

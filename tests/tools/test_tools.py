@@ -4,7 +4,6 @@
 import importlib
 import re
 import shlex
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -39,18 +38,18 @@ def test_help_shows_an_example_that_parses(command, capsys):
     assert make_parser().parse_args(argv).command == command
 
 
-def test_importing_the_command_is_light():
+def test_importing_the_command_is_light(run_fresh):
     """`vssm --help` waits for torch and timm, which the package itself imports, and for nothing else that is slow."""
     code = (
         'import sys; from vssm.tools.main import make_parser; make_parser(); '
         'print([m for m in ("mmengine", "sklearn", "matplotlib", "fvcore") if m in sys.modules])'
     )
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout == '[]\n'
+    assert run_fresh(code).stdout == '[]\n'
 
 
-def test_a_subcommand_runs_as_a_module():
-    result = subprocess.run([sys.executable, '-m', 'vssm.tools.configs'], capture_output=True, text=True, check=True)
-    assert 'digits/vmamba_test' in result.stdout and not result.stderr
+def test_a_subcommand_runs_as_a_module(run_fresh):
+    result = run_fresh('import runpy; runpy.run_module("vssm.tools.configs", run_name="__main__", alter_sys=True)')
+    assert result.returncode == 0 and 'digits/vmamba_test' in result.stdout and not result.stderr
 
 
 def test_tables_align_figures_and_keep_names_whole(capsys):
