@@ -185,6 +185,9 @@ IMPLIED_IF_INTERPRETED = {  # by test, the words in the names of its cases
     'test_golden_scans': '2d-(two_tiles_k4|n16_rect_k4|large_tile)',  # the largest
     'test_opcheck': 'bfloat16|2d|1d-all|1d-orders?',
     'test_only_wanted_gradients_are_computed': '[12]d-all-low-rank|[12]d-orders',
+    'test_random_scans_in_triton': 'draw11',  # which takes as long as all others
+    # Of the steps of a walk, one order after another or two at a time.
+    'test_strips_and_bands': '(?<!-)(bands|one-warp|more-bands-than-lines)-2d(?!-pair)|strips-in-bands-2d-pair',
     'test_values_and_gradients': 'scan|float16|bfloat16-float32',  # of the scan: its pinned and random cases
 }
 SLOW_IF_INTERPRETED = {
