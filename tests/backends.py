@@ -180,9 +180,10 @@ IMPLIED_IF_INTERPRETED = {  # by test, the words in the names of its cases
     'test_orders_are_transposes_and_flips': '.*',
     'test_walks_are_summed': '.*',
     'test_low_rank_steps_are_a_matrix_product': '.*',
-    'test_golden_classifier': 'square|odd|stride8|(vanilla|vim|groupmamba|mambavision)\\w*',
+    'test_golden_classifier': 'square|odd|stride8|(vmamba|2dvmamba|vanilla|vim|groupmamba|mambavision)\\w*',
     'test_golden_backbone': '.*',
-    'test_golden_scans': '2d-(two_tiles_k4|n16_rect_k4|large_tile)',  # the largest
+    # The largest.
+    'test_golden_scans': '[12]d-(n4\\w*|n16\\w*|single|long|n1_(square|rect)_k4|two_tiles_k4|large_tile)',
     'test_opcheck': 'bfloat16|2d|1d-all|1d-orders?',
     'test_only_wanted_gradients_are_computed': '[12]d-all-low-rank|[12]d-orders',
     'test_random_scans_in_triton': 'draw11',  # which takes as long as all others

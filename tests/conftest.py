@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every test shares: how errors are measured, what is made once for all, and the state of the process.
 
-The golden files, the ways to compute the ops and fresh processes are fixtures too, in files of their own.
+The golden files and the ways to compute the ops are fixtures too, in files of their own.
 """
 
 import fcntl
@@ -18,7 +18,7 @@ os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # which determinist
 
 import torch  # noqa: E402
 
-pytest_plugins = ('backends', 'fresh_processes', 'golden_files')
+pytest_plugins = ('backends', 'golden_files')
 
 
 def pytest_addoption(parser):  # which pytest takes from this folder alone

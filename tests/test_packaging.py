@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fresh_processes import run_fresh
 
 import vssm
 
@@ -156,7 +157,7 @@ def test_wheel_runs_in_clean_environment(wheel, requirements, tmp_path):
     shutil.rmtree(tmp_path / 'venv')
 
 
-def test_a_clone_of_that_name_does_not_hide_the_package(run_fresh, tmp_path):
+def test_a_clone_of_that_name_does_not_hide_the_package(tmp_path):
     """Python takes a folder in the working directory for a namespace package unless it finds a real one on its path."""
     (tmp_path / 'vssm' / 'models').mkdir(parents=True)
     script = 'import timm, vssm; print(vssm.__version__, timm.is_model("test_vmamba2d"))'

@@ -7,9 +7,14 @@ import subprocess
 import sys
 import time
 
+from fresh_processes import AS_MODULE, Process
+
 
 def start(*arguments, launcher=(), host=(), **kwargs):
     """A process with one thread whose output is read by `finish`; `host` is the command that runs it somewhere else."""
+    if not launcher and not host:
+        code = f'import warnings; warnings.simplefilter("ignore"); {AS_MODULE}'
+        return Process(code, *arguments, merged=True, PYTHONWARNINGS='ignore', **kwargs)
     environment = dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
     return subprocess.Popen(
         [*host, sys.executable, *launcher, '-m', *map(str, arguments)],

@@ -9,7 +9,6 @@ import json
 import math
 import re
 import runpy
-import subprocess
 import sys
 import uuid
 from pathlib import Path
@@ -22,6 +21,7 @@ from mmengine.registry import MODELS, PARAM_SCHEDULERS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import load_state_dict
 from mmengine.structures import InstanceData
+from processes import finish, start
 from safetensors.torch import save_file
 from torch import nn
 
@@ -639,10 +639,7 @@ def test_scripts_of_the_packages_train_and_test(package, task, small_run, tmp_pa
     scripts = Path(importlib.import_module(package).__file__).parent / '.mim' / 'tools'
 
     def run(script, *arguments):
-        command = ['-W', 'ignore', '-m', 'vssm.tools.mm', scripts / script, config, *arguments]
-        done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        finish(start('vssm.tools.mm', scripts / script, config, *arguments, cwd=tmp_path))
 
     run('train.py', '--work-dir', tmp_path / 'work')
     checkpoint = next((tmp_path / 'work').glob('*_[12].pth'))

@@ -12,7 +12,6 @@ import re
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -20,6 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fresh_processes import run_fresh, run_script
 from PIL import Image
 from processes import finish, losses, options, start, wait_for
 from torch.nn.functional import cross_entropy
@@ -1519,7 +1519,7 @@ def test_training_goes_on_from_published_weights(classification, tmp_path, golde
     assert weights['head.weight'].shape == (2, 24)  # of other classes: the network's own
 
 
-def test_the_missing_extra_of_slides_is_named(run_fresh, classification):
+def test_the_missing_extra_of_slides_is_named(classification):
     argv = ['train', 'wsi/classification']  # which meets it in the middle of building its data
     code = f'import sys; sys.modules["h5py"] = None; from vssm.tools.main import main; sys.exit(main({argv}))'
     result = run_fresh(code, cwd=classification)
@@ -1918,9 +1918,8 @@ def test_a_comparison_without_data(cases, tmp_path, capsys):
 
 def benchmark(task, folder, *arguments):
     file = folder / 'figures.json'
-    command = [sys.executable, BENCHMARKS / 'synthetic_slides.py', task, '--seeds', '0', '--json', file, *arguments]
-    command += ['--picture', folder / 'picture.png']
-    result = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    arguments = (task, '--seeds', 0, '--json', file, *arguments, '--picture', folder / 'picture.png')
+    result = run_script(BENCHMARKS / 'synthetic_slides.py', *arguments)
     assert result.returncode == 0, result.stdout + result.stderr
     assert colours(folder / 'picture.png') > 50
     return {row['name']: row for row in json.loads(file.read_text())['rows']}
@@ -1954,7 +1953,7 @@ def test_all_kinds_of_networks_are_compared(tmp_path):
     command += ['--work-dir', tmp_path, '--json', tmp_path / 'figures.json', '--picture', tmp_path / 'picture.png']
     tables = []
     for _ in range(2):
-        result = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+        result = run_script(*command)
         assert result.returncode == 0, result.stdout + result.stderr
         tables.append(json.loads((tmp_path / 'figures.json').read_text())['rows'])
     assert tables[0] == tables[1] and 'is tested again' in result.stdout

@@ -3,6 +3,8 @@
 
 import json
 
+from fresh_processes import run_fresh
+
 SCRIPT = """
 import atexit, gc, json, locale, logging, os, random, signal, sys, threading, warnings
 
@@ -70,7 +72,7 @@ print(json.dumps([before, text(state()), sorted(vssm.models.backbone.ALIASES)]))
 """
 
 
-def test_importing_the_package_leaves_the_process_as_it_was(run_fresh):
+def test_importing_the_package_leaves_the_process_as_it_was():
     """But for a class that timm's `checkpoint_path=` needs and the warnings that timm has for aliases."""
     result = run_fresh(SCRIPT)
     assert result.returncode == 0, result.stderr

@@ -34,7 +34,7 @@ TINY = ('vmamba2d_tiny', 'spatial_mamba_tiny')
 FIRST = ('test_vmamba2d', 'test_spatial_mamba')  # which have all that is decorated in `layers.py`
 FIRST_AND_SLOW = (
     *FIRST,
-    *(pytest.param(name, marks=pytest.mark.slow) for name in (*SMALL, *TINY) if name not in FIRST),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in SMALL if name not in FIRST),
 )
 SIZES = {  # of the small models; one block in each of two stages, where nothing else is said
     'test_groupmamba': dict(depths=(1,), dims=(16,), stem_dim=16),  # with another in the head

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from fresh_processes import run_fresh
 from op_cases import OPS, arguments, backward_arguments
 from op_inputs import LAYOUTS, convert, lay_out, random_like
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -626,7 +627,7 @@ def test_use_reference_holds_while_tracing(op, counted_reference):
     assert counter.calls == 1
 
 
-def test_environment_variable_selects_the_reference_of_every_op(run_fresh):
+def test_environment_variable_selects_the_reference_of_every_op():
     script = 'import sys, torch, vssm.ops; print(sys.modules["vssm.ops.backend"].uses_reference(torch.empty(1)))'
     assert run_fresh(script, VSSM_REFERENCE='1').stdout.strip() == 'True'
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fresh_processes import run_script
 
 BENCHMARKS = Path(__file__).parents[2] / 'benchmarks'
 
@@ -43,7 +44,7 @@ FROZEN = ['test_vit', '--batch-size', '1', '--compile', '--freeze', '--layouts',
         ),
     ],
 )
-def test_script_writes_its_figures(script, options, rows, key, run_script, tmp_path):
+def test_script_writes_its_figures(script, options, rows, key, tmp_path):
     file = tmp_path / 'figures.json'
     result = run_script(BENCHMARKS / script, '--rounds', '1', '--json', file, *options)
     assert result.returncode == 0, result.stderr
@@ -98,7 +99,7 @@ def test_the_table_says_what_it_leaves_out(is_native, model_cpu, monkeypatch, tm
 @pytest.mark.parametrize(
     ('script', 'options'), [('op_cuda.py', []), ('model_cuda.py', ['test_vit', 'test_vmamba2d', '--size', '160'])]
 )
-def test_cuda_script_without_a_gpu(script, options, run_script):
+def test_cuda_script_without_a_gpu(script, options):
     result = run_script(BENCHMARKS / script, *options)
     assert result.returncode == 2 and 'needs a CUDA GPU' in result.stderr
 

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from fresh_processes import run_fresh
 
 from vssm.tools._common import find_config
 from vssm.tools.main import make_parser
@@ -41,13 +42,13 @@ BLOCKS = list(python_blocks())
 
 
 @pytest.mark.parametrize('code', BLOCKS)
-def test_python_block_runs_alone(code, run_fresh, tmp_path):
+def test_python_block_runs_alone(code, tmp_path):
     result = run_fresh(WARNINGS + code, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_from_its_first_cell_to_its_last(run_fresh, tmp_path):
+def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path):
     pytest.importorskip('pytorch_grad_cam', reason="grad-cam is not installed: pip install '.[plot]'")
     cells = json.loads((ROOT / 'examples' / 'predict.ipynb').read_text())['cells']
     code = '\n'.join(''.join(cell['source']) for cell in cells if cell['cell_type'] == 'code')

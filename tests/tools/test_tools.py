@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from fresh_processes import AS_MODULE, run_fresh
 from fvcore.nn import FlopCountAnalysis
 from fvcore.nn.jit_handles import elementwise_flop_counter
 from rich.console import Console
@@ -38,7 +39,7 @@ def test_help_shows_an_example_that_parses(command, capsys):
     assert make_parser().parse_args(argv).command == command
 
 
-def test_importing_the_command_is_light(run_fresh):
+def test_importing_the_command_is_light():
     """`vssm --help` waits for torch and timm, which the package itself imports, and for nothing else that is slow."""
     code = (
         'import sys; from vssm.tools.main import make_parser; make_parser(); '
@@ -47,8 +48,8 @@ def test_importing_the_command_is_light(run_fresh):
     assert run_fresh(code).stdout == '[]\n'
 
 
-def test_a_subcommand_runs_as_a_module(run_fresh):
-    result = run_fresh('import runpy; runpy.run_module("vssm.tools.configs", run_name="__main__", alter_sys=True)')
+def test_a_subcommand_runs_as_a_module():
+    result = run_fresh(AS_MODULE, 'vssm.tools.configs')
     assert result.returncode == 0 and 'digits/vmamba_test' in result.stdout and not result.stderr
 
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 import timm
 import torch
+from fresh_processes import run_fresh
 from golden_files import KEY_FILES
 from torch import nn
 
@@ -441,7 +442,7 @@ def test_the_names_of_the_papers_code(alias, name):
     assert alias not in timm.list_models()
 
 
-def test_aliases_do_not_warn(run_fresh):
+def test_aliases_do_not_warn():
     code = "import warnings; warnings.simplefilter('error'); import timm, vssm"
     result = run_fresh(f"{code}; timm.create_model('2dvmamba_tiny', device='meta')")
     assert result.returncode == 0, result.stderr
