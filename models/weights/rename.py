@@ -69,11 +69,12 @@ def _renamed(
     out: OrderedDict[str, Tensor] = OrderedDict()
     if hasattr(state_dict, '_metadata'):  # the modules' versions, which load_state_dict reads
         out._metadata = state_dict._metadata  # type: ignore[attr-defined]  # torch's own attribute
+    rules = [(re.compile(pattern), replacement) for pattern, replacement in (*renames, *_MIXER_RENAMES)]
     for name, value in state_dict.items():
         ours = name
         if name not in own:
-            for pattern, replacement in (*renames, *_MIXER_RENAMES):
-                ours = re.sub(pattern, replacement, ours)
+            for rule, replacement in rules:
+                ours = rule.sub(replacement, ours)
             if ours in out or ours in state_dict:
                 ours = name
         if ours != name and ours in own and _RESHAPED.search(ours):

@@ -31,9 +31,8 @@ SIZES = ((1, 64, 96), (2, 33, 47), (3, 32, 96), (1, 96, 32))  # at 1/32 the last
 # A graph of windows holds where several of them cover either side, with and without padding as at the first size.
 IN_WINDOWS = ((6, 96, 160), (4, 80, 96), (3, 224, 224), (6, 129, 70))
 every_small_model = pytest.mark.parametrize('name', SMALL)
-FIRST = ('test_vmamba2d', 'test_spatial_mamba')
 every_graph = pytest.mark.parametrize(  # whose sizes take PyTorch long to reason about
-    'name', [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in SMALL]
+    'name', [name if name == 'test_vmamba2d' else pytest.param(name, marks=pytest.mark.slow) for name in SMALL]
 )
 # Where the op is one call of the graph, whatever its scan, and compiling takes long.
 every_family = pytest.mark.parametrize('name', ('test_vmamba2d', 'test_spatial_mamba'))
@@ -262,6 +261,7 @@ def test_onnx_of_a_network_for_images_of_one_size(tmp_path):
     assert session.run(None, {'images': images(5, 64, 64).numpy()})[0].shape == (5, 10)
 
 
+@pytest.mark.slow
 def test_onnx_of_one_block(tmp_path, assert_close):
     pytest.importorskip('onnxscript')
     model = create_shallow('test_vmamba', stages=1)

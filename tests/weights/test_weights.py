@@ -556,8 +556,12 @@ def twins_of(model):
     'variant, kind',
     [
         *[(variant, 'classifier') for variant in KEY_FILES],
-        *[(variant, 'backbone') for variant in WITH_BACKBONE],
-        *[(variant, 'newer names') for variant in WITH_BACKBONE if variant.startswith('vmamba')],  # the others' is one
+        *[
+            pytest.param(variant, kind, marks=() if 'tiny' in variant else pytest.mark.slow)
+            for variant in WITH_BACKBONE
+            for kind in ('backbone', 'newer names')
+            if kind == 'backbone' or variant.startswith('vmamba')  # the others have one kind of names
+        ],
     ],
 )
 def test_published_names_tell_the_model(variant, kind, golden):
