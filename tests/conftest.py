@@ -21,6 +21,25 @@ import torch  # noqa: E402
 pytest_plugins = ('backends', 'golden_files')
 
 
+# These take minutes, and come first: in the end no worker of pytest-xdist waits for another that has just begun one.
+FIRST = {
+    'test_a_killed_run_goes_on_as_if_nothing_had_happened',
+    'test_ahead_of_time',
+    'test_all_costs_are_up_to_date',
+    'test_demo',
+    'test_eight_images_are_learnt',
+    'test_kernels_compile_for_every_card',
+    'test_survival_with_a_known_risk',
+    'test_the_address_sanitizer_finds_nothing',
+    'test_tissues_that_touch_need_the_grid',
+    'test_wheel_runs_in_clean_environment',
+}
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.originalname not in FIRST)
+
+
 def pytest_addoption(parser):  # which pytest takes from this folder alone
     parser.addoption('--draws', type=int, default=300, help='random cases of the property tests of the scan')
 

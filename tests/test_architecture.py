@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from backends import IMPLIED_IF_INTERPRETED, SLOW_IF_INTERPRETED
+from conftest import FIRST
 
 import vssm
 
@@ -237,7 +238,7 @@ def test_no_test_has_the_name_of_another():
     functions = [node.name for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)]
     tests = Counter(name for name in functions if name.startswith('test_'))
     assert [name for name, count in tests.items() if count > 1] == []
-    assert IMPLIED_IF_INTERPRETED.keys() | SLOW_IF_INTERPRETED <= tests.keys()
+    assert IMPLIED_IF_INTERPRETED.keys() | SLOW_IF_INTERPRETED | FIRST <= tests.keys()
 
 
 def test_the_version_is_written_once():

@@ -73,12 +73,10 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(task, model_name, comma
     (expected, _), (weights, _) = (read_checkpoint(folder / last) for folder in (whole, killed))
     assert weights.keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in weights.items())
-    metric = dict(imagenet='accuracy/top2', ade20k='mIoU', coco='coco/segm_mAP')[task]
-    checkpoint = 'checkpoint.safetensors' if task == 'imagenet' else last
-    tested = start(
-        'vssm.tools.test', arguments[0], killed / checkpoint, *arguments[1:], '--work-dir', tmp_path / 'test'
-    )
-    assert metric in finish(tested)
+    if task == 'imagenet':  # the others' is for test_own_data.py
+        checkpoint = killed / 'checkpoint.safetensors'
+        tested = start('vssm.tools.test', arguments[0], checkpoint, *arguments[1:], '--work-dir', tmp_path / 'test')
+        assert 'accuracy/top2' in finish(tested)
 
 
 @pytest.mark.slow

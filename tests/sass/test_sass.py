@@ -53,7 +53,7 @@ SCANS = {  # what the host code is made to choose, and the inputs
     **{name_of(*own): tile_case(*own) for own in OWN_TILES if own != LARGEST},
     **{
         f'{str(dtype)[6:]}-{name_of(*LARGEST)}': tile_case(*LARGEST, dtype=dtype, width=40)  # amid a strip and a warp
-        for dtype in (torch.float32, *HALF)
+        for dtype in (torch.float32, torch.bfloat16)
     },
     f'strips-{name_of(*LARGEST)}': tile_case(*LARGEST, orders=(0,)),
     **{f'single-{name_of(*own)}': tile_case(*own, orders=(3,)) for own in DEFAULTS if own[0] == 2},
