@@ -162,7 +162,7 @@ def test_missing_library_says_how_to_build_it(source, tmp_path):
     package.mkdir()
     shutil.copytree(source / 'ops', package / 'ops')
     (package / '__init__.py').touch()
-    result = run(sys.executable, '-c', f'import sys; sys.path.insert(0, {str(tmp_path)!r}); import vssm.ops')
+    result = run_fresh(f'import sys; sys.path.insert(0, {str(tmp_path)!r}); import vssm.ops')
     assert result.returncode != 0
     assert 'pip install --no-build-isolation -e .' in result.stderr.splitlines()[-1]
 

@@ -841,7 +841,10 @@ def test_a_run_with_an_unreadable_image(policy, workers, build, folder, tmp_path
     assert log.count('b/1.png') == 1 and '1 of 8 images are unreadable' in log
 
 
-@pytest.mark.parametrize('task, folder', [('coco', 'val2017'), ('ade20k', 'annotations/validation')])
+@pytest.mark.parametrize(
+    'task, folder',
+    [pytest.param('coco', 'val2017', marks=pytest.mark.slow), ('ade20k', 'annotations/validation')],
+)
 def test_missing_images_stop_before_the_first_iteration(task, folder, small_config, data, tmp_path):
     source = data / dict(coco='coco', ade20k='ADEChallengeData2016')[task]
     shutil.copytree(source, tmp_path / 'data')
