@@ -191,7 +191,7 @@ IMPLIED_IF_INTERPRETED = {  # by test, the words in the names of its cases
     'test_scan_makes_no_number_of_what_is_none': '16',  # states, which are gone through one by one
     'test_scan_values_that_are_not_finite_spoil_no_other_image': 'B|C|D|dt_bias',  # as x and A, in the same programs
     # Of the walks in a map, those by one order or those by two.
-    'test_strips_and_bands': '(?<!-)(bands|more-bands-than-lines)-2d(?!-pair)|one-warp-[12]d(?!-pair)|strips-in-bands-2d-pair',
+    'test_strips_and_bands': 'one-warp-1d|(one-warp|lines|(?<!in-)bands)-2d(?!-pair)|strips-in-bands-2d-pair',
     'test_values_and_gradients': 'scan|float16|bfloat16-float32',  # of the scan: its pinned and random cases
 }
 SLOW_IF_INTERPRETED = {
