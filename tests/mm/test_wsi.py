@@ -1964,7 +1964,7 @@ def test_all_kinds_of_networks_are_compared(tmp_path):
 
 @pytest.mark.slow
 def test_survival_with_a_known_risk(tmp_path):
-    rows = benchmark('survival', tmp_path)
+    rows = benchmark('survival', tmp_path, '--train', 200, '--epochs', 6)  # to 0.83 and 0.80
     assert rows['wsi/survival']['test_c_index'] >= 0.75
     assert rows['wsi/survival_cox']['test_c_index'] >= 0.75
     assert rows['the log-risk itself']['test_c_index'] >= 0.75
