@@ -436,6 +436,18 @@ def test_random_scans_in_triton(seed, triton_path, interpreted):
     assert_matches_oracle(actual, expected, tensors, options, grad_y, f'draw {seed}, {describe(tensors, options)}')
 
 
+@pytest.mark.triton
+@pytest.mark.parametrize('seed', (0, 14), ids='draw{}'.format)
+def test_low_rank_steps_in_bfloat16_in_triton(seed, triton_path):
+    """Of a weight 16 bits are taken, and its gradient is a product of bfloat16, as of PyTorch's own linear layers."""
+    tensors, options, grad_y = draw_case(seed, elements=(100, 300))
+    assert tensors['dt'].dtype == torch.bfloat16 and tensors['dt_weight'].dtype == torch.float32
+    expected = oracle(tensors, options, grad_y)
+    actual = values_and_grads(tensors, options, grad_y)
+    limits = dict(A=2e-5, dt_bias=2e-5, dt_weight=1e-2)
+    assert_matches_oracle(actual, expected, tensors, options, grad_y, describe(tensors, options), limits)
+
+
 FIXED_CASES = {
     'B1-1x1-E1-N1': dict(batch=1, height=1, width=1, channels=1, states=1),
     'B3-1x1-E17-N2': dict(batch=3, height=1, width=1, channels=17, rank=2),
