@@ -74,8 +74,10 @@ def _scan_backward_2d(
 
     for strip in range(0, columns, S * J):
         column, column_ = strip + s * J + j, strip + p  # [S, J], [S J]
-        is_edge = (column < columns)[:, :, None] & is_channel[None, None, :]
+        is_column = j < columns - strip - s * J  # [S, J]
+        is_edge = is_column[:, :, None] & is_channel[None, None, :]
         edge = (column * channels)[:, :, None] + edges[None, None, :]
+        at = (start + (begin - s) * step_line + column * step_place)[:, :, None] * channels + e[None, None, :]
         down = tl.zeros([S, J, BLOCK_E], tl.float32)
         product = down + 1.0
         if not SUMMARY:
@@ -91,10 +93,13 @@ def _scan_backward_2d(
             raw = _load_raw(dt_ptr, row * dt_row, weight, is_place_, e, is_channel, rank, RANK, HALVES, S, J)
             B, C = _load_BC(B_ptr + n, C_ptr + n, row * BC_row, BC_row, is_place_, 1, S, J)
             B, C = tl.reshape(B, (S, J)), tl.reshape(C, (S, J))
-            place = start + line * step_line + column * step_place
-            at = (place * channels)[:, :, None] + e[None, None, :]
-            mask = (is_line & (column < columns))[:, :, None] & is_channel[None, None, :]
+            mask = (is_line & is_column)[:, :, None] & is_channel[None, None, :]
             dy = tl.load(grad_ptr + at, mask, 0.0).to(tl.float32)
+            if not SUMMARY:
+                x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
+                from_line = tl.load(from_line_ptr + at, mask, 0.0)
+                from_place = tl.load(from_place_ptr + at, mask, 0.0)
+                dx = tl.load(sum_ptr + at, mask & (walk > 0), 0.0).to(tl.float32)
             step, slope = _steps(raw, bias, is_line, dy, SOFTPLUS)
             a = tl.exp2(step * (A * LOG2E)[None, None, :])
             dh = down
@@ -114,14 +119,9 @@ def _scan_backward_2d(
                 last = _last_place(right, J)
                 tl.store(left_, last, is_line & (s == S - 1) & (strip + S * J < columns) & is_channel[None, :])
 
-                x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
-                from_line = tl.load(from_line_ptr + at, mask, 0.0)
-                from_place = tl.load(from_place_ptr + at, mask, 0.0)
                 ada = dh * from_line + dg * from_place  # a times the gradient of a
                 dgB = dg * B[:, :, None]
-                dx = dgB * step + D[None, None, :] * dy
-                if walk > 0:
-                    dx += tl.load(sum_ptr + at, mask, 0.0)
+                dx += dgB * step + D[None, None, :] * dy
                 if walk < walks - 1:
                     tl.store(sum_ptr + at, dx, mask)
                 else:
@@ -132,6 +132,7 @@ def _scan_backward_2d(
                 dD += tl.sum(dy * x, 1)
                 draw_ = draw_ptr + at
                 if RANK == 0:
+                    place = start + line * step_line + column * step_place
                     draw_ = draw_ptr + ((place * K + k) * channels)[:, :, None] + e[None, None, :]
                 if n > 0:
                     draw += tl.load(draw_, mask, 0.0)
@@ -139,6 +140,7 @@ def _scan_backward_2d(
                 h = from_line + from_place + step * x * B[:, :, None]
                 dBC = _sum_channels(dg * (step * x), dy * h, HALVES, S, J, BLOCK_E)
                 tl.store(parts_ptr + (part + place_)[:, None] * 2 + c, dBC, is_place_[:, None] & (c < 2))
+            at += step_line * channels
         if SUMMARY:
             tl.store(products_ptr + edge, product, is_edge)
             tl.store(states_ptr + edge, down, is_edge)

@@ -69,8 +69,10 @@ def _scan_forward_2d(
 
         for strip in range(0, columns, S * J):
             column, column_ = strip + s * J + j, strip + p  # [S, J], [S J]
-            is_edge = (column < columns)[:, :, None] & is_channel[None, None, :]
+            is_column = j < columns - strip - s * J  # [S, J]
+            is_edge = is_column[:, :, None] & is_channel[None, None, :]
             edge = (column * channels)[:, :, None] + edges[None, None, :]
+            at = (start + (begin - s) * step_line + column * step_place)[:, :, None] * channels + e[None, None, :]
             zero = tl.zeros([S, J, BLOCK_E], tl.float32)
             down, product = zero, zero + 1.0  # the states of the line above, and the product of all a of a column
             down2, product2 = zero, zero + 1.0
@@ -92,9 +94,7 @@ def _scan_forward_2d(
                         dt_ptr, row * dt_row + dt_row, weight2, is_place_, e, is_channel, rank, RANK, HALVES, S, J
                     )
                 B, C = _load_BC(B_ptr + n, C_ptr + n, row * BC_row, BC_row, is_place_, ORDERS, S, J)
-                place = start + line * step_line + column * step_place
-                at = (place * channels)[:, :, None] + e[None, None, :]
-                mask = (is_line & (column < columns))[:, :, None] & is_channel[None, None, :]
+                mask = (is_line & is_column)[:, :, None] & is_channel[None, None, :]
                 x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
                 left_ = edges_ptr + (line * channels + edges[None, :])  # [S, E]
                 is_left = is_line & (s == 0) & (strip > 0) & is_channel[None, :]
@@ -147,6 +147,7 @@ def _scan_forward_2d(
                         tl.store(sum_ptr + at, y, mask)
                     else:
                         tl.store(y_ptr + at, y, mask)
+                at += step_line * channels
             if SUMMARY:
                 tl.store(products_ptr + edge, product, is_edge)
                 tl.store(states_ptr + edge, down, is_edge)

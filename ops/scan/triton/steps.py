@@ -36,21 +36,20 @@ def _load_weight(ptr, e, is_channel, channels, rank, RANK: tl.constexpr, HALVES:
     With HALVES, for steps in bfloat16, each row stands twice, [2 RANK, E]: rounded to bfloat16, and what that left.
     Together they hold 16 bits of a weight, and the products with them are exact in float32.
     """
-    r = tl.arange(0, 2 * RANK if HALVES else RANK)
-    row = r // 2 if HALVES else r
-    weight = tl.load(ptr + row[:, None] * channels + e[None, :], (row < rank)[:, None] & is_channel[None, :], 0.0)
+    r = tl.arange(0, RANK)
+    weight = tl.load(ptr + r[None, :] * channels + e[:, None], is_channel[:, None] & (r < rank)[None, :], 0.0)
+    rest = 0
     if HALVES:
         rounded = weight.to(tl.bfloat16)
-        rest = (weight - rounded.to(tl.float32)).to(tl.bfloat16)
-        weight = tl.where((r % 2 == 0)[:, None], rounded, rest)
-    return weight
+        weight, rest = rounded, (weight - rounded.to(tl.float32)).to(tl.bfloat16)
+    return weight, rest
 
 
 @triton.jit
 def _load_raw(
     ptr,
     at,
-    weight,
+    weights,
     is_place,
     e,
     is_channel,
@@ -64,7 +63,7 @@ def _load_raw(
 
     at: Where the step sizes of the places lie, [S J].
     is_place: Whether there is such a place, [S J].
-    weight: What `_load_weight` has loaded; without low-rank steps, RANK = 0, anything.
+    weights: What `_load_weight` has loaded; without low-rank steps, RANK = 0, anything.
     """
     if RANK == 0:
         at, is_place = tl.reshape(at, (S, J)), tl.reshape(is_place, (S, J))
@@ -72,12 +71,13 @@ def _load_raw(
         raw = tl.load(ptr + at[:, :, None] + e[None, None, :], mask, 0.0).to(tl.float32)
     else:
         r = tl.arange(0, RANK)
-        low = tl.load(ptr + at[:, None] + r[None, :], is_place[:, None] & (r < rank)[None, :], 0.0)  # [S J, R]
+        low = tl.load(ptr + r[:, None] + at[None, :], (r < rank)[:, None] & is_place[None, :], 0.0)  # [R, S J]
+        weight, rest = weights
         if HALVES:
-            raw = tl.dot(tl.reshape(tl.join(low, low), (S * J, 2 * RANK)), weight)
+            raw = tl.dot(rest, low, tl.dot(weight, low))
         else:
-            raw = tl.dot(low.to(tl.float32), weight, input_precision=FLOAT32)
-        raw = tl.reshape(raw, (S, J, raw.shape[1]))
+            raw = tl.dot(weight, low.to(tl.float32), input_precision=FLOAT32)
+        raw = tl.reshape(tl.trans(raw), (S, J, raw.shape[0]))
     return raw
 
 
