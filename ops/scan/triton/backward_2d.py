@@ -77,6 +77,7 @@ def _scan_backward_2d(
         is_column = j < columns - strip - s * J  # [S, J]
         is_edge = is_column[:, :, None] & is_channel[None, None, :]
         edge = (column * channels)[:, :, None] + edges[None, None, :]
+        # Where the tile lies, which goes on by a line at a time.
         at = (start + (begin - s) * step_line + column * step_place)[:, :, None] * channels + e[None, None, :]
         down = tl.zeros([S, J, BLOCK_E], tl.float32)
         product = down + 1.0
@@ -95,7 +96,7 @@ def _scan_backward_2d(
             B, C = tl.reshape(B, (S, J)), tl.reshape(C, (S, J))
             mask = (is_line & is_column)[:, :, None] & is_channel[None, None, :]
             dy = tl.load(grad_ptr + at, mask, 0.0).to(tl.float32)
-            if not SUMMARY:
+            if not SUMMARY:  # asked for here, for it is there when the recurrence is, and registers are free
                 x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
                 from_line = tl.load(from_line_ptr + at, mask, 0.0)
                 from_place = tl.load(from_place_ptr + at, mask, 0.0)

@@ -72,6 +72,7 @@ def _scan_forward_2d(
             is_column = j < columns - strip - s * J  # [S, J]
             is_edge = is_column[:, :, None] & is_channel[None, None, :]
             edge = (column * channels)[:, :, None] + edges[None, None, :]
+            # Where the tile lies, which goes on by a line at a time.
             at = (start + (begin - s) * step_line + column * step_place)[:, :, None] * channels + e[None, None, :]
             zero = tl.zeros([S, J, BLOCK_E], tl.float32)
             down, product = zero, zero + 1.0  # the states of the line above, and the product of all a of a column

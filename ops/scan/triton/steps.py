@@ -31,10 +31,10 @@ def _softplus(v):
 
 @triton.jit
 def _load_weight(ptr, e, is_channel, channels, rank, RANK: tl.constexpr, HALVES: tl.constexpr):
-    """The weights of low-rank steps, (R, E) in memory, padded to RANK rows.
+    """The weights of low-rank steps, (R, E) in memory, as [E, RANK], and what rounding has left of them.
 
-    With HALVES, for steps in bfloat16, each row stands twice, [2 RANK, E]: rounded to bfloat16, and what that left.
-    Together they hold 16 bits of a weight, and the products with them are exact in float32.
+    With HALVES, for steps in bfloat16, they are rounded to that, and the rest is, too. Together they hold 16 bits of a
+    weight, and the products with them are exact in float32.
     """
     r = tl.arange(0, RANK)
     weight = tl.load(ptr + r[None, :] * channels + e[:, None], is_channel[:, None] & (r < rank)[None, :], 0.0)
@@ -61,6 +61,9 @@ def _load_raw(
 ):
     """The step sizes of a tile before bias and softplus, [S, J, E]; low-rank ones are a product on the tensor cores.
 
+    The weights stand on the left: as rows, channels fill the cores however few places there are, and are divided among
+    warps, so that none reads all weights.
+
     at: Where the step sizes of the places lie, [S J].
     is_place: Whether there is such a place, [S J].
     weights: What `_load_weight` has loaded; without low-rank steps, RANK = 0, anything.
@@ -86,11 +89,12 @@ def _steps(raw, bias, is_place, like, SOFTPLUS: tl.constexpr):
     """The step sizes of a tile from `raw`, and their derivative, [S, J, E]; 0 where there is no place.
 
     is_place: Whether there are lines, [S, 1], or places, [S, J].
-    like: A tile as it was loaded. A zero is made of it, whatever it holds, and added, so that the compiler lays out all
-        that follows as it, and moves nothing but `raw` from where the product has left it.
+    like: A tile as it was loaded. No bit of it is taken, but what takes none is found late, by the compiler's second
+        half: the first lays out all that follows as it, and moves nothing but `raw` from where the product has left it.
     """
-    bias = tl.where(is_place[:, :, None], bias[None, None, :], float('-inf') if SOFTPLUS else 0.0)
-    raw = (tl.minimum(tl.abs(like), 0.0) + raw) + bias
+    none = (like.to(tl.int32, bitcast=True) & 1) >> 1
+    raw = (none | raw.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    raw += tl.where(is_place[:, :, None], bias[None, None, :], float('-inf') if SOFTPLUS else 0.0)
     slope = tl.zeros_like(raw) + 1.0
     if SOFTPLUS:
         raw, slope = _softplus(raw)
