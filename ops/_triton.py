@@ -14,7 +14,17 @@ def at_most(registers: int) -> dict[str, int]:
     return {} if torch.version.hip else dict(maxnreg=registers)
 
 
+_POINTERS_ARE_CHOSEN = tl.constexpr(torch.version.hip is None)
+
+
 @triton.jit
 def _choose(is_first, first_ptr, second_ptr):
-    """Pointers to one of two tensors of one type; as integers, for pointers are what Triton for AMD cannot choose."""
-    return tl.where(is_first, first_ptr.to(tl.int64), second_ptr.to(tl.int64)).to(first_ptr.dtype)
+    """Pointers to one of two tensors of one type.
+
+    Triton for AMD cannot choose pointers, but integers. Of those it knows no alignment, so that a lane would load the
+    values of its channels one by one.
+    """
+    if _POINTERS_ARE_CHOSEN:
+        return tl.where(is_first, first_ptr, second_ptr)
+    else:
+        return tl.where(is_first, first_ptr.to(tl.int64), second_ptr.to(tl.int64)).to(first_ptr.dtype)
