@@ -27,7 +27,7 @@ HALF = set(
 )
 FULL = set('layer_norm group_norm softmax log_softmax softplus exp log pow square rsqrt norm sum cumsum prod'.split())
 # Operations that touch no element, and do not say so in their schema.
-FREE = set('device _unsafe_view empty empty_like empty_strided new_empty new_empty_strided'.split())
+FREE = set('device _unsafe_view set_ empty empty_like empty_strided new_empty new_empty_strided'.split())
 OPS = {
     'vssm::selective_scan': ('scan', 'forward'),
     'vssm::selective_scan_backward': ('scan', 'backward'),
@@ -57,12 +57,16 @@ class Autocast(TorchFunctionMode):
 
 @dataclass
 class Cost:
-    """What operations of a name cost: how many there are, their bytes and FLOPs, and modelled seconds."""
+    """What operations of a name cost: how many there are, their bytes and FLOPs, and modelled seconds.
+
+    Of the seconds, `moving` are those of operations that take as long as their bytes.
+    """
 
     count: int = 0
     bytes: float = 0
     flops: float = 0
     seconds: float = 0
+    moving: float = 0
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,12 @@ class Counted:
     def seconds(self) -> float:
         return sum(cost.seconds for cost in self.costs.values())
 
+    @property
+    def by_rate(self) -> dict[str, float]:
+        """Seconds by the rate that binds."""
+        moving = sum(cost.moving for cost in self.costs.values())
+        return dict(elementwise=moving, products=self.seconds - moving)
+
 
 class Counting(TorchDispatchMode):
     """Counts what is computed meanwhile."""
@@ -155,7 +165,9 @@ class Counting(TorchDispatchMode):
             formula = flop_registry.get(func.overloadpacket)
             flops = formula(*args, **kwargs, out_val=result) if formula else 0
             cost.count, cost.bytes, cost.flops = cost.count + 1, cost.bytes + moved, cost.flops + flops
-            cost.seconds += max(moved / CHIP['elementwise_tb_per_s'] / 1e12, flops / CHIP['product_tflop_per_s'] / 1e12)
+            moving, computing = moved / CHIP['elementwise_tb_per_s'] / 1e12, flops / CHIP['product_tflop_per_s'] / 1e12
+            cost.seconds += max(moving, computing)
+            cost.moving += moving if moving > computing else 0
         return result
 
 

@@ -5,10 +5,12 @@ A warp issues its next instruction when the stall count of the one before is ove
 for are free, both of which the compiler has written into the machine code, and when the scheduler and the unit are. The
 times until results come back are assumed (`LATENCY`). Of several warps that could issue, the one does that has waited
 longest. Not modelled: bank conflicts, caches of instructions, the queues before the memory units, other SMs' traffic.
+What warps have waited for is counted, which says what binds where no unit is busy.
 """
 
 import heapq
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,6 +29,7 @@ CHIP: dict[str, float] = dict(
     programs=32,
     shared_bytes=228 * 1024,
     cache_bytes=256 * 1024,  # L1 and shared memory together
+    l2_bytes=50e6,
     dram_tb_per_s=3.35,
     elementwise_tb_per_s=3.0,
     product_tflop_per_s=500,
@@ -35,6 +38,7 @@ LATENCY: dict[str, int] = {  # cycles until a result is there, by class of instr
     'alu': 4,  # and all of which nothing else is said
     'l1': 38,
     'l2': 270,
+    'dram': 600,
     'load shared': 30,
     'spill': 38,
     'shuffle': 24,
@@ -170,7 +174,9 @@ class Warp:
         self.program, self.steps, self.memory, self.end = program, steps, memory, end
         self.at = 0
         self.boards = [0] * 8
+        self.holders = [''] * 8  # the kind of what each of them waits for
         self.joined = 0
+        self.stopped = 0  # the cycle in which it came to a barrier
 
 
 class Scheduler:
@@ -211,6 +217,7 @@ class Sm:
         self.waiting: list[list[int]] = [[] for _ in programs]  # warps at a barrier
         self.running = [len(trace.steps) for trace in programs]
         self.queue = [(self.APART * warp.program, w) for w, warp in enumerate(self.warps)]
+        self.waits: Counter[str] = Counter()  # cycles that warps wait, by what for: a kind of result, a unit, a slot
 
     def run(self) -> float:
         """Cycles until all programs have ended."""
@@ -220,8 +227,9 @@ class Sm:
             now, w = queue[0]
             warp, scheduler = warps[w], schedulers[w & 3]
             step = warp.steps[warp.at]
-            ready = self.ready(warp, scheduler, step)
+            ready, cause = self.ready(warp, scheduler, step)
             if ready > now:
+                self.waits[cause] += ready - now
                 heapq.heapreplace(queue, (ready, w))
                 continue
             self.issue(warp, scheduler, step, now)
@@ -233,23 +241,25 @@ class Sm:
                 finish = max(finish, now + step.stall)
                 self.running[warp.program] -= 1
             else:
+                warp.stopped = now
                 self.waiting[warp.program].append(w)
             self.release(warp.program, now)
         return finish / self.share
 
-    def ready(self, warp: Warp, scheduler: Scheduler, step: Scheduled) -> int:
-        """The first cycle in which nothing more that is known by now keeps a step from being issued."""
-        ready = scheduler.free
+    def ready(self, warp: Warp, scheduler: Scheduler, step: Scheduled) -> tuple[int, str]:
+        """The first cycle in which nothing more that is known by now keeps a step from being issued, and what did."""
+        ready, cause = scheduler.free, 'slot'
         for board in step.waits:
             if warp.boards[board] > ready:
-                ready = warp.boards[board]
+                ready, cause = warp.boards[board], warp.holders[board]
         if step.joins and warp.joined > ready:
-            ready = warp.joined
-        if step.unit == 'memory':
-            return max(ready, self.memory - self.QUEUE)
+            ready, cause = warp.joined, 'product'
         if step.unit:
-            return max(ready, scheduler.units[scheduler.unit_of(step)])
-        return ready
+            memory = step.unit == 'memory'
+            free = self.memory - self.QUEUE if memory else scheduler.units[scheduler.unit_of(step)]
+            if free > ready:
+                ready, cause = free, f'unit {step.unit}'
+        return ready, cause
 
     def issue(self, warp: Warp, scheduler: Scheduler, step: Scheduled, now: int) -> None:
         scheduler.free, done = now + 1, now + step.latency
@@ -261,24 +271,26 @@ class Sm:
             scheduler.units[scheduler.unit_of(step)] = now + step.cycles
             if step.kind == 'group product':
                 warp.joined = done
-        boards = warp.boards
-        boards[step.writes] = max(boards[step.writes], done)
-        boards[step.reads] = max(boards[step.reads], now + LATENCY['read'])
+        for board, until in ((step.writes, done), (step.reads, now + LATENCY['read'])):
+            if until > warp.boards[board]:
+                warp.boards[board], warp.holders[board] = until, step.kind
         warp.at += 1
 
     def release(self, program: int, now: int) -> None:
         """Let the warps of a program go on, if all that still run are at a barrier."""
         if len(self.waiting[program]) == self.running[program]:
             for w in self.waiting[program]:
+                self.waits['barrier'] += now + LATENCY['barrier'] - self.warps[w].stopped
                 heapq.heappush(self.queue, (now + LATENCY['barrier'], w))
             self.waiting[program] = []
 
 
-def simulate(programs: Sequence[Trace], most: int | None = None) -> float:
-    """Cycles in which programs that share an SM are done.
+def simulate(programs: Sequence[Trace], most: int | None = None) -> tuple[float, Counter[str]]:
+    """Cycles in which programs that share an SM are done, and those that their warps wait, by what for.
 
     Args:
         programs: What each program does.
         most: Steps of a warp to look at; the rest is taken to go on at the same pace. None for all of them.
     """
-    return Sm(programs, most).run()
+    sm = Sm(programs, most)
+    return sm.run(), sm.waits

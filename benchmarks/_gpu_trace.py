@@ -5,6 +5,7 @@ The emulator is that of `tests/sass`. Here it runs on memory that holds zeros an
 of any size: no branch of the kernels hangs on what they read.
 """
 
+from bisect import bisect
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,17 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 
 SECTOR = 32  # bytes
 ROW_SHIFT = 40  # bits of a sector's number
+L1, L2 = -2, -1  # where a sector is; from 0 on are the numbers of tensors, for those that are new to the SM
+
+Cache = OrderedDict[int, None]  # of sectors, those that were used last at its end
+
+
+def keep(cache: Cache, sector: int, room: float) -> None:
+    """Put a sector into a cache, which forgets what was used longest ago."""
+    cache[sector] = None
+    cache.move_to_end(sector)
+    if len(cache) > room:
+        cache.popitem(last=False)
 
 
 class Blank(Memory):
@@ -142,7 +154,7 @@ class Run:
 
     @cached_property
     def traces(self) -> list[Trace]:
-        """What each of the programs did; loads are answered by the cache of the SM, else by the L2."""
+        """What each of the programs did; loads are answered by the cache of the SM, the L2, or DRAM."""
         index, came, took = (np.array(column, np.uint64) for column in zip(*self.steps, strict=True))
         answers, one = self.accesses.answers, np.uint64(1)
         traces = []
@@ -167,13 +179,19 @@ class Run:
 
     @cached_property
     def accesses(self) -> Accesses:
-        """What was touched, and what answers: L1, of which each program has its part, or else L2."""
+        """What was touched, and what answers: L1 and L2, of which each program has its part, or DRAM.
+
+        What several programs read, one of them has from DRAM, and the others from L2.
+        """
         warps, programs = self.warps, range(len(self.samples))
         room = (CHIP['cache_bytes'] - self.resident * (self.shared + 1024)) / self.resident / SECTOR
-        caches: list[OrderedDict[int, None]] = [OrderedDict() for _ in programs]
+        room2 = CHIP['l2_bytes'] / min(self.programs, self.resident * CHIP['sms']) / SECTOR
+        begins = [(begin - BASE) // SECTOR for begin, _ in self.tensors]
+        caches: list[tuple[Cache, Cache]] = [(OrderedDict(), OrderedDict()) for _ in programs]
         found = Accesses(
             [{} for _ in range(warps * len(programs))], [set() for _ in programs], [set() for _ in programs]
         )
+        new: Counter[int] = Counter()  # sectors of each tensor that a program had not touched before
         slot_of = np.zeros(max(self.samples) + 1, np.int64)
         slot_of[self.samples] = programs
         for step, (stores, tag, sector) in self.touched.items():  # in the order of steps
@@ -182,21 +200,40 @@ class Run:
             for key in keys:
                 w, x = key >> ROW_SHIFT, key & (1 << ROW_SHIFT) - 1
                 if w != last:
-                    last, slot, requests, place = w, w // warps, 0, 'l1'
-                    cache, read, written = caches[slot], found.read[slot], found.written[slot]
+                    last, slot, requests, place = w, w // warps, 0, L1
+                    (l1, l2), read, written = caches[slot], found.read[slot], found.written[slot]
                 requests += 1
                 if stores:
                     written.add(x)
-                elif x in cache:
-                    cache.move_to_end(x)
+                    keep(l2, x, room2)
+                elif x in l1:
+                    l1.move_to_end(x)
                 else:
                     found.missed += 1
-                    place = 'l2'
+                    if x in l2:
+                        place = max(place, L2)
+                    elif x in read or x in written:
+                        place = len(begins)
+                    else:
+                        tensor = bisect(begins, x) - 1
+                        new[tensor] += 1
+                        place = max(place, tensor)
                     read.add(x)
-                    cache[x] = None
-                    if len(cache) > room:
-                        cache.popitem(last=False)
-                found.answers[w][step] = -(-requests // 4), LATENCY[place]
+                    keep(l1, x, room)
+                    keep(l2, x, room2)
+                found.answers[w][step] = -(-requests // 4), place
+        scale = SECTOR * self.programs / len(self.samples)
+        share = [min(1.0, size / max(1, new[i] * scale)) for i, (_, size) in enumerate(self.tensors)] + [1.0]
+        owed = [0.0] * len(share)
+        for answers in found.answers:
+            for step, (requests, place) in answers.items():
+                level = 'l1' if place == L1 else 'l2'
+                if place >= 0:
+                    owed[place] += share[place]
+                    if owed[place] >= 1:
+                        owed[place] -= 1
+                        level = 'dram'
+                answers[step] = requests, LATENCY[level]
         return found
 
     @cached_property
@@ -219,15 +256,16 @@ class Run:
                 dram += min(inside.sum() * scale, size)
         return dict(l2=(found.missed + sum(map(len, found.written))) * scale, dram=float(dram))
 
-    def cycles(self, most: int | None = None) -> float:
-        """Cycles of the launch on the SM that has most programs."""
+    def cycles(self, most: int | None = None) -> tuple[float, Counter[str]]:
+        """Cycles of the launch on the SM that has most programs, and those that warps wait, by what for."""
         full, rest = divmod(self.busiest, self.resident)
-        total = 0.0
+        total, waits = 0.0, Counter[str]()
         for count, times in ((self.resident, full), (rest, 1)):
             if count and times:
-                programs = [self.traces[i % len(self.traces)] for i in range(count)]
-                total += times * simulate(programs, most)
-        return total
+                taken, waited = simulate([self.traces[i % len(self.traces)] for i in range(count)], most)
+                total += times * taken
+                waits.update({cause: times * cycles for cause, cycles in waited.items()})
+        return total, waits
 
 
 def _placed(answers: dict[int, tuple[int, int]], row: np.ndarray) -> dict[int, tuple[int, int]]:

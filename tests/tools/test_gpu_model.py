@@ -4,15 +4,20 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from _gpu_network import Counting, count_network
 from _gpu_sm import LATENCY, OCCUPANCY, Scheduled, Trace, class_of, schedule, simulate
-from sass.disassembly import Instruction
+from _gpu_trace import SECTOR, Run
+from sass.disassembly import Instruction, Kernel
 from sass.instructions import INSTRUCTIONS
+from sass.launch import BASE
 from sass.machine import CONTROL
+from sass.memory import tags
 from sass.operations import OPERATIONS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,7 +37,7 @@ def instruction(text, stall=1, writes=NONE, reads=NONE, waits=()):
 def cycles(*programs, memory=None, most=None):
     """Cycles of programs, each of which is the steps of its warps."""
     traces = [Trace(list(warps), [memory or {} for _ in warps]) for warps in programs]
-    return simulate(traces, most)
+    return simulate(traces, most)[0]
 
 
 ADD, LOAD, SPECIAL = 'FADD R0, R1, R2', 'LDG.E R4, [R2.64]', 'MUFU.EX2 R0, R1'
@@ -83,6 +88,46 @@ def test_latency_is_waited_for_and_hidden():
     assert alone == pytest.approx(COUNT * (LATENCY['l2'] + 2), rel=0.01)
     assert cycles([once * COUNT] * 16, memory=memory) < 1.1 * alone
     assert cycles([once * COUNT]) < alone / 5  # answered at once
+
+
+@pytest.mark.parametrize(
+    ('steps', 'warps', 'cause'),
+    [
+        pytest.param([instruction(LOAD, writes=0), instruction(ADD, waits=(0,))], 1, 'load', id='loads'),
+        pytest.param([instruction(SPECIAL)], 4, 'unit special', id='unit'),
+        pytest.param([instruction(ADD)], 8, 'slot', id='slots'),
+        pytest.param([instruction('BAR.SYNC.DEFER_BLOCKING 0x0')], 2, 'barrier', id='barriers'),
+    ],
+)
+def test_what_is_waited_for(steps, warps, cause):
+    waits = simulate([Trace([steps * COUNT] * warps, [{}] * warps)])[1]
+    assert max(waits, key=waits.__getitem__) == cause
+    assert waits[cause] > 0.9 * waits.total()
+
+
+def test_what_answers_a_load():
+    """L1 what a program has read, L2 what it has written or others read, and DRAM the rest."""
+    programs, lines = 4, 10
+    own, shared = ((BASE + i * 4096, lines * 128 * n) for i, n in enumerate((programs, 1)))
+    touched = {}
+
+    def touch(stores, tensor, line):
+        sectors = (tensor[0] - BASE + 128 * line) // SECTOR + np.arange(4)
+        touched[len(touched)] = stores, np.full(4, tags(np.int64(0), np.int64(0), np.int64(0))), sectors
+
+    for line in range(lines):
+        touch(False, own, line)
+        touch(False, own, line)
+        touch(False, shared, line)
+    touch(True, own, lines)
+    touch(False, own, lines)
+    run = Run(Kernel('copy', ()), {}, programs, 1, 0, [own, shared], [0], [], touched)
+    (answers,) = run.accesses.answers
+    found = [cycles for _, cycles in answers.values()]
+    assert found[0:30:3] == [LATENCY['dram']] * lines
+    assert found[1:30:3] == [LATENCY['l1']] * lines
+    assert Counter(found[2:30:3]) == {LATENCY['dram']: lines // programs, LATENCY['l2']: lines - lines // programs}
+    assert found[-1] == LATENCY['l2']
 
 
 def test_barriers_hold_all_warps_of_a_program_alone():
@@ -156,8 +201,10 @@ def test_the_script_writes_its_figures(tmp_path):
     assert rows['launches'] and rows['constants']['sms'] == 132
     for row in rows['launches']:
         assert row['modelled_us'] >= max(row['bounds_us'][name] for name in ('issue', 'dram')) > 0
+        assert row['binds'] in row['bounds_us'] or row['binds'].removeprefix('waits for ') in row['waits']
+        assert sum(row['waits'].values()) == pytest.approx(1)
         assert sum(row['classes'].values()) == pytest.approx(row['per_element'])
-    (network,) = rows['networks']
-    launched = sum(row['modelled_ms'] for row in rows['launches'])
-    assert network['modelled_ms'] == pytest.approx(launched + network['beside_ms'] + network['rest_ms'])
+    for network in rows['networks']:
+        launched = sum(row['modelled_ms'] for row in rows['launches'] if row['train'] == network['train'])
+        assert network['modelled_ms'] == pytest.approx(launched + network['beside_ms'] + network['rest_ms'])
     assert 'modelled' in result.stdout and 'sms 132' in result.stdout
