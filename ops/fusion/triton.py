@@ -286,6 +286,7 @@ def state_fusion_triton_backward(
     dh = dweight = grad_y.new_empty(0)
     sizes = dict(height=height, width=width, channels=channels)
     tile = _tile(channels, height, width)
+    tile['num_warps'] *= h.element_size() // 2  # fewer channels a thread where each takes a register
     blocks, pieces = triton.cdiv(channels, tile['BLOCK_E']), _pieces(h, tile)
     with torch.cuda.device_of(h):
         if wanted[0]:
@@ -298,7 +299,6 @@ def state_fusion_triton_backward(
             _fusion_backward[grid](grad_y, sums, weight_, dh, **sizes, rows=rows, **tile, **_OPTIONS)
         if wanted[1]:
             groups = min(pieces, max(1, 1024 // (3 * blocks)))
-            tile['num_warps'] *= h.element_size() // 2  # fewer channels a thread where each takes a register
             parts = torch.empty(groups, 3, 3, 3, channels, dtype=torch.float32, device=h.device)
             grid, sizes = (groups * 3 * blocks,), dict(**sizes, pieces=pieces, groups=groups)
             _fusion_backward_weight[grid](grad_y, h_, parts, **sizes, **tile, **_OPTIONS)

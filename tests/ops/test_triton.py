@@ -329,7 +329,8 @@ def test_kernels_compile_for_every_card(cards, options, tmp_path):
     of_maps = {'scan_forward_2d', 'scan_backward_2d', 'fusion_forward', 'fusion_backward'}
     expected = {'scan_forward_1d', 'scan_backward_1d'} | (set() if 'tokens' in options else of_maps)
     assert {row['kernel'] for row in rows} >= expected
-    assert not any(row['spilled'] > 128 for row in rows if row['default'] and 'scan_forward' in row['kernel'])
+    light = [row for row in rows if row['default'] and row['kernel'].startswith(('scan_forward', 'fusion'))]
+    assert not any(row['spilled'] > 128 for row in light)
 
 
 # Kernels that a training at 224 and a detection with images of twelve sizes compile at most; see count_kernels.py.

@@ -10,12 +10,13 @@ from .walk import (
     _INTEGERS,
     _POINTERS,
     BLOCK_E,
+    _after,
     _band,
     _directions,
     _edges,
+    _first,
     _load_BC,
     _parameters,
-    _place,
     _program,
 )
 
@@ -77,6 +78,7 @@ def _scan_backward_1d(
     k, n = walk // states, walk % states
     lines, columns, start, step_line, step_column = _directions(((orders >> (2 * k)) & 3) ^ 2, image, height, width)
     begin, end = _band(lines * columns)
+    first, column, line = _first(begin, columns, start, step_line, step_column)
     A, D, bias, weight = _parameters(parameters_ptr, k, n, e, is_channel, channels, rank, states, RANK, HALVES)
     dA, dbias = tl.zeros([S, BLOCK_E], tl.float32), tl.zeros([S, BLOCK_E], tl.float32)
     dD = tl.zeros([S, BLOCK_E], tl.float32)
@@ -85,14 +87,13 @@ def _scan_backward_1d(
     if not SUMMARY:
         carry = tl.load(states_ptr + edges, is_channel & (begin > 0), 0.0)
     for strip in range(begin, end, S * J):
-        i, i_ = strip + s * J + j, strip + p  # places of the walk, [S, J] and [S J]
-        is_place, is_place_ = i < end, i_ < end
-        place_ = _place(i_, columns, start, step_line, step_column)
+        is_place, is_place_ = s * J + j < end - strip, p < end - strip  # of the tile, [S, J] and [S J]
+        place_ = _after(first, column, line, p, S * J)[0]
         row = place_ * K + k
         raw = _load_raw(dt_ptr, row * dt_row, weight, is_place_, e, is_channel, rank, RANK, HALVES, S, J)
         B, C = _load_BC(B_ptr + n, C_ptr + n, row * BC_row, BC_row, is_place_, 1, S, J)
         B, C = tl.reshape(B, (S, J)), tl.reshape(C, (S, J))
-        place = _place(i, columns, start, step_line, step_column)
+        place = _after(first, column, line, s * J + j, S * J)[0]
         at = (place * channels)[:, :, None] + e[None, None, :]
         mask = is_place[:, :, None] & is_channel[None, None, :]
         dy = tl.load(grad_ptr + at, mask, 0.0).to(tl.float32)
@@ -129,6 +130,7 @@ def _scan_backward_1d(
             h = ah + step * x * B[:, :, None]
             dBC = _sum_channels(dh * (step * x), dy * h, HALVES, S, J, BLOCK_E)
             tl.store(parts_ptr + (part + place_)[:, None] * 2 + c, dBC, is_place_[:, None] & (c < 2))
+        first, column = _after(first, column, line, S * J, S * J)
 
     if SUMMARY:
         tl.store(edges_ptr + edges, product, is_channel)

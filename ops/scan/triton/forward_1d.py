@@ -10,12 +10,13 @@ from .walk import (
     _INTEGERS,
     _POINTERS,
     BLOCK_E,
+    _after,
     _band,
     _directions,
     _edges,
+    _first,
     _load_BC,
     _parameters,
-    _place,
     _program,
 )
 
@@ -67,18 +68,18 @@ def _scan_forward_1d(
         k, n = w // states, w % states
         lines, columns, start, step_line, step_column = _directions((orders >> (2 * k)) & 3, image, height, width)
         begin, end = _band(lines * columns)
+        place, column, line = _first(begin, columns, start, step_line, step_column)
         A, D, bias, weight = _parameters(parameters_ptr, k, n, e, is_channel, channels, rank, states, RANK, HALVES)
         carry, product = tl.zeros([BLOCK_E], tl.float32), tl.full([BLOCK_E], 1.0, tl.float32)
         if not SUMMARY:
             carry = tl.load(states_ptr + edges, is_channel & (begin > 0), 0.0)
         for strip in range(begin, end, S * J):
-            i, i_ = strip + s * J + j, strip + p  # places of the walk, [S, J] and [S J]
-            is_place, is_place_ = i < end, i_ < end
-            row = _place(i_, columns, start, step_line, step_column) * K + k
+            is_place, is_place_ = s * J + j < end - strip, p < end - strip  # of the tile, [S, J] and [S J]
+            row = _after(place, column, line, p, S * J)[0] * K + k
             raw = _load_raw(dt_ptr, row * dt_row, weight, is_place_, e, is_channel, rank, RANK, HALVES, S, J)
             B, C = _load_BC(B_ptr + n, C_ptr + n, row * BC_row, BC_row, is_place_, 1, S, J)
             B, C = tl.reshape(B, (S, J)), tl.reshape(C, (S, J))
-            at = _place(i, columns, start, step_line, step_column) * channels
+            at = _after(place, column, line, s * J + j, S * J)[0] * channels
             at = at[:, :, None] + e[None, None, :]
             mask = is_place[:, :, None] & is_channel[None, None, :]
             x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
@@ -98,6 +99,7 @@ def _scan_forward_1d(
                     tl.store(sum_ptr + at, y, mask)
                 else:
                     tl.store(y_ptr + at, y, mask)
+            place, column = _after(place, column, line, S * J, S * J)
         if SUMMARY:
             tl.store(edges_ptr + edges, product, is_channel)
             tl.store(states_ptr + edges, carry, is_channel)

@@ -67,9 +67,26 @@ def _band(size):
 
 
 @triton.jit
-def _place(i, columns, start, step_line, step_column):
-    """The place that number i of a 1-D walk is, which counts through all lines."""
-    return start + i // columns * step_line + i % columns * step_column
+def _first(begin, columns, start, step_line, step_column):
+    """Place number `begin` of a 1-D walk, which goes through all lines, and its column; and, for `_after`, of a line
+    the columns, 2^16 over these, rounded up, how far a column is, and how far beyond its last the next line begins."""
+    column = begin % columns
+    place = start + begin // columns * step_line + column * step_column
+    return place, column, (columns, (65535 + columns) // columns, step_column, step_line - columns * step_column)
+
+
+@triton.jit
+def _after(place, column, line, offset, MOST: tl.constexpr):
+    """The place that comes `offset` places later in a 1-D walk, at most MOST, and its column.
+
+    A division for each place would take as long as all else. But few lines end meanwhile: one or none, or, where they
+    are shorter than MOST, as many as a product with the reciprocal says, exactly for numbers as small as these.
+    """
+    tl.static_assert(MOST <= 128, 'of no more is the product exact')
+    columns, reciprocal, step, wrap = line
+    column += offset
+    ended = tl.where(columns < MOST, (column * reciprocal) >> 16, (column >= columns).to(tl.int32))
+    return place + offset * step + ended * wrap, column - ended * columns
 
 
 @triton.jit
