@@ -89,7 +89,7 @@ AIMS = (
     Aim('all scans of a training step, ms', 15, 'modelled_ms', SCANS | dict(train=True)),
     Aim('instructions, stage 1, forward', 60, 'per_element', SCANS | dict(train=False, stage=1)),
     Aim('instructions, stage 4, forward', 120, 'per_element', SCANS | dict(train=False, stage=4)),
-    Aim('instructions, stage 1, backward', 160, 'per_element', SCANS | dict(train=True, stage=1, passes='backward')),
+    Aim('instructions, stage 1, backward', 160, 'per_element', SCANS | dict(stage=1, kernel='scan_backward_2d')),
     Aim('`spatial_mamba_tiny`, scans and fusions of an inference, ms', 1.0, 'modelled_ms', BLOCKS | dict(train=False)),
 )
 
