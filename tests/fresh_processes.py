@@ -37,6 +37,7 @@ for number, path in enumerate((os.devnull, *task['outputs'])):
 os.chdir(task['cwd'])
 os.environ.clear()
 os.environ.update(task['environment'])
+sys.path[1:1] = filter(None, os.environ.get('PYTHONPATH', '').split(os.pathsep))
 sys.argv = ['-c', *task['arguments']]
 sys.modules['__main__'] = main = types.ModuleType('__main__')
 exec(task['code'], vars(main))
