@@ -13,10 +13,13 @@ from backends import CPU_PATHS
 
 TESTS = Path(__file__).parent
 CSRC = TESTS.parents[1] / 'ops' / 'csrc'
-# As setup.py has it, but -O1: the sanitizers' checks take long to optimize.
+# As setup.py has it, but -O1: the sanitizers' checks take long to optimize. Those left out the first does by itself.
 FLAGS = ('-std=c++17', '-O1', '-g', '-ffp-contract=fast', '-Wno-psabi', '-pthread', f'-I{CSRC}')
 BUILDS = {
-    'address': ('-fsanitize=address,undefined', '-fno-sanitize-recover=all', '-fno-omit-frame-pointer'),
+    'address': (
+        *('-fsanitize=address,undefined', '-fno-sanitize=null,object-size', '-fno-sanitize-recover=all'),
+        '-fno-omit-frame-pointer',
+    ),
     'thread': ('-fsanitize=thread',),
     'plain': (),
 }

@@ -321,7 +321,7 @@ def test_half_precision_trains_under_autocast(tmp_path, short_turns):
 @pytest.mark.slow
 def test_compiled(tmp_path, short_turns, fresh_dynamo):
     file = tmp_path / 'a.json'
-    assert main(['report', 'test_vmamba', '--compile', '--sizes', '64', *QUICK, '--json', str(file)]) == 0
+    assert main(['report', 'test_vim', '--compile', '--sizes', '64', *QUICK, '--json', str(file)]) == 0
     assert all(row['compile'] and row['images_per_s'] for row in json.loads(file.read_text()))
 
 
