@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from .steps import FLOAT32
+from .steps import _cut
 
 
 @triton.jit
@@ -80,14 +80,17 @@ def _scan_line(a, b, carry, J: tl.constexpr, S: tl.constexpr, BLOCK_E: tl.conste
 
 
 @triton.jit
-def _sum_channels(first, second, HALVES: tl.constexpr, S: tl.constexpr, J: tl.constexpr, BLOCK_E: tl.constexpr):
+def _sum_channels(first, second, TYPE: tl.constexpr, S: tl.constexpr, J: tl.constexpr, BLOCK_E: tl.constexpr):
     """The sums over channels of two tiles, [S, J, E], in the first two columns of [S J, 16].
 
     They are a product on the tensor cores with a matrix of ones and zeros: adding lane to lane would take five steps a
-    place and tile. With HALVES what is added is rounded to bfloat16, as the sums will be.
+    place and tile. What is added is of the sums' type, or tf32 for float16; float32 is added in two parts of tf32.
     """
     both = tl.reshape(tl.join(first, second), (S * J, 2 * BLOCK_E))
     ones = tl.where(tl.arange(0, 2 * BLOCK_E)[:, None] % 2 == tl.arange(0, 16)[None, :], 1.0, 0.0)
-    if HALVES:
+    if TYPE == tl.bfloat16:
         return tl.dot(both.to(tl.bfloat16), ones.to(tl.bfloat16))
-    return tl.dot(both, ones, input_precision=FLOAT32)
+    if TYPE == tl.float16:
+        return tl.dot(both, ones)
+    part = _cut(both)
+    return tl.dot(both - part, ones, tl.dot(part, ones))
