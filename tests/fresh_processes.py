@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processes that have yet to import this package, without the seconds in which they would import PyTorch and timm."""
 
+import contextlib
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -84,10 +86,16 @@ class Process:
         return self.returncode
 
     def wait(self, timeout: float = 600) -> int:
+        """Its status; it is killed where that does not come in time."""
         end = time.monotonic() + timeout
-        while self.poll() is None:
-            assert time.monotonic() < end, f'it still runs after {timeout} s: {self._outputs[0].read_text()}'
-            time.sleep(0.01)
+        try:
+            while self.poll() is None:
+                assert time.monotonic() < end, f'it still runs after {timeout} s: {self._outputs[0].read_text()}'
+                time.sleep(0.01)
+        except BaseException:  # an interrupt too, which does not reach it in its session
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+            raise
         return self.returncode
 
     def communicate(self, timeout: float = 600) -> tuple[str, str]:
