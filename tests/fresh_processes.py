@@ -35,7 +35,9 @@ if child:
     os._exit(0)
 os.setsid()
 for number, path in enumerate((os.devnull, *task['outputs'])):
-    os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT if number else os.O_RDONLY), number)
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT if number else os.O_RDONLY)
+    os.dup2(file, number)
+    os.close(file)
 os.chdir(task['cwd'])
 os.environ.clear()
 os.environ.update(task['environment'])
