@@ -55,6 +55,17 @@ def server() -> subprocess.Popen:
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
+@contextlib.contextmanager
+def killed_on_failure(session: int):
+    """Kill a session of processes where what waits for them fails, or is interrupted, which does not reach them."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):  # they have ended
+            os.killpg(session, signal.SIGKILL)
+        raise
+
+
 class Process:
     """A process in a session of its own that runs code as `python -c` does; to use like subprocess.Popen.
 
@@ -88,16 +99,11 @@ class Process:
         return self.returncode
 
     def wait(self, timeout: float = 600) -> int:
-        """Its status; it is killed where that does not come in time."""
         end = time.monotonic() + timeout
-        try:
+        with killed_on_failure(self.pid):
             while self.poll() is None:
                 assert time.monotonic() < end, f'it still runs after {timeout} s: {self._outputs[0].read_text()}'
                 time.sleep(0.01)
-        except BaseException:  # an interrupt too, which does not reach it in its session
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.pid, signal.SIGKILL)
-            raise
         return self.returncode
 
     def communicate(self, timeout: float = 600) -> tuple[str, str]:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-from fresh_processes import AS_MODULE, Process
+from fresh_processes import AS_MODULE, Process, killed_on_failure
 
 
 def start(*arguments, launcher=(), host=(), **kwargs):
@@ -28,7 +28,8 @@ def start(*arguments, launcher=(), host=(), **kwargs):
 
 
 def finish(process, status=0):
-    output, _ = process.communicate(timeout=600)
+    with killed_on_failure(process.pid):
+        output, _ = process.communicate(timeout=600)
     assert process.returncode == status, output
     return output
 
@@ -50,7 +51,8 @@ def losses(work_dir):
 
 def wait_for(path, process):
     end = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end
-        time.sleep(0.002)
+    with killed_on_failure(process.pid):
+        while not path.exists():
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < end
+            time.sleep(0.002)

@@ -13,10 +13,10 @@ from backends import CPU_PATHS
 
 TESTS = Path(__file__).parent
 CSRC = TESTS.parents[1] / 'ops' / 'csrc'
-# As setup.py has it, but -O1: the sanitizers' checks take long to optimize. Those left out the first does by itself.
+# As setup.py has it, but -O1: the sanitizers' checks take long to optimize.
 FLAGS = ('-std=c++17', '-O1', '-g', '-ffp-contract=fast', '-Wno-psabi', '-pthread', f'-I{CSRC}')
 BUILDS = {
-    'address': (
+    'address': (  # which finds null pointers and ends of objects without the checks left out
         *('-fsanitize=address,undefined', '-fno-sanitize=null,object-size', '-fno-sanitize-recover=all'),
         '-fno-omit-frame-pointer',
     ),
