@@ -66,7 +66,7 @@ def _scan_backward_1d(
     parts_ptr: Gradients of B and C, by blocks of channels, (blocks, batch, H, W, 2).
     dparams_ptr: Gradients of A, dt_bias and D, by images and bands, (batch, bands, walks, 3, E).
     """
-    TYPE: tl.constexpr = dt_ptr.dtype.element_ty
+    HALVES: tl.constexpr = dt_ptr.dtype.element_ty == tl.bfloat16
     image, images, e, is_channel = _program(channels, WIDE, EVEN)
     K = walks // states  # number of orders
     edges, other = _edges(image, images, channels, e)
@@ -79,7 +79,7 @@ def _scan_backward_1d(
     lines, columns, start, step_line, step_column = _directions(((orders >> (2 * k)) & 3) ^ 2, image, height, width)
     begin, end = _band(lines * columns)
     first, column, line = _first(begin, columns, start, step_line, step_column)
-    A, D, bias, weight = _parameters(parameters_ptr, k, n, e, is_channel, channels, rank, states, RANK, TYPE)
+    A, D, bias, weight = _parameters(parameters_ptr, k, n, e, is_channel, channels, rank, states, RANK, HALVES)
     dA, dbias = tl.zeros([S, BLOCK_E], tl.float32), tl.zeros([S, BLOCK_E], tl.float32)
     dD = tl.zeros([S, BLOCK_E], tl.float32)
 
@@ -90,7 +90,7 @@ def _scan_backward_1d(
         is_place, is_place_ = s * J + j < end - strip, p < end - strip  # of the tile, [S, J] and [S J]
         place_ = _after(first, column, line, p, S * J)[0]
         row = place_ * K + k
-        raw = _load_raw(dt_ptr, row * dt_row, weight, is_place_, e, is_channel, rank, RANK, TYPE, S, J)
+        raw = _load_raw(dt_ptr, row * dt_row, weight, is_place_, e, is_channel, rank, RANK, HALVES, S, J)
         B, C = _load_BC(B_ptr + n, C_ptr + n, row * BC_row, BC_row, is_place_, 1, S, J)
         B, C = tl.reshape(B, (S, J)), tl.reshape(C, (S, J))
         place = _after(first, column, line, s * J + j, S * J)[0]
@@ -128,7 +128,7 @@ def _scan_backward_1d(
                 draw += tl.load(draw_, mask, 0.0)
             tl.store(draw_, draw, mask)
             h = ah + step * x * B[:, :, None]
-            dBC = _sum_channels(dh * (step * x), dy * h, TYPE, S, J, BLOCK_E)
+            dBC = _sum_channels(dh * (step * x), dy * h, dt_ptr.dtype.element_ty, S, J, BLOCK_E)
             tl.store(parts_ptr + (part + place_)[:, None] * 2 + c, dBC, is_place_[:, None] & (c < 2))
         first, column = _after(first, column, line, S * J, S * J)
 

@@ -56,7 +56,7 @@ def _scan_backward_2d(
     parts_ptr: Gradients of B and C, by blocks of channels, (blocks, batch, H, W, 2).
     dparams_ptr: Gradients of A, dt_bias and D, by images and bands, (batch, bands, walks, 3, E).
     """
-    TYPE: tl.constexpr = dt_ptr.dtype.element_ty
+    HALVES: tl.constexpr = dt_ptr.dtype.element_ty == tl.bfloat16
     image, images, e, is_channel = _program(channels, WIDE, EVEN)
     K = walks // states  # number of orders
     edges, other = _edges(image, images, tl.maximum(height, width) * channels, e)
@@ -68,7 +68,7 @@ def _scan_backward_2d(
     k, n = walk // states, walk % states
     lines, columns, start, step_line, step_place = _directions(((orders >> (2 * k)) & 3) ^ 2, image, height, width)
     begin, end = _band(lines)
-    A, D, bias, weight = _parameters(parameters_ptr, k, n, e, is_channel, channels, rank, states, RANK, TYPE)
+    A, D, bias, weight = _parameters(parameters_ptr, k, n, e, is_channel, channels, rank, states, RANK, HALVES)
     dA, dbias = tl.zeros([S, BLOCK_E], tl.float32), tl.zeros([S, BLOCK_E], tl.float32)
     dD = tl.zeros([S, BLOCK_E], tl.float32)
 
@@ -91,7 +91,7 @@ def _scan_backward_2d(
             is_place_ = (line_ >= begin) & (line_ < end) & (column_ < columns)
             place_ = start + line_ * step_line + column_ * step_place
             row = place_ * K + k
-            raw = _load_raw(dt_ptr, row * dt_row, weight, is_place_, e, is_channel, rank, RANK, TYPE, S, J)
+            raw = _load_raw(dt_ptr, row * dt_row, weight, is_place_, e, is_channel, rank, RANK, HALVES, S, J)
             B, C = _load_BC(B_ptr + n, C_ptr + n, row * BC_row, BC_row, is_place_, 1, S, J)
             B, C = tl.reshape(B, (S, J)), tl.reshape(C, (S, J))
             mask = (is_line & is_column)[:, :, None] & is_channel[None, None, :]
@@ -139,7 +139,7 @@ def _scan_backward_2d(
                     draw += tl.load(draw_, mask, 0.0)
                 tl.store(draw_, draw, mask)
                 h = from_line + from_place + step * x * B[:, :, None]
-                dBC = _sum_channels(dg * (step * x), dy * h, TYPE, S, J, BLOCK_E)
+                dBC = _sum_channels(dg * (step * x), dy * h, dt_ptr.dtype.element_ty, S, J, BLOCK_E)
                 tl.store(parts_ptr + (part + place_)[:, None] * 2 + c, dBC, is_place_[:, None] & (c < 2))
             at += step_line * channels
         if SUMMARY:

@@ -57,7 +57,7 @@ def _scan_forward_1d(
 
     Walk k N + n is order k and state n. With TERMS write a times the state of the place before to y.
     """
-    TYPE: tl.constexpr = dt_ptr.dtype.element_ty
+    HALVES: tl.constexpr = dt_ptr.dtype.element_ty == tl.bfloat16
     image, images, e, is_channel = _program(channels, WIDE, EVEN)
     K = walks // states  # number of orders
     edges, other = _edges(image, images, channels, e)
@@ -69,14 +69,14 @@ def _scan_forward_1d(
         lines, columns, start, step_line, step_column = _directions((orders >> (2 * k)) & 3, image, height, width)
         begin, end = _band(lines * columns)
         place, column, line = _first(begin, columns, start, step_line, step_column)
-        A, D, bias, weight = _parameters(parameters_ptr, k, n, e, is_channel, channels, rank, states, RANK, TYPE)
+        A, D, bias, weight = _parameters(parameters_ptr, k, n, e, is_channel, channels, rank, states, RANK, HALVES)
         carry, product = tl.zeros([BLOCK_E], tl.float32), tl.full([BLOCK_E], 1.0, tl.float32)
         if not SUMMARY:
             carry = tl.load(states_ptr + edges, is_channel & (begin > 0), 0.0)
         for strip in range(begin, end, S * J):
             is_place, is_place_ = s * J + j < end - strip, p < end - strip  # of the tile, [S, J] and [S J]
             row = _after(place, column, line, p, S * J)[0] * K + k
-            raw = _load_raw(dt_ptr, row * dt_row, weight, is_place_, e, is_channel, rank, RANK, TYPE, S, J)
+            raw = _load_raw(dt_ptr, row * dt_row, weight, is_place_, e, is_channel, rank, RANK, HALVES, S, J)
             B, C = _load_BC(B_ptr + n, C_ptr + n, row * BC_row, BC_row, is_place_, 1, S, J)
             B, C = tl.reshape(B, (S, J)), tl.reshape(C, (S, J))
             at = _after(place, column, line, s * J + j, S * J)[0] * channels

@@ -49,7 +49,7 @@ def _scan_forward_2d(
     With TERMS write a times the state of the line before to y, and a times the g of the place before to sums.
     """
     ORDERS: tl.constexpr = 2 if PAIR else 1
-    TYPE: tl.constexpr = dt_ptr.dtype.element_ty
+    HALVES: tl.constexpr = dt_ptr.dtype.element_ty == tl.bfloat16
     image, images, e, is_channel = _program(channels, WIDE, EVEN)
     K = walks * ORDERS // states  # number of orders
     edges, other = _edges(image, images, tl.maximum(height, width) * channels, e)
@@ -60,10 +60,10 @@ def _scan_forward_2d(
         k, n = w // states * ORDERS, w % states
         lines, columns, start, step_line, step_place = _directions((orders >> (2 * k)) & 3, image, height, width)
         begin, end = _band(lines)
-        A, D, bias, weight = _parameters(parameters_ptr, k, n, e, is_channel, channels, rank, states, RANK, TYPE)
+        A, D, bias, weight = _parameters(parameters_ptr, k, n, e, is_channel, channels, rank, states, RANK, HALVES)
         if PAIR:
             A2, D2, bias2, weight2 = _parameters(
-                parameters_ptr, k + 1, n, e, is_channel, channels, rank, states, RANK, TYPE
+                parameters_ptr, k + 1, n, e, is_channel, channels, rank, states, RANK, HALVES
             )
             D += D2
 
@@ -89,10 +89,10 @@ def _scan_forward_2d(
                 is_line = (line >= begin) & (line < end)
                 is_place_ = (line_ >= begin) & (line_ < end) & (column_ < columns)
                 row = (start + line_ * step_line + column_ * step_place) * K + k
-                raw = _load_raw(dt_ptr, row * dt_row, weight, is_place_, e, is_channel, rank, RANK, TYPE, S, J)
+                raw = _load_raw(dt_ptr, row * dt_row, weight, is_place_, e, is_channel, rank, RANK, HALVES, S, J)
                 if PAIR:
                     raw2 = _load_raw(
-                        dt_ptr, row * dt_row + dt_row, weight2, is_place_, e, is_channel, rank, RANK, TYPE, S, J
+                        dt_ptr, row * dt_row + dt_row, weight2, is_place_, e, is_channel, rank, RANK, HALVES, S, J
                     )
                 B, C = _load_BC(B_ptr + n, C_ptr + n, row * BC_row, BC_row, is_place_, ORDERS, S, J)
                 mask = (is_line & is_column)[:, :, None] & is_channel[None, None, :]

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from .steps import _cut
+from .steps import FLOAT32
 
 
 @triton.jit
@@ -84,13 +84,12 @@ def _sum_channels(first, second, TYPE: tl.constexpr, S: tl.constexpr, J: tl.cons
     """The sums over channels of two tiles, [S, J, E], in the first two columns of [S J, 16].
 
     They are a product on the tensor cores with a matrix of ones and zeros: adding lane to lane would take five steps a
-    place and tile. What is added is of the sums' type, or tf32 for float16; float32 is added in two parts of tf32.
+    place and tile. What is added is rounded to the sums' type where that is bfloat16, or to tf32 where it is float16.
     """
     both = tl.reshape(tl.join(first, second), (S * J, 2 * BLOCK_E))
     ones = tl.where(tl.arange(0, 2 * BLOCK_E)[:, None] % 2 == tl.arange(0, 16)[None, :], 1.0, 0.0)
     if TYPE == tl.bfloat16:
         return tl.dot(both.to(tl.bfloat16), ones.to(tl.bfloat16))
     if TYPE == tl.float16:
-        return tl.dot(both, ones)
-    part = _cut(both)
-    return tl.dot(both - part, ones, tl.dot(part, ones))
+        return tl.dot(both, ones)  # by default one product, of tf32 where the card has that
+    return tl.dot(both, ones, input_precision=FLOAT32)

@@ -30,27 +30,18 @@ def _softplus(v):
 
 
 @triton.jit
-def _cut(v):
-    """float32 cut to the ten bits after the point that tf32 has of it, as the tensor cores cut it."""
-    return (v.to(tl.int32, bitcast=True) & ~0x1FFF).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _load_weight(ptr, e, is_channel, channels, rank, RANK: tl.constexpr, TYPE: tl.constexpr):
+def _load_weight(ptr, e, is_channel, channels, rank, RANK: tl.constexpr, HALVES: tl.constexpr):
     """The weights of low-rank steps, (R, E) in memory, as [E, RANK], and what rounding has left of them.
 
-    For steps of a half type both are in what the tensor cores take beside it: bfloat16, or tf32, which holds a float16
-    exactly. Together they have 16 or 22 bits of a weight, and the products with them are exact in float32.
+    With HALVES, for steps in bfloat16, they are rounded to that, and the rest is, too. Together they hold 16 bits of a
+    weight, and the products with them are exact in float32.
     """
     r = tl.arange(0, RANK)
     weight = tl.load(ptr + r[None, :] * channels + e[:, None], is_channel[:, None] & (r < rank)[None, :], 0.0)
     rest = 0
-    if TYPE == tl.bfloat16:
+    if HALVES:
         rounded = weight.to(tl.bfloat16)
         weight, rest = rounded, (weight - rounded.to(tl.float32)).to(tl.bfloat16)
-    elif TYPE == tl.float16:
-        rounded = _cut(weight)
-        weight, rest = rounded, weight - rounded
     return weight, rest
 
 
@@ -64,7 +55,7 @@ def _load_raw(
     is_channel,
     rank,
     RANK: tl.constexpr,
-    TYPE: tl.constexpr,
+    HALVES: tl.constexpr,
     S: tl.constexpr,
     J: tl.constexpr,
 ):
@@ -85,11 +76,10 @@ def _load_raw(
         r = tl.arange(0, RANK)
         low = tl.load(ptr + r[:, None] + at[None, :], (r < rank)[:, None] & is_place[None, :], 0.0)  # [R, S J]
         weight, rest = weights
-        low = low.to(weight.dtype)
-        if TYPE == tl.float32:
-            raw = tl.dot(weight, low, input_precision=FLOAT32)
-        else:
+        if HALVES:
             raw = tl.dot(rest, low, tl.dot(weight, low))
+        else:
+            raw = tl.dot(weight, low.to(tl.float32), input_precision=FLOAT32)
         raw = tl.reshape(tl.trans(raw), (S, J, raw.shape[0]))
     return raw
 

@@ -90,7 +90,7 @@ def _after(place, column, line, offset, MOST: tl.constexpr):
 
 
 @triton.jit
-def _parameters(ptr, k, n, e, is_channel, channels, rank, states, RANK: tl.constexpr, TYPE: tl.constexpr):
+def _parameters(ptr, k, n, e, is_channel, channels, rank, states, RANK: tl.constexpr, HALVES: tl.constexpr):
     """A, D, which the walk of the first state adds, and the bias and weights of the steps, of order k and state n.
 
     ptr: Parameters of the channels, (K, N + 2 + R, E): A of all states, D, bias, weights.
@@ -102,7 +102,7 @@ def _parameters(ptr, k, n, e, is_channel, channels, rank, states, RANK: tl.const
     bias = tl.load(ptr + channels + e, mask=is_channel, other=0.0)
     weight = 0
     if RANK > 0:
-        weight = _load_weight(ptr + 2 * channels, e, is_channel, channels, rank, RANK, TYPE)
+        weight = _load_weight(ptr + 2 * channels, e, is_channel, channels, rank, RANK, HALVES)
     return A, D, bias, weight
 
 
